@@ -1,0 +1,81 @@
+//! Guest-physical RAM as the engine sees it: host pointers behind bounds checks.
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::bitmap::AtomicBitmap;
+
+/// The machine's RAM. The bitmap records the pages that devices write; the engine keeps its own.
+pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Size of a page and of every per-page record, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// One contiguous range of RAM.
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+/// RAM for the vCPU: finds the host address of a guest-physical one. Holds the mapping alive.
+pub struct PhysMemory {
+    regions: Vec<Region>,
+    _owner: GuestMemory,
+}
+
+// SAFETY: the pointers belong to the mapping in `_owner`, which is itself Send; the single vCPU that owns this
+// value is the only one to dereference them while it runs.
+unsafe impl Send for PhysMemory {}
+
+impl PhysMemory {
+    /// Takes the machine's RAM. Regions must start and end on page boundaries.
+    pub fn new(memory: GuestMemory) -> PhysMemory {
+        let regions = memory
+            .iter()
+            .map(|region| {
+                let region: &vm_memory::GuestRegionMmap<AtomicBitmap> = region;
+                Region {
+                    start: region.start_addr().0,
+                    len: region.len(),
+                    host: region.as_ptr(),
+                }
+            })
+            .collect::<Vec<_>>();
+        for region in &regions {
+            assert!(region.start % PAGE_SIZE == 0 && region.len % PAGE_SIZE == 0, "RAM is made of whole pages");
+        }
+        PhysMemory { regions, _owner: memory }
+    }
+
+    /// One past the highest guest-physical address of RAM.
+    pub fn end(&self) -> u64 {
+        self.regions.iter().map(|r| r.start + r.len).max().unwrap_or(0)
+    }
+
+    /// Host address of `len` bytes of RAM at `gpa`, or None if any of them is not RAM.
+    #[inline]
+    pub fn host(&self, gpa: u64, len: u64) -> Option<*mut u8> {
+        for region in &self.regions {
+            let offset = gpa.wrapping_sub(region.start);
+            if offset < region.len && len <= region.len - offset {
+                // SAFETY: offset is inside the mapping of this region.
+                return Some(unsafe { region.host.add(offset as usize) });
+            }
+        }
+        None
+    }
+
+    /// Reads a little-endian u64 of RAM; None outside it.
+    #[inline]
+    pub fn read_u64(&self, gpa: u64) -> Option<u64> {
+        // SAFETY: `host` has checked the range; unaligned reads are allowed.
+        self.host(gpa, 8).map(|p| unsafe { p.cast::<u64>().read_unaligned() })
+    }
+
+    /// Writes a little-endian u64 of RAM; None outside it.
+    #[inline]
+    pub fn write_u64(&self, gpa: u64, value: u64) -> Option<()> {
+        // SAFETY: `host` has checked the range; unaligned writes are allowed.
+        self.host(gpa, 8).map(|p| unsafe { p.cast::<u64>().write_unaligned(value) })
+    }
+}

@@ -1,0 +1,2 @@
+//! The first program inside the guest.
+fn main() {}

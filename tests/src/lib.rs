@@ -1,0 +1,1 @@
+//! Whole-system tests, the guests they boot, and the benchmark.
