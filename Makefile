@@ -1,0 +1,31 @@
+# Orrery: what one types in this house. `make help` lists the targets.
+
+CARGO ?= cargo
+ORRERY = target/release/orrery
+IMAGES = target/images
+
+.PHONY: help all build test demo bench clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^[^:]*:?([a-z-]+):.*## /  \1\t/'
+
+all: build
+
+build: ## the orrery command, optimised, in target/release
+	$(CARGO) build --release --locked -p orrery-vmm
+
+test: ## formatting, lints, every test
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --release --locked -- -D warnings
+	$(CARGO) test --workspace --release --locked
+
+# Images: `make deps` installs Debian packages (as root), `make images` builds hello, go and jvm.
+-include guest-image/images.mk
+
+demo: build images ## each image twice with one seed and once with another
+	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done
+
+bench: build images ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
+	$(CARGO) run --release --locked -p orrery-tests --bin bench --
+
+clean: ## everything that was built
+	$(CARGO) clean

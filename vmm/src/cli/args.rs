@@ -1,0 +1,339 @@
+//! Every flag of the command line, once.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::chain::EPOCH_INSTRUCTIONS;
+use crate::config::MachineConfig;
+
+/// A deterministic x86-64 hypervisor: State(N) = f(image, machine, seed, inputs).
+#[derive(Parser, Debug)]
+#[command(name = "orrery", version, about, max_term_width = 100, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "Examples:
+  orrery run hello.img --seed 1              boot an image; its console comes to standard output
+  orrery verify hello.img --seed 1 --times 3 prove that three runs go through equal states
+  orrery doctor                              check this host
+
+A guest's exit code becomes the command's own. Codes from 220 up are Orrery's: see docs/exit-codes.md.";
+
+/// What the command can do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run an image from power-on
+    Run(RunArgs),
+    /// Run an image several times and compare every epoch
+    Verify(VerifyArgs),
+    /// Say whether this host can run guests, and how
+    Doctor(DoctorArgs),
+    /// Build, look into and take apart images
+    Image(ImageArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// The machine's description.
+#[derive(Args, Debug, Clone)]
+pub struct MachineArgs {
+    /// Memory of the machine, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = MachineConfig::default().memory_mib)]
+    pub memory: u64,
+    /// Virtual nanoseconds that pass with each instruction
+    #[arg(long, value_name = "NS", default_value_t = 1)]
+    pub ns_per_instruction: u64,
+    /// The guest's wall clock at power-on, in seconds since 1970 (UTC)
+    #[arg(long, value_name = "SECONDS", default_value_t = MachineConfig::default().start_date)]
+    pub start_date: u64,
+    /// Upper bound of the seeded delay of timer interrupts, in virtual nanoseconds
+    #[arg(long, value_name = "NS", default_value_t = MachineConfig::default().timer_jitter_ns)]
+    pub timer_jitter: u64,
+    /// A machine without AES, PCLMULQDQ and SHA instructions, for hosts that lack them
+    #[arg(long)]
+    pub no_crypto_extensions: bool,
+}
+
+impl MachineArgs {
+    /// The description that these flags give.
+    pub fn config(&self) -> MachineConfig {
+        MachineConfig {
+            memory_mib: self.memory,
+            ns_per_instruction: self.ns_per_instruction,
+            start_date: self.start_date,
+            timer_jitter_ns: self.timer_jitter,
+            crypto_extensions: !self.no_crypto_extensions,
+        }
+    }
+}
+
+/// How the engine works inside. Results never depend on these.
+#[derive(Args, Debug, Clone, Default)]
+pub struct EngineArgs {
+    /// Randomise everything that must not matter, from this seed
+    #[arg(long, hide = true, value_name = "SEED")]
+    pub engine_chaos: Option<u64>,
+    /// Size of the software TLBs, as a power of two
+    #[arg(long, hide = true, value_name = "BITS")]
+    pub engine_tlb_bits: Option<u32>,
+    /// Do not chain blocks
+    #[arg(long, hide = true)]
+    pub engine_no_chaining: bool,
+    /// Longest block, in instructions
+    #[arg(long, hide = true, value_name = "N")]
+    pub engine_block: Option<u32>,
+    /// Code cache, in MiB
+    #[arg(long, hide = true, value_name = "MIB")]
+    pub engine_cache: Option<usize>,
+}
+
+/// Arguments of `orrery run`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery run hello.img --seed 1
+  orrery run hello.img --seed 1 --until 1000000000 --json
+  echo 'uname -a' | orrery run shell.img --seed 1
+  orrery run shell.img --seed 1 --inputs runs/shell-1-001/inputs.jsonl
+
+Console input is taken from standard input (a terminal or a pipe), stamped with the moment at which
+it enters and logged in the run's directory. A run with the same image, machine, seed and
+--inputs goes through the same states.")]
+pub struct RunArgs {
+    /// The image, as made by `orrery image build`
+    pub image: PathBuf,
+    /// The number that every random choice derives from
+    #[arg(long, value_name = "N")]
+    pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub machine: MachineArgs,
+    /// Stop after exactly this many instructions
+    #[arg(long, value_name = "ICOUNT")]
+    pub until: Option<u64>,
+    /// Stop at this virtual time: a number with ns, us, ms, s or min
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub until_virtual: Option<u64>,
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+    /// Replay a log of inputs; standard input is then ignored
+    #[arg(long, value_name = "FILE")]
+    pub inputs: Option<PathBuf>,
+    /// Take no console input
+    #[arg(long)]
+    pub no_input: bool,
+    /// Do not show the console and the summary
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Print the summary as JSON, as the last line of standard output, instead of on standard error
+    #[arg(long)]
+    pub json: bool,
+    /// Instructions per link of the hash chain
+    #[arg(long, value_name = "N", default_value_t = EPOCH_INSTRUCTIONS, value_parser = clap::value_parser!(u64).range(1..))]
+    pub epoch: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub engine: EngineArgs,
+}
+
+/// Arguments of `orrery verify`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery verify hello.img --seed 1 --times 3
+  orrery verify hello.img --seed 1 --times 5 --perturb --until 2000000000
+
+With --perturb every run uses the engine in another way (small translation caches, no chaining,
+blocks of one instruction, random flushes). The states must be equal all the same.
+Exit code 0: all runs are equal. 232: they differ; the first differing instruction is shown.")]
+pub struct VerifyArgs {
+    /// The image, as made by `orrery image build`
+    pub image: PathBuf,
+    /// The number that every random choice derives from
+    #[arg(long, value_name = "N")]
+    pub seed: u64,
+    /// How many runs to compare
+    #[arg(long, value_name = "K", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=1000))]
+    pub times: u32,
+    /// Change how the engine works from run to run
+    #[arg(long)]
+    pub perturb: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub machine: MachineArgs,
+    /// Compare the first so many instructions only
+    #[arg(long, value_name = "ICOUNT")]
+    pub until: Option<u64>,
+    /// Compare up to this virtual time only: a number with ns, us, ms, s or min
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub until_virtual: Option<u64>,
+    /// Replay a log of inputs in every run
+    #[arg(long, value_name = "FILE")]
+    pub inputs: Option<PathBuf>,
+    /// Instructions per compared epoch
+    #[arg(long, value_name = "N", default_value_t = 1 << 26, value_parser = clap::value_parser!(u64).range(1..))]
+    pub epoch: u64,
+    /// Show nothing but errors
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub engine: EngineArgs,
+}
+
+/// Arguments of `orrery doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Print the findings as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery image`.
+#[derive(Args, Debug)]
+pub struct ImageArgs {
+    /// What to do with images.
+    #[command(subcommand)]
+    pub command: ImageCommand,
+}
+
+/// What `orrery image` can do.
+#[derive(Subcommand, Debug)]
+pub enum ImageCommand {
+    /// Build an image from a kernel and a root file system
+    Build(ImageBuildArgs),
+    /// Show what is in an image
+    Inspect(ImageInspectArgs),
+    /// Write an image's kernel, initramfs and disks to files
+    Extract(ImageExtractArgs),
+}
+
+/// Arguments of `orrery image build`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery image build --kernel linux-image-6.1.0-18-cloud-amd64_6.1.76-1_amd64.deb \\
+      --root rootfs/ -o shell.img -- /bin/sh -l
+  orrery image build --kernel vmlinuz --root root.tar --env TZ=UTC -o server.img -- /usr/bin/server")]
+pub struct ImageBuildArgs {
+    /// Kernel: a Debian package, a bzImage or a vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Root file system: a directory or a tar archive
+    #[arg(long, value_name = "DIR|TAR")]
+    pub root: PathBuf,
+    /// Modules of a bare kernel, such as /lib/modules/VERSION; a package brings its own
+    #[arg(long, value_name = "DIR")]
+    pub modules: Option<PathBuf>,
+    /// Command that the guest runs, with its arguments (also after --)
+    #[arg(long, value_name = "CMD")]
+    pub entry: Option<String>,
+    /// A variable of the command's environment
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    pub env: Vec<(String, String)>,
+    /// Additional kernel command line
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Working directory of the command [default: /]
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<String>,
+    /// Host name of the guest [default: orrery]
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Size of the root disk, in MiB; by default the contents and 256 MiB
+    #[arg(long, value_name = "MIB")]
+    pub disk_size: Option<u64>,
+    /// Where to write the image
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Print the image's description as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The command's arguments, or the command itself if there is no --entry
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// Arguments of `orrery image inspect`.
+#[derive(Args, Debug)]
+pub struct ImageInspectArgs {
+    /// The image
+    pub image: PathBuf,
+    /// Print the description as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery image extract`.
+#[derive(Args, Debug)]
+pub struct ImageExtractArgs {
+    /// The image
+    pub image: PathBuf,
+    /// Directory to write to; made if it is missing
+    pub directory: PathBuf,
+}
+
+/// Arguments of `orrery completions`.
+#[derive(Args, Debug)]
+pub struct CompletionsArgs {
+    /// Which shell
+    pub shell: clap_complete::Shell,
+}
+
+/// Parses a virtual time such as `250ms` into nanoseconds.
+fn parse_time(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale: u64 = match unit.trim() {
+        "ns" => 1,
+        "us" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        "min" => 60_000_000_000,
+        _ => return Err("expected a number with ns, us, ms, s or min, such as 250ms".into()),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let whole: u64 = whole.parse().map_err(|_| format!("{number:?} is not a number"))?;
+    let mut nanoseconds = whole.checked_mul(scale);
+    let mut place = scale;
+    for digit in fraction.chars() {
+        let value = digit.to_digit(10).ok_or_else(|| format!("{number:?} is not a number"))?;
+        place /= 10;
+        nanoseconds = nanoseconds.and_then(|sum| sum.checked_add(u64::from(value) * place));
+    }
+    nanoseconds.ok_or_else(|| "the time is too long".into())
+}
+
+fn parse_variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    if name.is_empty() {
+        return Err("the variable has no name".into());
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(parse_time("250ms"), Ok(250_000_000));
+        assert_eq!(parse_time("1.5s"), Ok(1_500_000_000));
+        assert_eq!(parse_time("2min"), Ok(120_000_000_000));
+        assert!(parse_time("3").is_err());
+        assert!(parse_time("x s").is_err());
+        assert!(parse_time("99999999999999min").is_err());
+    }
+}

@@ -1,0 +1,58 @@
+//! The `orrery` command: one definition per flag, errors that say what to do.
+
+/// Prints a formatted line to standard output, see [`say`].
+macro_rules! say {
+    ($($part:tt)*) => { $crate::cli::say(format_args!($($part)*)) };
+}
+
+pub mod args;
+mod console;
+mod doctor;
+pub mod exit;
+mod image;
+mod run;
+mod verify;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Cli, Command};
+use exit::Failure;
+
+/// Runs the command and gives its exit code.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are not failures; clap prints them to standard output.
+            let _ = error.print();
+            return if error.use_stderr() { exit::USAGE } else { 0 };
+        }
+    };
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(Failure { code, message }) => {
+            eprintln!("orrery: {message}");
+            code
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<u8, Failure> {
+    match cli.command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Verify(arguments) => verify::verify(arguments),
+        Command::Doctor(arguments) => doctor::doctor(arguments),
+        Command::Image(arguments) => image::image(arguments),
+        Command::Completions(arguments) => {
+            let mut command = Cli::command();
+            clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());
+            Ok(0)
+        }
+    }
+}
+
+/// Prints a line to standard output. A closed pipe there is no defect: whoever closed it wants no more.
+fn say(line: impl std::fmt::Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

@@ -1,0 +1,384 @@
+//! The machine put together: the vCPU's engine, the board with its devices, virtual time.
+//!
+//! `State(N)` is the state at the *first moment* at which N instructions have retired: before an event due then
+//! is delivered, before an input enters, before an interrupt is taken or idle time skipped. [`Machine::run`]
+//! stops there, and going on from there is the same as never having stopped.
+
+pub mod board;
+mod hash;
+
+use std::collections::VecDeque;
+
+use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Stop};
+use orrery_cpu::state::rflags;
+use orrery_cpu::{CpuState, Icount};
+use orrery_devices::VirtualNs;
+use orrery_guest_image::Image;
+
+pub use board::{Board, Output};
+
+use crate::boot::{self, BootError};
+use crate::chain::Hash;
+use crate::config::{ConfigError, MachineConfig, Seed};
+use crate::digest::MemoryDigest;
+use crate::inputs::{Input, InputChannel};
+use crate::ram::{self, RamError};
+use crate::run::Ended;
+
+/// A machine that cannot be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The description is out of bounds.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The image cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The devices cannot be put together.
+    #[error("cannot put the devices together: {reason}")]
+    Devices {
+        /// Which and why.
+        reason: String,
+    },
+    /// The engine cannot run on this host.
+    #[error("cannot start the engine: {0}")]
+    Engine(#[from] EngineError),
+}
+
+/// Why [`Machine::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// One of the limits is reached.
+    Limit,
+    /// There is output to be taken.
+    Output,
+    /// The vCPU is halted and the next event is due at `until`. Only if [`Limits::pause_when_idle`] is set.
+    Idle {
+        /// When time would go on; None if nothing is queued.
+        until: Option<VirtualNs>,
+    },
+    /// The run is over.
+    Ended(Ended),
+}
+
+/// How far to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Stop when this many instructions have retired.
+    pub icount: Icount,
+    /// Stop at the first moment at which virtual time has reached this.
+    pub time: VirtualNs,
+    /// Return instead of skipping idle time, for callers that may have input.
+    pub pause_when_idle: bool,
+    /// Return as soon as a line of output is complete.
+    pub pause_on_output: bool,
+}
+
+impl Limits {
+    /// No limit at all.
+    pub const NONE: Limits =
+        Limits { icount: Icount(u64::MAX), time: VirtualNs(u64::MAX), pause_when_idle: false, pause_on_output: false };
+
+    /// Until an icount.
+    pub fn until(icount: Icount) -> Limits {
+        Limits { icount, ..Limits::NONE }
+    }
+}
+
+/// The simulated computer.
+pub struct Machine {
+    engine: Engine,
+    board: Board,
+    digest: MemoryDigest,
+    /// Pages that devices wrote since the digest was brought up to date.
+    device_dirty: Vec<u64>,
+    /// Inputs that have not entered yet: the replayed log, and what has just arrived.
+    inputs: VecDeque<Scheduled>,
+    /// Inputs that have entered since the last [`Machine::take_inputs`].
+    entered: Vec<Input>,
+    /// Virtual time up to which inputs and events have been delivered.
+    settled: Option<VirtualNs>,
+    ended: Option<Ended>,
+}
+
+/// An input waiting for its time.
+struct Scheduled {
+    at: VirtualNs,
+    /// For replayed inputs: the icount that the log promises.
+    expected: Option<Icount>,
+    channel: InputChannel,
+    data: Vec<u8>,
+}
+
+/// A log of inputs that was made with another image, machine or seed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the log of inputs is of another run: an input that belongs at icount {expected} would enter at {actual}; \
+     use the image, machine and seed that the log was made with"
+)]
+pub struct ForeignInputs {
+    /// What the log says.
+    pub expected: u64,
+    /// Where time has brought it.
+    pub actual: u64,
+}
+
+impl Machine {
+    /// Builds a machine at power-on.
+    pub fn new(
+        image: &Image,
+        config: &MachineConfig,
+        seed: Seed,
+        engine: EngineConfig,
+    ) -> Result<Machine, MachineError> {
+        config.validate()?;
+        let memory = ram::create(config.memory_mib << 20)?;
+        let mut board = Board::new(memory.clone(), config, seed, image.disks())?;
+        let rsdp = board.write_firmware_tables()?;
+        let kernel = boot::Kernel {
+            kernel: image.kernel(),
+            initramfs: image.initramfs(),
+            command_line: image.command_line(),
+            rsdp: Some(rsdp),
+        };
+        let entry = boot::load(&memory, &kernel)?;
+        let mut engine = Engine::new(memory.clone(), board::model_features(config), engine)?;
+        *engine.state_mut() = boot_state(&entry);
+        let mut machine = Machine {
+            digest: MemoryDigest::zeroed(&memory),
+            device_dirty: Vec::new(),
+            engine,
+            board,
+            inputs: VecDeque::new(),
+            entered: Vec::new(),
+            settled: None,
+            ended: None,
+        };
+        machine.note_device_writes();
+        Ok(machine)
+    }
+
+    /// Instructions retired.
+    pub fn icount(&self) -> Icount {
+        self.engine.icount()
+    }
+
+    /// Virtual time.
+    pub fn time(&self) -> VirtualNs {
+        self.board.clock.now(self.engine.icount())
+    }
+
+    /// Registers of the vCPU.
+    pub fn cpu(&self) -> &CpuState {
+        self.engine.state()
+    }
+
+    /// The devices and RAM.
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// The digests of RAM, as of the last [`Machine::state_hash`].
+    pub fn memory_digest(&self) -> &MemoryDigest {
+        &self.digest
+    }
+
+    /// How the run ended, if it did.
+    pub fn ended(&self) -> Option<&Ended> {
+        self.ended.as_ref()
+    }
+
+    /// Output since the last call.
+    pub fn take_output(&mut self) -> Vec<Output> {
+        self.board.take_output()
+    }
+
+    /// Inputs that entered since the last call, stamped.
+    pub fn take_inputs(&mut self) -> Vec<Input> {
+        std::mem::take(&mut self.entered)
+    }
+
+    /// Gives the log of a run whose inputs are to enter again. Before the first instruction.
+    pub fn replay(&mut self, inputs: Vec<Input>) {
+        self.inputs.extend(inputs.into_iter().map(|input| {
+            let (at, icount) = input.moment();
+            Scheduled { at, expected: Some(icount), channel: input.channel, data: input.data }
+        }));
+    }
+
+    /// Gives bytes from outside. They enter at the next moment at which nothing else has happened yet.
+    pub fn input(&mut self, channel: InputChannel, data: Vec<u8>) {
+        let now = self.time();
+        let at = if self.settled == Some(now) { VirtualNs(now.0.saturating_add(1)) } else { now };
+        let at = self.inputs.back().map_or(at, |last| last.at.max(at));
+        self.inputs.push_back(Scheduled { at, expected: None, channel, data });
+    }
+
+    /// Runs until a limit is reached or something else needs the caller.
+    pub fn run(&mut self, limits: Limits) -> Result<Pause, ForeignInputs> {
+        loop {
+            let icount = self.engine.icount();
+            let now = self.board.clock.now(icount);
+            if let Some(ended) = &self.ended {
+                return Ok(Pause::Ended(ended.clone()));
+            }
+            if icount >= limits.icount || now >= limits.time {
+                return Ok(Pause::Limit);
+            }
+            if limits.pause_on_output && self.board.has_output_line() {
+                return Ok(Pause::Output);
+            }
+            self.settle(icount, now)?;
+            if self.deliver_interrupt() || self.ended.is_some() {
+                continue;
+            }
+            let next = [self.board.queue.next_due(), self.inputs.front().map(|input| input.at)];
+            let next = next.into_iter().flatten().min();
+            if self.engine.state().halted {
+                if let Some(pause) = self.idle(icount, next, &limits) {
+                    return Ok(pause);
+                }
+                continue;
+            }
+            let bound = next.unwrap_or(limits.time).min(limits.time);
+            let stop_at = limits.icount.min(self.board.clock.icount_at(bound));
+            self.board.begin_run(bound, limits.pause_on_output);
+            let stop = self.engine.run(stop_at, &mut self.board);
+            self.stopped(stop);
+        }
+    }
+
+    /// Lets inputs enter and delivers events whose time has come.
+    fn settle(&mut self, icount: Icount, now: VirtualNs) -> Result<(), ForeignInputs> {
+        self.settled = Some(now);
+        while self.inputs.front().is_some_and(|input| input.at <= now) {
+            let Some(input) = self.inputs.pop_front() else { break };
+            if let Some(expected) = input.expected
+                && expected != icount
+            {
+                return Err(ForeignInputs { expected: expected.0, actual: icount.0 });
+            }
+            self.board.input(now, input.channel, &input.data);
+            self.entered.push(Input {
+                icount: icount.0,
+                virtual_ns: now.0,
+                channel: input.channel,
+                data: input.data,
+            });
+        }
+        self.board.deliver_events(now);
+        if self.board.devices_touched_memory() {
+            self.note_device_writes();
+        }
+        if let Some(ended) = self.board.ended() {
+            self.ended = Some(ended);
+        }
+        Ok(())
+    }
+
+    /// Tells the engine and the digest which pages devices have written.
+    fn note_device_writes(&mut self) {
+        for page in crate::digest::take_device_dirty(&self.board.memory) {
+            self.engine.memory_written(page * orrery_cpu::memory::PAGE_SIZE, orrery_cpu::memory::PAGE_SIZE);
+            self.device_dirty.push(page);
+        }
+    }
+
+    /// Takes the highest pending interrupt if the vCPU accepts one now; true if it did.
+    fn deliver_interrupt(&mut self) -> bool {
+        let pending = self.board.interrupt_pending();
+        let accepted = pending && self.engine.can_interrupt();
+        self.board.window_requested = pending && !accepted;
+        self.engine.request_interrupt_window(pending && !accepted);
+        if accepted {
+            let vector = self.board.acknowledge_interrupt();
+            if let Err(stop) = self.engine.interrupt(vector, &mut self.board) {
+                self.stopped(stop);
+            }
+        }
+        accepted
+    }
+
+    /// The vCPU is halted and nothing wakes it now: skips to what comes next.
+    fn idle(&mut self, icount: Icount, next: Option<VirtualNs>, limits: &Limits) -> Option<Pause> {
+        let rip = self.engine.state().rip;
+        if self.engine.state().rflags & rflags::IF == 0 {
+            self.ended = Some(Ended::HaltedForever { rip });
+        } else if limits.pause_when_idle && self.inputs.is_empty() {
+            return Some(Pause::Idle { until: next });
+        } else if let Some(next) = next {
+            self.board.clock.skip_to(icount, next.min(limits.time));
+        } else if limits.time != Limits::NONE.time {
+            self.board.clock.skip_to(icount, limits.time);
+        } else {
+            self.ended = Some(Ended::IdleForever { rip });
+        }
+        None
+    }
+
+    fn stopped(&mut self, stop: Stop) {
+        match stop {
+            Stop::Limit | Stop::Attention | Stop::InterruptWindow | Stop::Halted => {}
+            Stop::TripleFault => {
+                self.ended = Some(Ended::TripleFault { registers: registers(self.engine.state()) });
+            }
+            Stop::Unsupported { rip, bytes, what } => {
+                let bytes = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                self.ended = Some(Ended::Unsupported { rip, bytes, what });
+            }
+        }
+        if let Some(ended) = self.board.ended() {
+            self.ended = Some(ended);
+        }
+        if self.board.devices_touched_memory() {
+            self.note_device_writes();
+        }
+    }
+
+    /// Hash of the complete state at this moment.
+    pub fn state_hash(&mut self) -> Hash {
+        let mut pages = self.engine.take_dirty();
+        pages.append(&mut self.device_dirty);
+        pages.sort_unstable();
+        pages.dedup();
+        self.digest.update(&self.board.memory, pages);
+        hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
+    }
+}
+
+fn boot_state(entry: &boot::Entry) -> CpuState {
+    CpuState::long_mode_boot(entry.rip, entry.zero_page, entry.rsp, entry.cr3, entry.gdt, boot::GDT_BYTES - 1)
+}
+
+/// The registers as text, for people.
+pub fn registers(state: &CpuState) -> String {
+    use std::fmt::Write;
+    const NAMES: [&str; 16] = [
+        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    ];
+    let mut text = format!("rip {:016x} rflags {:08x} cpl {}\n", state.rip, state.rflags, state.cpl);
+    for (index, (name, value)) in NAMES.iter().zip(state.gpr).enumerate() {
+        let end = if index % 4 == 3 { '\n' } else { ' ' };
+        let _ = write!(text, "{name:>3} {value:016x}{end}");
+    }
+    let _ = write!(
+        text,
+        "cr0 {:08x} cr2 {:016x} cr3 {:016x} cr4 {:08x} efer {:04x}\ncs {:04x} ss {:04x} tr {:04x} gdt {:016x}:{:04x} idt {:016x}:{:04x}",
+        state.cr0,
+        state.cr2,
+        state.cr3,
+        state.cr4,
+        state.efer,
+        state.seg[1].selector,
+        state.seg[2].selector,
+        state.tr.selector,
+        state.gdtr.base,
+        state.gdtr.limit,
+        state.idtr.base,
+        state.idtr.limit,
+    );
+    text
+}

@@ -1,0 +1,104 @@
+//! Guest RAM: one memfd, mapped shared, so that snapshots and branches can map it again.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use orrery_cpu::memory::GuestMemory;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+/// End of low RAM: the window for memory-mapped devices starts here.
+pub const LOW_RAM_END: u64 = 0xC000_0000;
+/// Where RAM beyond [`LOW_RAM_END`] continues.
+pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+
+/// RAM could not be had from the host.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// memfd_create or ftruncate failed.
+    #[error("cannot create {bytes} bytes of guest memory: {source}")]
+    Create {
+        /// Size asked for.
+        bytes: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// mmap failed.
+    #[error("cannot map {bytes} bytes of guest memory at {start:#x}: {reason}")]
+    Map {
+        /// Guest-physical start.
+        start: u64,
+        /// Size of the region.
+        bytes: u64,
+        /// What the mapping library says.
+        reason: String,
+    },
+}
+
+/// The (start, length) ranges of RAM of a machine with `bytes` of memory.
+pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
+    if bytes <= LOW_RAM_END {
+        vec![(0, bytes)]
+    } else {
+        vec![(0, LOW_RAM_END), (HIGH_RAM_START, bytes - LOW_RAM_END)]
+    }
+}
+
+/// Creates zeroed guest RAM of `bytes`, a multiple of 4096.
+pub fn create(bytes: u64) -> Result<GuestMemory, RamError> {
+    let file = memory_file(bytes).map_err(|source| RamError::Create { bytes, source })?;
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, len) in ranges(bytes) {
+        let failed = |reason: String| RamError::Map { start, bytes: len, reason };
+        let file = file.try_clone().map_err(|e| failed(e.to_string()))?;
+        let region =
+            GuestRegionMmap::from_range(GuestAddress(start), len as usize, Some(FileOffset::new(file, offset)))
+                .map_err(|e| failed(e.to_string()))?;
+        advise(&region);
+        regions.push(region);
+        offset += len;
+    }
+    GuestMemory::from_regions(regions).map_err(|e| RamError::Map { start: 0, bytes, reason: e.to_string() })
+}
+
+/// Asks for huge pages, which make the engine's loads and stores cheaper. Only an advice: failure is fine.
+fn advise(region: &GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>) {
+    // SAFETY: the range is exactly the mapping that `region` owns, and MADV_HUGEPAGE changes no content.
+    unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
+}
+
+fn memory_file(bytes: u64) -> io::Result<File> {
+    // SAFETY: the name is a C string and the flags are valid; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"orrery-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` is a fresh descriptor that nobody else owns.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes)?;
+    debug_assert!(file.as_raw_fd() >= 0);
+    Ok(file)
+}
+
+/// Bytes of RAM in all regions.
+pub fn size(memory: &GuestMemory) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_above_three_gib_continues_at_four() {
+        assert_eq!(ranges(1 << 30), vec![(0, 1 << 30)]);
+        assert_eq!(ranges(5 << 30), vec![(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn created_ram_has_the_size_asked_for() {
+        let memory = create(16 << 20).unwrap();
+        assert_eq!(size(&memory), 16 << 20);
+    }
+}
