@@ -1,0 +1,258 @@
+//! Compares what two executors made of a case, and says so in words.
+
+use std::fmt::Write as _;
+
+use iced_x86::{Formatter, IntelFormatter, Mnemonic};
+
+use crate::case::{Case, Executor, Outcome, PAGE, pages};
+
+/// Flags that a case can see and the two sides must agree on: status, DF, RF of the pushed image, ID, AC, NT.
+const COMPARED_FLAGS: u64 = 0x8D5 | 0x400 | 1 << 16 | 1 << 18 | 1 << 14 | 1 << 21;
+
+const GPR_NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
+];
+
+/// How strictly to compare.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tolerance {
+    /// Flags the manual leaves undefined need not agree.
+    pub undefined_flags: bool,
+    /// The U bit of #PF's error code need not agree (the second side runs at CPL 0).
+    pub user_bit: bool,
+}
+
+/// One disagreement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// What differs, without values: cases with the same differences have the same cause.
+    pub what: String,
+    /// The two values.
+    pub detail: String,
+}
+
+struct Report(Vec<Difference>);
+
+impl Report {
+    fn add(
+        &mut self,
+        what: impl Into<String>,
+        expected: impl std::fmt::LowerHex,
+        got: impl std::fmt::LowerHex,
+    ) {
+        let what = what.into();
+        let detail = format!("{what}: expected {expected:#x}, got {got:#x}");
+        self.0.push(Difference { what, detail });
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn wide(bytes: &[u8]) -> u128 {
+    let mut buffer = [0; 16];
+    buffer[..bytes.len()].copy_from_slice(bytes);
+    u128::from_le_bytes(buffer)
+}
+
+/// All disagreements about registers, the ending and the count.
+pub fn outcomes(
+    case: &Case,
+    expected: &Outcome,
+    got: &Outcome,
+    tolerance: Tolerance,
+) -> Vec<Difference> {
+    let mut report = Report(Vec::new());
+    let (e, g) = (&expected.ending, &got.ending);
+    if e.vector != g.vector {
+        report.add("vector", e.vector, g.vector);
+    }
+    // The host's kernel hides from user mode whether kernel addresses are mapped, and says that they are.
+    let mut ignored = if e.vector == 14 && e.address >> 47 != 0 {
+        1
+    } else {
+        0
+    };
+    if tolerance.user_bit && e.vector == 14 {
+        ignored |= 4;
+    }
+    if e.vector == g.vector && (e.error_code | ignored) != (g.error_code | ignored) {
+        report.add("error code", e.error_code, g.error_code);
+    }
+    if e.vector == g.vector && e.address != g.address {
+        report.add("cr2", e.address, g.address);
+    }
+    let (a, b) = (&expected.registers, &got.registers);
+    if a.rip != b.rip {
+        report.add("rip", a.rip, b.rip);
+    }
+    for (index, name) in GPR_NAMES.iter().enumerate() {
+        if a.gpr[index] != b.gpr[index] {
+            report.add(*name, a.gpr[index], b.gpr[index]);
+        }
+    }
+    let mut mask = COMPARED_FLAGS;
+    if tolerance.undefined_flags {
+        mask &= !case.undefined_flags;
+    }
+    if (a.rflags ^ b.rflags) & mask != 0 {
+        let undefined = (a.rflags ^ b.rflags) & mask & !case.undefined_flags == 0;
+        report.add(
+            if undefined {
+                "undefined rflags"
+            } else {
+                "rflags"
+            },
+            a.rflags & mask,
+            b.rflags & mask,
+        );
+    }
+    for (index, name) in ["fs base", "gs base"].iter().enumerate() {
+        if a.fs_gs_base[index] != b.fs_gs_base[index] {
+            report.add(*name, a.fs_gs_base[index], b.fs_gs_base[index]);
+        }
+    }
+    fpu(&a.fpu.0, &b.fpu.0, &mut report);
+    if let (Some(expected), Some(got)) = (expected.retired, got.retired)
+        && expected != got
+    {
+        report.add("retired", expected, got);
+    }
+    report.0
+}
+
+fn fpu(a: &[u8], b: &[u8], report: &mut Report) {
+    for (name, at) in [("fcw", 0), ("fsw", 2)] {
+        if u16_at(a, at) != u16_at(b, at) {
+            report.add(name, u16_at(a, at), u16_at(b, at));
+        }
+    }
+    if a[4] != b[4] {
+        report.add("ftw", a[4], b[4]);
+    }
+    if b[5..24].iter().any(|byte| *byte != 0) {
+        report.add("fop, fip or fdp", 0, wide(&b[8..24]));
+    }
+    if a[24..28] != b[24..28] {
+        report.add("mxcsr", wide(&a[24..28]), wide(&b[24..28]));
+    }
+    for n in 0..8 {
+        let at = 32 + n * 16;
+        if a[at..at + 10] != b[at..at + 10] {
+            report.add(
+                format!("st{n}"),
+                wide(&a[at..at + 10]),
+                wide(&b[at..at + 10]),
+            );
+        }
+    }
+    for n in 0..16 {
+        let at = 160 + n * 16;
+        if a[at..at + 16] != b[at..at + 16] {
+            report.add(
+                format!("xmm{n}"),
+                wide(&a[at..at + 16]),
+                wide(&b[at..at + 16]),
+            );
+        }
+        let at = 576 + n * 16;
+        if a[at..at + 16] != b[at..at + 16] {
+            report.add(
+                format!("ymm{n} upper half"),
+                wide(&a[at..at + 16]),
+                wide(&b[at..at + 16]),
+            );
+        }
+    }
+}
+
+/// All disagreements about memory, one per page.
+pub fn memory(expected: &dyn Executor, got: &dyn Executor) -> Vec<Difference> {
+    let mut report = Report(Vec::new());
+    for (page, _) in pages() {
+        let (a, b) = (expected.page(page), got.page(page));
+        if a == b {
+            continue;
+        }
+        let first = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(0) & !7;
+        let end = (first + 16).min(PAGE as usize);
+        let what = format!("memory at {:#x}", page + first as u64);
+        report.add(what, wide(&a[first..end]), wide(&b[first..end]));
+    }
+    report.0
+}
+
+/// The case in words: code, registers that matter, memory.
+pub fn describe(case: &Case) -> String {
+    let mut text = String::new();
+    let mut formatter = IntelFormatter::new();
+    let bytes: String = case.code.iter().map(|b| format!("{b:02x}")).collect();
+    let _ = writeln!(
+        text,
+        "seed {} at {:#x}: {bytes}",
+        case.seed, case.registers.rip
+    );
+    let mut decoder = iced_x86::Decoder::with_ip(64, &case.code, case.registers.rip, 0);
+    while decoder.can_decode() {
+        let instruction = decoder.decode();
+        let mut line = String::new();
+        formatter.format(&instruction, &mut line);
+        let _ = writeln!(text, "  {:#x}  {line}", instruction.ip());
+    }
+    let r = &case.registers;
+    for (row, names) in GPR_NAMES.chunks(4).enumerate() {
+        let cells: Vec<_> = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| format!("{name}={:#x}", r.gpr[row * 4 + i]))
+            .collect();
+        let _ = writeln!(text, "  {}", cells.join(" "));
+    }
+    let f = &r.fpu.0;
+    let _ = writeln!(
+        text,
+        "  rflags={:#x} fs={:#x} gs={:#x} mxcsr={:#x} fcw={:#x} fsw={:#x} ftw={:#x}",
+        r.rflags,
+        r.fs_gs_base[0],
+        r.fs_gs_base[1],
+        wide(&f[24..28]),
+        u16_at(f, 0),
+        u16_at(f, 2),
+        f[4]
+    );
+    for (address, bytes) in &case.pokes {
+        let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+        let _ = writeln!(text, "  [{address:#x}] = {hex}");
+    }
+    text
+}
+
+/// A name under which differences with the same cause gather.
+pub fn class_of(case: &Case, differences: &[Difference]) -> String {
+    let mut whats: Vec<String> = differences
+        .iter()
+        .map(|d| {
+            let what = d.what.split(" at ").next().unwrap_or(&d.what);
+            match what {
+                w if GPR_NAMES.contains(&w) => "gpr".to_string(),
+                w if w.starts_with("xmm") || w.starts_with("ymm") => "vector register".to_string(),
+                w if w.starts_with("st") => "st".to_string(),
+                w => w.to_string(),
+            }
+        })
+        .collect();
+    whats.sort();
+    whats.dedup();
+    let mnemonics: Vec<String> = match case.instructions.as_slice() {
+        [one] => vec![format!("{:?}", one.code())],
+        many => many
+            .iter()
+            .filter(|i| !matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Int3))
+            .map(|i| format!("{:?}", i.mnemonic()))
+            .take(6)
+            .collect(),
+    };
+    format!("{}: {}", mnemonics.join("+"), whats.join(", "))
+}

@@ -1,0 +1,464 @@
+//! Executes cases on the host processor, in this process, at the linear addresses they ask for.
+//!
+//! IRETQ loads RIP, RSP and RFLAGS at once, after everything else has been loaded, so nothing of the test harness
+//! is visible to the case. Every case ends in an exception (INT3 at the latest); the kernel's signal frame then
+//! holds all registers as the exception found them, with the vector, the error code and CR2.
+
+use std::arch::naked_asm;
+use std::cell::UnsafeCell;
+use std::mem::{offset_of, size_of};
+use std::ptr;
+use std::sync::{Mutex, MutexGuard};
+
+use orrery_cpu::state::{XSAVE_SIZE, XsaveImage};
+
+use crate::case::{
+    Case, Ending, Executor, Outcome, PAGE, PAGES, REGIONS, Refusal, Registers, Rights, pages,
+};
+
+/// Everything the two naked functions touch, at offsets they know.
+#[repr(C, align(64))]
+struct Context {
+    fpu: [u8; XSAVE_SIZE],
+    gpr: [u64; 16],
+    /// RIP, CS, RFLAGS, RSP, SS for IRETQ.
+    frame: [u64; 5],
+    fs_base: u64,
+    gs_base: u64,
+    host_fs_base: u64,
+    host_gs_base: u64,
+    host_rsp: u64,
+    /// Nonzero between entry and the signal that ends the case.
+    running: u64,
+    /// Nonzero to stop after every instruction and count it.
+    stepping: u64,
+    last_rip: u64,
+    steps: u64,
+    captured: Captured,
+}
+
+/// What the signal handler saw.
+#[repr(C)]
+struct Captured {
+    gpr: [u64; 16],
+    rip: u64,
+    rflags: u64,
+    fs_base: u64,
+    gs_base: u64,
+    vector: u64,
+    error_code: u64,
+    address: u64,
+    fpu: [u8; XSAVE_SIZE],
+}
+
+struct Shared(UnsafeCell<Context>);
+
+// SAFETY: `Native` holds RUNNER for its whole life and is the only user of the context; signals that touch it are
+// raised by the thread that runs the case.
+unsafe impl Sync for Shared {}
+
+static RUNNER: Mutex<()> = Mutex::new(());
+// SAFETY: Context is made of integers; all zeros is a value of it.
+static CONTEXT: Shared = Shared(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+
+const SIGNALS: [i32; 5] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGTRAP,
+];
+const ALTERNATE_STACK_SIZE: usize = 256 << 10;
+const USER_CS: u64 = 0x33;
+const USER_SS: u64 = 0x2B;
+const TF: u64 = 1 << 8;
+
+/// Loads the registers of the case and jumps to it; returns when [`on_signal`] sends the thread to [`leave`].
+#[unsafe(naked)]
+unsafe extern "C" fn enter(context: *mut Context) {
+    naked_asm!(
+        "push rbx",
+        "push rbp",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "mov [rdi + {host_rsp}], rsp",
+        "rdfsbase rax",
+        "mov [rdi + {host_fs}], rax",
+        "rdgsbase rax",
+        "mov [rdi + {host_gs}], rax",
+        "mov qword ptr [rdi + {running}], 1",
+        "mov eax, 7",
+        "xor edx, edx",
+        "xrstor64 [rdi]",
+        "mov rax, [rdi + {fs}]",
+        "wrfsbase rax",
+        "mov rax, [rdi + {gs}]",
+        "wrgsbase rax",
+        "mov rax, [rdi + {gpr}]",
+        "mov rcx, [rdi + {gpr} + 8]",
+        "mov rdx, [rdi + {gpr} + 16]",
+        "mov rbx, [rdi + {gpr} + 24]",
+        "mov rbp, [rdi + {gpr} + 40]",
+        "mov rsi, [rdi + {gpr} + 48]",
+        "mov r8, [rdi + {gpr} + 64]",
+        "mov r9, [rdi + {gpr} + 72]",
+        "mov r10, [rdi + {gpr} + 80]",
+        "mov r11, [rdi + {gpr} + 88]",
+        "mov r12, [rdi + {gpr} + 96]",
+        "mov r13, [rdi + {gpr} + 104]",
+        "mov r14, [rdi + {gpr} + 112]",
+        "mov r15, [rdi + {gpr} + 120]",
+        "lea rsp, [rdi + {frame}]",
+        "mov rdi, [rdi + {gpr} + 56]",
+        "iretq",
+        host_rsp = const offset_of!(Context, host_rsp),
+        host_fs = const offset_of!(Context, host_fs_base),
+        host_gs = const offset_of!(Context, host_gs_base),
+        running = const offset_of!(Context, running),
+        fs = const offset_of!(Context, fs_base),
+        gs = const offset_of!(Context, gs_base),
+        gpr = const offset_of!(Context, gpr),
+        frame = const offset_of!(Context, frame),
+    )
+}
+
+/// Where the signal handler's return goes: restores what `enter` saved and returns from it.
+#[unsafe(naked)]
+unsafe extern "C" fn leave() {
+    naked_asm!(
+        "fninit", "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx", "ret",
+    )
+}
+
+/// The signal handler: puts the host's FS and GS bases back before any compiled code runs.
+#[unsafe(naked)]
+unsafe extern "C" fn on_signal(
+    _signal: i32,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    naked_asm!(
+        "lea rcx, [rip + {context}]",
+        "cmp qword ptr [rcx + {running}], 0",
+        "je {record}",
+        "rdfsbase rax",
+        "mov [rcx + {captured_fs}], rax",
+        "rdgsbase rax",
+        "mov [rcx + {captured_gs}], rax",
+        "mov rax, [rcx + {host_fs}]",
+        "wrfsbase rax",
+        "mov rax, [rcx + {host_gs}]",
+        "wrgsbase rax",
+        "sub rsp, 8",
+        "call {record}",
+        "add rsp, 8",
+        "test eax, eax",
+        "jz 2f",
+        "lea rcx, [rip + {context}]",
+        "mov rax, [rcx + {captured_fs}]",
+        "wrfsbase rax",
+        "mov rax, [rcx + {captured_gs}]",
+        "wrgsbase rax",
+        "2: ret",
+        context = sym CONTEXT,
+        record = sym record,
+        running = const offset_of!(Context, running),
+        captured_fs = const offset_of!(Context, captured) + offset_of!(Captured, fs_base),
+        captured_gs = const offset_of!(Context, captured) + offset_of!(Captured, gs_base),
+        host_fs = const offset_of!(Context, host_fs_base),
+        host_gs = const offset_of!(Context, host_gs_base),
+    )
+}
+
+const GREGS: [libc::c_int; 16] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
+];
+
+/// Copies the signal frame into the context and redirects it to [`leave`]; returns 1 to go on with the case instead.
+unsafe extern "C" fn record(
+    signal: i32,
+    _info: *mut libc::siginfo_t,
+    frame: *mut libc::c_void,
+) -> u32 {
+    // SAFETY: the kernel passes a complete ucontext with an XSAVE area (checked by its magic number) to a
+    // SA_SIGINFO handler; the context is ours, see `Shared`.
+    unsafe {
+        let context = &mut *CONTEXT.0.get();
+        let machine = &mut (*frame.cast::<libc::ucontext_t>()).uc_mcontext;
+        if context.running == 0 {
+            // Not ours: a bug of the harness or the engine. Let the same fault kill the process.
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = libc::SIG_DFL;
+            libc::sigaction(signal, &action, ptr::null_mut());
+            return 0;
+        }
+        let vector = machine.gregs[libc::REG_TRAPNO as usize] as u64;
+        let rip = machine.gregs[libc::REG_RIP as usize] as u64;
+        if vector == 1 && context.stepping != 0 {
+            // A REP string instruction traps after every iteration, with RIP still on it.
+            if rip != context.last_rip {
+                context.steps += 1;
+                context.last_rip = rip;
+            }
+            return 1;
+        }
+        context.running = 0;
+        let captured = &mut context.captured;
+        for (value, index) in captured.gpr.iter_mut().zip(GREGS) {
+            *value = machine.gregs[index as usize] as u64;
+        }
+        captured.rip = rip;
+        captured.rflags = machine.gregs[libc::REG_EFL as usize] as u64;
+        captured.vector = vector;
+        captured.error_code = machine.gregs[libc::REG_ERR as usize] as u64;
+        captured.address = machine.gregs[libc::REG_CR2 as usize] as u64;
+        let area = machine.fpregs.cast::<u8>();
+        ptr::copy_nonoverlapping(area, captured.fpu.as_mut_ptr(), XSAVE_SIZE);
+
+        // What the interrupted code resumes with: a clean FPU, and the stack of `enter`.
+        area.cast::<u16>().write(0x37F);
+        area.add(2).cast::<u16>().write(0);
+        area.add(24).cast::<u32>().write(0x1F80);
+        machine.gregs[libc::REG_RIP as usize] = leave as *const () as i64;
+        machine.gregs[libc::REG_RSP as usize] = context.host_rsp as i64;
+        machine.gregs[libc::REG_EFL as usize] = 0x202;
+        0
+    }
+}
+
+/// The host processor as an executor.
+pub struct Native {
+    _only_one: MutexGuard<'static, ()>,
+    alternate_stack: Vec<u8>,
+    pristine: Vec<u8>,
+    /// Stop after each instruction to count them. Slow (a signal each), and the case sees TF in PUSHF.
+    pub count: bool,
+}
+
+impl Native {
+    /// Maps the regions of [`crate::case`] into this process.
+    pub fn new() -> Native {
+        let only_one = RUNNER
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let pristine = crate::case::pristine_memory();
+        for region in REGIONS {
+            // SAFETY: a fresh anonymous mapping; NOREPLACE keeps it from covering anything of this process.
+            let at = unsafe {
+                libc::mmap(
+                    region.start as *mut libc::c_void,
+                    (region.pages * PAGE) as usize,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE
+                        | libc::MAP_ANONYMOUS
+                        | libc::MAP_FIXED_NOREPLACE
+                        | libc::MAP_POPULATE,
+                    -1,
+                    0,
+                )
+            };
+            assert_eq!(
+                at as u64, region.start,
+                "linear {:#x} is taken in this process",
+                region.start
+            );
+        }
+        let native = Native {
+            _only_one: only_one,
+            alternate_stack: vec![0; ALTERNATE_STACK_SIZE],
+            pristine,
+            count: false,
+        };
+        native.restore_memory(true);
+        for region in REGIONS {
+            let protection = match region.rights {
+                Rights::Code => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+                Rights::Data => libc::PROT_READ | libc::PROT_WRITE,
+                Rights::ReadOnly => libc::PROT_READ,
+            };
+            // SAFETY: the mapping made above.
+            let done = unsafe {
+                libc::mprotect(
+                    region.start as *mut libc::c_void,
+                    (region.pages * PAGE) as usize,
+                    protection,
+                )
+            };
+            assert_eq!(done, 0, "mprotect of the test regions");
+        }
+        native
+    }
+
+    fn restore_memory(&self, read_only_too: bool) {
+        for (index, (linear, rights)) in pages().enumerate() {
+            if rights == Rights::ReadOnly && !read_only_too {
+                continue;
+            }
+            let source = &self.pristine[index * PAGE as usize..][..PAGE as usize];
+            // SAFETY: `linear` is a page of our mappings, writable as checked above.
+            unsafe { ptr::copy_nonoverlapping(source.as_ptr(), linear as *mut u8, PAGE as usize) };
+        }
+    }
+
+    fn with_signals<T>(&mut self, body: impl FnOnce() -> T) -> T {
+        // SAFETY: plain system calls on values of ours; the previous handlers and stack come back before return,
+        // since the engine under test may have its own.
+        unsafe {
+            let stack = libc::stack_t {
+                ss_sp: self.alternate_stack.as_mut_ptr().cast(),
+                ss_flags: 0,
+                ss_size: self.alternate_stack.len(),
+            };
+            let mut old_stack: libc::stack_t = std::mem::zeroed();
+            libc::sigaltstack(&stack, &mut old_stack);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            let mut old: [libc::sigaction; SIGNALS.len()] = std::mem::zeroed();
+            for (signal, old) in SIGNALS.iter().zip(&mut old) {
+                libc::sigaction(*signal, &action, old);
+            }
+            let result = body();
+            for (signal, old) in SIGNALS.iter().zip(&old) {
+                libc::sigaction(*signal, old, ptr::null_mut());
+            }
+            libc::sigaltstack(&old_stack, ptr::null_mut());
+            result
+        }
+    }
+}
+
+impl Drop for Native {
+    fn drop(&mut self) {
+        for region in REGIONS {
+            // SAFETY: our own mapping, used by nobody else.
+            unsafe {
+                libc::munmap(
+                    region.start as *mut libc::c_void,
+                    (region.pages * PAGE) as usize,
+                )
+            };
+        }
+    }
+}
+
+/// Brings an XSAVE image to the form of `CpuState`: all components present, nothing of the host's addresses.
+fn normalised(area: &[u8; XSAVE_SIZE]) -> XsaveImage {
+    let mut image = Registers::default().fpu;
+    let present = area[512];
+    if present & 1 != 0 {
+        image.0[0..6].copy_from_slice(&area[0..6]);
+        for register in 0..8 {
+            let at = 32 + register * 16;
+            image.0[at..at + 10].copy_from_slice(&area[at..at + 10]);
+        }
+    } else {
+        image.0[28..32].fill(0);
+    }
+    image.0[24..28].copy_from_slice(&area[24..28]);
+    image.0[28..32].copy_from_slice(&0xFFFFu32.to_le_bytes());
+    if present & 2 != 0 {
+        image.0[160..416].copy_from_slice(&area[160..416]);
+    }
+    if present & 4 != 0 {
+        image.0[576..832].copy_from_slice(&area[576..832]);
+    }
+    image
+}
+
+impl Executor for Native {
+    fn run(&mut self, case: &Case) -> Result<Outcome, Refusal> {
+        self.restore_memory(false);
+        for (address, bytes) in case
+            .pokes
+            .iter()
+            .map(|(a, b)| (*a, b.as_slice()))
+            .chain([(case.registers.rip, case.code.as_slice())])
+        {
+            for (offset, byte) in bytes.iter().enumerate() {
+                let at = address.wrapping_add(offset as u64);
+                let writable = REGIONS.iter().any(|r| {
+                    r.rights != Rights::ReadOnly && at.wrapping_sub(r.start) < r.pages * PAGE
+                });
+                if writable {
+                    // SAFETY: inside a writable mapping of ours.
+                    unsafe { (at as *mut u8).write(*byte) };
+                }
+            }
+        }
+        let stepping = self.count;
+        let r = &case.registers;
+        // SAFETY: RUNNER is held, so nobody else uses the context; no signal of ours is on its way.
+        let context = unsafe { &mut *CONTEXT.0.get() };
+        context.fpu = r.fpu.0;
+        context.gpr = r.gpr;
+        context.frame = [
+            r.rip,
+            USER_CS,
+            r.rflags | if stepping { TF } else { 0 },
+            r.gpr[4],
+            USER_SS,
+        ];
+        context.fs_base = r.fs_gs_base[0];
+        context.gs_base = r.fs_gs_base[1];
+        context.stepping = stepping as u64;
+        context.last_rip = r.rip;
+        context.steps = 0;
+        let context: *mut Context = context;
+        // SAFETY: the case's code is user-mode code generated to touch our regions only, ends in an exception, and
+        // its registers are all saved and restored by enter/leave.
+        self.with_signals(|| unsafe { enter(context) });
+        // SAFETY: as above, and the handler is done.
+        let context = unsafe { &*context };
+        let captured = &context.captured;
+        let vector = captured.vector as u8;
+        Ok(Outcome {
+            registers: Registers {
+                gpr: captured.gpr,
+                rip: captured.rip,
+                rflags: captured.rflags & !TF,
+                fs_gs_base: [captured.fs_base, captured.gs_base],
+                fpu: normalised(&captured.fpu),
+            },
+            ending: Ending {
+                vector,
+                error_code: if matches!(vector, 8 | 10..=14 | 17) {
+                    captured.error_code as u32
+                } else {
+                    0
+                },
+                address: if vector == 14 { captured.address } else { 0 },
+            },
+            retired: stepping.then_some(context.steps + (vector == 3) as u64),
+        })
+    }
+
+    fn page(&self, linear: u64) -> &[u8] {
+        assert!(
+            pages().any(|(page, _)| page == linear & !(PAGE - 1)),
+            "{linear:#x} is not a test page"
+        );
+        // SAFETY: a readable page of our mappings, which live as long as self; nothing runs meanwhile.
+        unsafe { std::slice::from_raw_parts((linear & !(PAGE - 1)) as *const u8, PAGE as usize) }
+    }
+}
+
+const _: () =
+    assert!(offset_of!(Context, fpu) == 0 && size_of::<Context>() % 64 == 0 && PAGES == 12);
