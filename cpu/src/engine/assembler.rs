@@ -1,0 +1,378 @@
+//! Emits the engine's own instructions: the glue between renamed guest instructions.
+//!
+//! Only the few forms that the translator needs, as bytes. Host registers are numbered as in their encoding.
+
+#![allow(missing_docs)]
+
+/// Host register numbers.
+pub mod host {
+    pub const RAX: u8 = 0;
+    pub const RCX: u8 = 1;
+    pub const RDX: u8 = 2;
+    pub const RBX: u8 = 3;
+    pub const RSP: u8 = 4;
+    pub const RBP: u8 = 5;
+    pub const RSI: u8 = 6;
+    pub const RDI: u8 = 7;
+    pub const R12: u8 = 12;
+    pub const R13: u8 = 13;
+    pub const R15: u8 = 15;
+}
+
+/// Two-operand ALU opcodes of the form `op reg, r/m`.
+pub mod op {
+    pub const ADD: u8 = 0x03;
+    pub const XOR: u8 = 0x33;
+    pub const CMP: u8 = 0x3B;
+    pub const LOAD: u8 = 0x8B;
+    pub const STORE: u8 = 0x89;
+}
+
+/// Condition codes as in the low nibble of Jcc.
+pub mod cc {
+    pub const NE: u8 = 0x5;
+    pub const E: u8 = 0x4;
+    pub const A: u8 = 0x7;
+    pub const S: u8 = 0x8;
+}
+
+/// A buffer of host code that will be placed at `origin`.
+#[derive(Default)]
+pub struct Assembler {
+    pub bytes: Vec<u8>,
+    /// Host address at which `bytes[0]` will stand.
+    pub origin: u64,
+}
+
+impl Assembler {
+    pub fn start(&mut self, origin: u64) {
+        self.bytes.clear();
+        self.origin = origin;
+    }
+
+    pub fn here(&self) -> u64 {
+        self.origin + self.bytes.len() as u64
+    }
+
+    pub fn offset(&self) -> u32 {
+        self.bytes.len() as u32
+    }
+
+    #[inline]
+    pub fn put(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    #[inline]
+    fn imm32(&mut self, value: u32) {
+        self.put(&value.to_le_bytes());
+    }
+
+    #[inline]
+    fn rex(&mut self, wide: bool, reg: u8, index: u8, base: u8) {
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
+        if rex != 0x40 {
+            self.bytes.push(rex);
+        }
+    }
+
+    /// `op reg, gs:[disp]` (or the store form, by opcode).
+    pub fn gs_op(&mut self, wide: bool, opcode: u8, reg: u8, disp: u32) {
+        self.bytes.push(0x65);
+        self.rex(wide, reg, 0, 0);
+        self.put(&[opcode, 0x04 | (reg & 7) << 3, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `op reg, gs:[base + disp]`; `base` is not RSP or R12.
+    pub fn gs_base_op(&mut self, wide: bool, opcode: u8, reg: u8, base: u8, disp: u32) {
+        debug_assert!(base & 7 != 4);
+        self.bytes.push(0x65);
+        self.rex(wide, reg, 0, base);
+        self.put(&[opcode, 0x80 | (reg & 7) << 3 | base & 7]);
+        self.imm32(disp);
+    }
+
+    /// `op reg, gs:[index*8 + disp]`.
+    pub fn gs_index8_op(&mut self, wide: bool, opcode: u8, reg: u8, index: u8, disp: u32) {
+        self.bytes.push(0x65);
+        self.rex(wide, reg, index, 0);
+        self.put(&[opcode, 0x04 | (reg & 7) << 3, 0xC5 | (index & 7) << 3]);
+        self.imm32(disp);
+    }
+
+    pub fn load_gs(&mut self, reg: u8, disp: u32) {
+        self.gs_op(true, op::LOAD, reg, disp);
+    }
+
+    pub fn store_gs(&mut self, reg: u8, disp: u32) {
+        self.gs_op(true, op::STORE, reg, disp);
+    }
+
+    /// `mov dword gs:[disp], imm32`
+    pub fn store_gs_imm32(&mut self, disp: u32, value: u32) {
+        self.put(&[0x65, 0xC7, 0x04, 0x25]);
+        self.imm32(disp);
+        self.imm32(value);
+    }
+
+    /// `cmp dword gs:[disp], imm32`
+    pub fn cmp_gs_imm32(&mut self, disp: u32, value: u32) {
+        self.put(&[0x65, 0x81, 0x3C, 0x25]);
+        self.imm32(disp);
+        self.imm32(value);
+    }
+
+    /// `mov dst, src` (64-bit)
+    pub fn mov(&mut self, dst: u8, src: u8) {
+        self.rex(true, src, 0, dst);
+        self.put(&[op::STORE, 0xC0 | (src & 7) << 3 | dst & 7]);
+    }
+
+    /// `mov dst32, src32`
+    pub fn mov32(&mut self, dst: u8, src: u8) {
+        self.rex(false, src, 0, dst);
+        self.put(&[op::STORE, 0xC0 | (src & 7) << 3 | dst & 7]);
+    }
+
+    /// The shortest move of a constant into a register; flags are untouched.
+    pub fn mov_imm(&mut self, reg: u8, value: u64) {
+        if value <= u32::MAX as u64 {
+            self.rex(false, 0, 0, reg);
+            self.bytes.push(0xB8 | reg & 7);
+            self.imm32(value as u32);
+        } else if value as i64 == value as i32 as i64 {
+            self.rex(true, 0, 0, reg);
+            self.put(&[0xC7, 0xC0 | reg & 7]);
+            self.imm32(value as u32);
+        } else {
+            self.rex(true, 0, 0, reg);
+            self.bytes.push(0xB8 | reg & 7);
+            self.put(&value.to_le_bytes());
+        }
+    }
+
+    /// `lea dst, [base + index*scale + disp]`, 64- or 32-bit result; flags are untouched.
+    pub fn lea(&mut self, wide: bool, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32) {
+        let (index_reg, scale) = index.unwrap_or((4, 1));
+        let base_reg = base.unwrap_or(5);
+        self.rex(wide, dst, index_reg, if base.is_some() { base_reg } else { 0 });
+        self.bytes.push(0x8D);
+        let plain = index.is_none() && base.is_some() && base_reg & 7 != 4;
+        let modrm_mod = if base.is_none() {
+            0
+        } else if disp == 0 && base_reg & 7 != 5 {
+            0
+        } else if disp as i8 as i32 == disp {
+            1
+        } else {
+            2
+        };
+        let rm = if plain { base_reg & 7 } else { 4 };
+        self.bytes.push(modrm_mod << 6 | (dst & 7) << 3 | rm);
+        if !plain {
+            self.bytes.push((scale.trailing_zeros() as u8) << 6 | (index_reg & 7) << 3 | base_reg & 7);
+        }
+        if base.is_none() || modrm_mod == 2 {
+            self.imm32(disp as u32);
+        } else if modrm_mod == 1 {
+            self.bytes.push(disp as u8);
+        }
+    }
+
+    /// `mov dst, [base]` with size 8 or 4 (zero-extending); `base` is RCX or RAX.
+    pub fn load(&mut self, size: usize, dst: u8, base: u8) {
+        debug_assert!(base < 4);
+        match size {
+            8 => {
+                self.rex(true, dst, 0, base);
+                self.put(&[0x8B, (dst & 7) << 3 | base]);
+            }
+            4 => {
+                self.rex(false, dst, 0, base);
+                self.put(&[0x8B, (dst & 7) << 3 | base]);
+            }
+            2 => {
+                self.rex(false, dst, 0, base);
+                self.put(&[0x0F, 0xB7, (dst & 7) << 3 | base]);
+            }
+            _ => unreachable!("loads of 2, 4 or 8 bytes"),
+        }
+    }
+
+    /// `mov [base], src` with size 8, 4 or 2; `base` is RCX or RAX.
+    pub fn store(&mut self, size: usize, base: u8, src: u8) {
+        debug_assert!(base < 4);
+        if size == 2 {
+            self.bytes.push(0x66);
+        }
+        self.rex(size == 8, src, 0, base);
+        self.put(&[0x89, (src & 7) << 3 | base]);
+    }
+
+    /// `shr reg32, count`
+    pub fn shr32(&mut self, reg: u8, count: u8) {
+        debug_assert!(reg < 8);
+        self.put(&[0xC1, 0xE8 | reg, count]);
+    }
+
+    /// `and reg32, imm32`
+    pub fn and32(&mut self, reg: u8, value: u32) {
+        if reg == host::RAX {
+            self.bytes.push(0x25);
+        } else {
+            self.put(&[0x81, 0xE0 | reg]);
+        }
+        self.imm32(value);
+    }
+
+    /// `xor dst32, src32`
+    pub fn xor32(&mut self, dst: u8, src: u8) {
+        self.put(&[0x31, 0xC0 | src << 3 | dst]);
+    }
+
+    /// `cmp reg, imm32` (64-bit, sign-extended)
+    pub fn cmp_imm(&mut self, reg: u8, value: i32) {
+        self.rex(true, 0, 0, reg);
+        self.put(&[0x81, 0xF8 | reg & 7]);
+        self.imm32(value as u32);
+    }
+
+    /// `sub reg, imm` (64-bit, sign-extended)
+    pub fn sub_imm(&mut self, reg: u8, value: i32) {
+        self.rex(true, 0, 0, reg);
+        if value as i8 as i32 == value {
+            self.put(&[0x83, 0xE8 | reg & 7, value as u8]);
+        } else {
+            self.put(&[0x81, 0xE8 | reg & 7]);
+            self.imm32(value as u32);
+        }
+    }
+
+    /// `jcc rel32` to an address; returns the offset of the displacement for patching.
+    pub fn jcc(&mut self, condition: u8, target: u64) -> u32 {
+        self.put(&[0x0F, 0x80 | condition]);
+        self.rel32(target)
+    }
+
+    /// `jmp rel32` to an address; returns the offset of the displacement for patching.
+    pub fn jmp(&mut self, target: u64) -> u32 {
+        self.bytes.push(0xE9);
+        self.rel32(target)
+    }
+
+    fn rel32(&mut self, target: u64) -> u32 {
+        let at = self.offset();
+        let displacement = target.wrapping_sub(self.here() + 4) as u32;
+        self.imm32(displacement);
+        at
+    }
+
+    /// Points the rel32 at `at` to the current position.
+    pub fn land(&mut self, at: u32) {
+        let displacement = (self.offset() - (at + 4)) as i32;
+        self.bytes[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+    }
+
+    /// `jmp gs:[disp]`
+    pub fn jmp_gs(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0x24, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `jmp gs:[rax*8 + disp]`
+    pub fn jmp_gs_rax8(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0x24, 0xC5]);
+        self.imm32(disp);
+    }
+
+    /// `call gs:[disp]`
+    pub fn call_gs(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0x14, 0x25]);
+        self.imm32(disp);
+    }
+
+    pub fn push(&mut self, reg: u8) {
+        self.rex(false, 0, 0, reg);
+        self.bytes.push(0x50 | reg & 7);
+    }
+
+    pub fn pop(&mut self, reg: u8) {
+        self.rex(false, 0, 0, reg);
+        self.bytes.push(0x58 | reg & 7);
+    }
+
+    /// `vmovdqu gs:[disp], ymm` or the load, for ymm0..15.
+    pub fn vmovdqu_gs(&mut self, store: bool, ymm: u8, disp: u32) {
+        self.put(&[0x65, 0xC5, if ymm < 8 { 0xFE } else { 0x7E }, if store { 0x7F } else { 0x6F }]);
+        self.put(&[0x04 | (ymm & 7) << 3, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `lahf; seto al; mov gs:[disp], eax`: status flags into a slot, flags unchanged.
+    pub fn save_flags(&mut self, disp: u32) {
+        self.put(&[0x9F, 0x0F, 0x90, 0xC0]);
+        self.gs_op(false, op::STORE, host::RAX, disp);
+    }
+
+    /// `mov eax, gs:[disp]; add al, 0x7F; sahf`: status flags from a slot.
+    pub fn restore_flags(&mut self, disp: u32) {
+        self.gs_op(false, op::LOAD, host::RAX, disp);
+        self.put(&[0x04, 0x7F, 0x9E]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+    fn text(emit: impl FnOnce(&mut Assembler)) -> String {
+        let mut a = Assembler::default();
+        a.start(0x1000);
+        emit(&mut a);
+        let mut out = Vec::new();
+        let mut formatter = IntelFormatter::new();
+        for i in Decoder::with_ip(64, &a.bytes, 0x1000, DecoderOptions::NONE).iter() {
+            let mut s = String::new();
+            formatter.format(&i, &mut s);
+            out.push(s);
+        }
+        out.join("; ")
+    }
+
+    #[test]
+    fn encodings_read_back() {
+        use host::*;
+        let cases = [
+            (text(|a| a.load_gs(R13, 0x88)), "mov r13,gs:[88h]"),
+            (text(|a| a.gs_op(false, op::STORE, RAX, 0x10)), "mov gs:[10h],eax"),
+            (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
+            (text(|a| a.gs_index8_op(true, op::CMP, RCX, RAX, 0x2000)), "cmp rcx,gs:[rax*8+2000h]"),
+            (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
+            (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),
+            (text(|a| a.mov32(RCX, R13)), "mov ecx,r13d"),
+            (text(|a| a.lea(true, RCX, Some(RSP), None, -8)), "lea rcx,[rsp-8]"),
+            (text(|a| a.lea(true, RCX, Some(R12), Some((R13, 8)), 0x1234)), "lea rcx,[r12+r13*8+1234h]"),
+            (text(|a| a.lea(true, RCX, Some(R13), None, 0)), "lea rcx,[r13]"),
+            (text(|a| a.lea(false, RCX, None, Some((RDX, 4)), 0x10)), "lea ecx,[rdx*4+10h]"),
+            (text(|a| a.lea(true, RCX, Some(RBP), Some((RBX, 2)), 0)), "lea rcx,[rbp+rbx*2]"),
+            (text(|a| a.sub_imm(R15, 5)), "sub r15,5"),
+            (text(|a| a.cmp_imm(RCX, 4088)), "cmp rcx,0FF8h"),
+            (text(|a| a.load(8, R13, RCX)), "mov r13,[rcx]"),
+            (text(|a| a.load(2, RDX, RCX)), "movzx edx,word ptr [rcx]"),
+            (text(|a| a.store(2, RCX, R12)), "mov [rcx],r12w"),
+            (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu ymmword ptr gs:[400h],ymm9"),
+            (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
+            (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
+            (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),
+            (text(|a| a.push(R15)), "push r15"),
+            (text(|a| a.jmp_gs_rax8(0x30)), "jmp qword ptr gs:[rax*8+30h]"),
+            (text(|a| a.call_gs(0x30)), "call qword ptr gs:[30h]"),
+        ];
+        for (got, want) in cases {
+            let clean = got.replace("[rcx]", "[rcx]").replace("+0h]", "]").replace("+0]", "]");
+            assert_eq!(clean, want);
+        }
+    }
+}

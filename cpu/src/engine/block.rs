@@ -1,0 +1,139 @@
+//! The vCPU block: what translated code reaches through the host's GS base. Its layout is the contract between
+//! the Rust side and the emitted code, so every field is addressed by `offset_of!`.
+
+#![allow(missing_docs)]
+
+use crate::state::CpuState;
+use std::mem::offset_of;
+
+/// Largest number of entries of one TLB, as a power of two.
+pub const TLB_BITS_MAX: u32 = 12;
+/// Entries of one TLB.
+pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
+/// Entries of the jump cache, a power of two.
+pub const JUMP_ENTRIES: usize = 1 << 12;
+/// Entries of one instruction TLB, a power of two.
+pub const ITLB_ENTRIES: usize = 1 << 11;
+
+/// Which permission checks an access is subject to; each has TLBs of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// CPL 0..2 with SMAP in force (if CR4.SMAP is set).
+    Kernel = 0,
+    /// CPL 0..2 with RFLAGS.AC set: SMAP suspended.
+    KernelAc = 1,
+    /// CPL 3.
+    User = 2,
+}
+
+/// Number of [`Class`]es.
+pub const CLASSES: usize = 3;
+
+/// One entry of a software TLB: the linear page and the host address of the page.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct TlbEntry {
+    /// Linear address of the page; an invalid entry holds a page that belongs to another index.
+    pub tag: u64,
+    /// Host address of the page.
+    pub host: u64,
+}
+
+/// One direct-mapped software TLB.
+pub type Tlb = [TlbEntry; TLB_ENTRIES];
+
+/// Space for an operand that has no single host address: page-crossing or memory-mapped I/O.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; 128]);
+
+/// See the module's text.
+#[repr(C, align(4096))]
+pub struct VcpuBlock {
+    pub state: CpuState,
+    pub ymm: [[u8; 32]; 16],
+    /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
+    pub flags: u32,
+    pub exit_argument: u32,
+    pub budget: i64,
+    pub host_rsp: u64,
+    pub core: u64,
+    pub memory_slow: u64,
+    pub slow_address: u64,
+    pub slow_site: u32,
+    pub fault_signal: u32,
+    pub slow_resume: u64,
+    pub temporary: [u64; 8],
+    pub fault_rip: u64,
+    pub fault_flags: u64,
+    pub fault_address: u64,
+    pub code_start: u64,
+    pub code_end: u64,
+    pub fault_exit: u64,
+    pub read_bounce: Bounce,
+    pub write_bounce: Bounce,
+    pub itlb: [[u32; ITLB_ENTRIES]; CLASSES],
+    pub jump_rip: [u64; JUMP_ENTRIES],
+    pub jump_host: [u64; JUMP_ENTRIES],
+    /// Indexed by class, then 0 for reads and 1 for writes.
+    pub tlb: [[Tlb; 2]; CLASSES],
+}
+
+/// Offsets of the fields that emitted code uses.
+pub mod field {
+    use super::*;
+
+    macro_rules! offset {
+        ($($name:tt)+) => { offset_of!(VcpuBlock, $($name)+) as u32 };
+    }
+
+    pub const fn gpr(index: u8) -> u32 {
+        offset!(state) + offset_of!(CpuState, gpr) as u32 + 8 * index as u32
+    }
+    pub const fn segment_base(index: usize) -> u32 {
+        offset!(state)
+            + offset_of!(CpuState, seg) as u32
+            + (index * size_of::<crate::state::Segment>()) as u32
+            + offset_of!(crate::state::Segment, base) as u32
+    }
+    pub const RIP: u32 = offset!(state) + offset_of!(CpuState, rip) as u32;
+    pub const FLAGS: u32 = offset!(flags);
+    pub const EXIT_ARGUMENT: u32 = offset!(exit_argument);
+    pub const BUDGET: u32 = offset!(budget);
+    pub const HOST_RSP: u32 = offset!(host_rsp);
+    pub const CORE: u32 = offset!(core);
+    pub const MEMORY_SLOW: u32 = offset!(memory_slow);
+    pub const SLOW_ADDRESS: u32 = offset!(slow_address);
+    pub const SLOW_SITE: u32 = offset!(slow_site);
+    pub const SLOW_RESUME: u32 = offset!(slow_resume);
+    pub const JUMP_RIP: u32 = offset!(jump_rip);
+    pub const JUMP_HOST: u32 = offset!(jump_host);
+    pub const fn temporary(index: u32) -> u32 {
+        offset!(temporary) + 8 * index
+    }
+    pub const fn ymm(index: u8) -> u32 {
+        offset!(ymm) + 32 * index as u32
+    }
+    pub const fn itlb(class: Class, vpage: u64) -> u32 {
+        offset!(itlb) + ((class as usize * ITLB_ENTRIES + vpage as usize % ITLB_ENTRIES) * 4) as u32
+    }
+    pub const fn tlb(class: Class, write: bool) -> u32 {
+        offset!(tlb) + ((class as usize * 2 + write as usize) * size_of::<Tlb>()) as u32
+    }
+}
+
+/// The tag of an empty TLB entry: a page whose addresses look at another entry.
+pub const fn empty_tag(index: usize) -> u64 {
+    ((index ^ 1) as u64) << 12
+}
+
+/// Status flags of RFLAGS in the form of [`VcpuBlock::flags`].
+pub fn flags_to_slot(rflags: u64) -> u32 {
+    ((rflags & 0xD5) << 8) as u32 | ((rflags >> 11) & 1) as u32
+}
+
+/// RFLAGS with its status flags taken from the slot.
+pub fn flags_from_slot(rflags: u64, slot: u32) -> u64 {
+    let status = u64::from(slot >> 8) & 0xD5 | u64::from(slot & 1) << 11;
+    rflags & !crate::state::rflags::STATUS | status
+}

@@ -1,0 +1,302 @@
+//! Decides for each guest instruction who executes it: the host processor, renamed, or the emulation in Rust.
+
+use super::mode::Mode;
+use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+/// How the translator treats an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Treatment {
+    /// Executes natively with renamed registers and a replaced memory operand.
+    Plain,
+    /// Has no effect but to retire.
+    Nothing,
+    /// LEA.
+    Lea,
+    /// BT, BTS, BTR or BTC with a register bit offset into memory.
+    BitString,
+    /// PUSH of a register, constant or memory.
+    Push,
+    /// POP to a register or memory.
+    Pop,
+    /// LEAVE.
+    Leave,
+    /// Direct near JMP.
+    Jump,
+    /// Jcc.
+    Branch,
+    /// LOOP, LOOPE, LOOPNE, JRCXZ.
+    CountBranch,
+    /// Direct near CALL.
+    Call,
+    /// Near JMP to register or memory.
+    IndirectJump,
+    /// Near CALL to register or memory.
+    IndirectCall,
+    /// Near RET.
+    Return,
+    /// Executed by `system::execute`; ends the block.
+    Emulate,
+}
+
+impl Treatment {
+    /// No instruction follows this one in its block.
+    pub fn ends_block(self) -> bool {
+        use Treatment::*;
+        matches!(self, Jump | Branch | CountBranch | Call | IndirectJump | IndirectCall | Return | Emulate)
+    }
+}
+
+/// Which unit an instruction belongs to, for the checks on CR0, CR4 and XCR0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// General-purpose registers only.
+    Integer,
+    /// x87 or MMX.
+    X87,
+    /// SSE with legacy encoding.
+    Sse,
+    /// VEX-encoded vector instructions.
+    Avx,
+}
+
+/// The unit of an instruction.
+pub fn unit(ins: &Instruction) -> Unit {
+    use CpuidFeature::*;
+    if ins.encoding() == EncodingKind::VEX {
+        let integer = ins.cpuid_features().iter().all(|f| matches!(f, BMI1 | BMI2));
+        return if integer { Unit::Integer } else { Unit::Avx };
+    }
+    let mut unit = Unit::Integer;
+    for feature in ins.cpuid_features() {
+        match feature {
+            FPU | FPU287 | FPU387 | MMX => unit = Unit::X87,
+            SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA => {
+                let vector = (0..ins.op_count()).any(|i| {
+                    ins.op_kind(i) == OpKind::Register
+                        && (ins.op_register(i).is_xmm() || ins.op_register(i).is_mm() || ins.op_register(i).is_st())
+                });
+                let control = matches!(ins.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Fisttp);
+                if vector || control {
+                    unit = Unit::Sse;
+                }
+            }
+            _ => {}
+        }
+    }
+    let touches_mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
+    if touches_mmx || ins.mnemonic() == Mnemonic::Fisttp { Unit::X87 } else { unit }
+}
+
+/// True if the CPU model has everything that the instruction needs.
+pub fn in_model(ins: &Instruction) -> bool {
+    use CpuidFeature::*;
+    ins.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL286_ONLY | INTEL386 | INTEL386_ONLY | INTEL486
+                | X64 | FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AVX | AVX2 | FMA
+                | F16C | BMI1 | BMI2 | LZCNT | POPCNT | MOVBE | AES | PCLMULQDQ | SHA | CMOV | CX8 | CMPXCHG16B
+                | FXSR | XSAVE | CPUID | TSC | MSR | SYSCALL | SEP | RDTSCP | RDRAND | RDSEED | FSGSBASE | INVPCID
+                | CLFSH | CLFLUSHOPT | CLWB | SMAP | PAUSE | MULTIBYTENOP | CET_IBT | CET_SS | PREFETCHW | MONITOR
+                | SMM | UDBG | RDPMC
+        )
+    })
+}
+
+/// Near branches of the operand size that the mode uses; others are left to the emulation.
+fn near_branch(ins: &Instruction, mode: Mode) -> Treatment {
+    let wide = mode.is_64bit();
+    match ins.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 if wide => Treatment::Jump,
+        Code::Jmp_rel8_32 | Code::Jmp_rel32_32 if !wide => Treatment::Jump,
+        Code::Call_rel32_64 if wide => Treatment::Call,
+        Code::Call_rel32_32 if !wide => Treatment::Call,
+        Code::Jmp_rm64 if wide => Treatment::IndirectJump,
+        Code::Jmp_rm32 if !wide => Treatment::IndirectJump,
+        Code::Call_rm64 if wide => Treatment::IndirectCall,
+        Code::Call_rm32 if !wide => Treatment::IndirectCall,
+        Code::Retnq | Code::Retnq_imm16 if wide => Treatment::Return,
+        Code::Retnd | Code::Retnd_imm16 if !wide => Treatment::Return,
+        _ => {
+            let fits = match ins.op0_kind() {
+                OpKind::NearBranch64 => wide,
+                OpKind::NearBranch32 => !wide,
+                _ => return Treatment::Emulate,
+            };
+            if !fits {
+                Treatment::Emulate
+            } else if ins.is_jcc_short_or_near() {
+                Treatment::Branch
+            } else if ins.is_loop() || ins.is_loopcc() || ins.is_jcx_short() {
+                Treatment::CountBranch
+            } else {
+                Treatment::Emulate
+            }
+        }
+    }
+}
+
+/// How to treat `ins` in `mode`.
+pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
+    if ins.is_invalid() || !in_model(ins) || mode.bitness() == 16 || !mode.is_flat() {
+        return Treatment::Emulate;
+    }
+    match ins.flow_control() {
+        FlowControl::Next => {}
+        FlowControl::Interrupt | FlowControl::Exception | FlowControl::XbeginXabortXend => return Treatment::Emulate,
+        _ => return near_branch(ins, mode),
+    }
+    if must_emulate(ins) {
+        return Treatment::Emulate;
+    }
+    let permitted = match unit(ins) {
+        Unit::Integer => true,
+        Unit::X87 => mode.x87(),
+        Unit::Sse => mode.sse(),
+        Unit::Avx => mode.avx(),
+    };
+    if !permitted {
+        return Treatment::Emulate;
+    }
+    use Mnemonic::*;
+    let stack_word = if mode.is_64bit() { 8 } else { 4 };
+    match ins.mnemonic() {
+        Nop | Pause | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch | Lfence | Sfence
+        | Mfence | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Reservednop | Prefetchwt1 => Treatment::Nothing,
+        Lea => Treatment::Lea,
+        Bt | Bts | Btr | Btc if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register => {
+            Treatment::BitString
+        }
+        Push if ins.stack_pointer_increment() == -stack_word => Treatment::Push,
+        Pop if ins.stack_pointer_increment() == stack_word => Treatment::Pop,
+        Leave if ins.code() == Code::Leaveq || ins.code() == Code::Leaved => Treatment::Leave,
+        Push | Pop | Leave => Treatment::Emulate,
+        _ => {
+            let memory = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Memory);
+            if memory && !(1..=32).contains(&ins.memory_size().size()) { Treatment::Emulate } else { Treatment::Plain }
+        }
+    }
+}
+
+/// Instructions that are privileged, leak the host, touch hidden state, or access memory in other ways than
+/// through one operand.
+fn must_emulate(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    if ins.is_privileged() || ins.is_vsib() || ins.is_string_instruction() {
+        return true;
+    }
+    for i in 0..ins.op_count() {
+        match ins.op_kind(i) {
+            OpKind::Register => {
+                let r = ins.op_register(i);
+                if !(r.is_gpr() || r.is_xmm() || r.is_ymm() || r.is_mm() || r.is_st()) {
+                    return true; // segment, control, debug, mask, tile registers
+                }
+            }
+            OpKind::Memory => {
+                let sixteen = |r: Register| r != Register::None && r.size() == 2;
+                if sixteen(ins.memory_base()) || sixteen(ins.memory_index()) {
+                    return true;
+                }
+            }
+            OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64 => {}
+            _ => return true,
+        }
+    }
+    match ins.mnemonic() {
+        Vpmaskmovd | Vpmaskmovq | Vmaskmovps | Vmaskmovpd | Maskmovq | Maskmovdqu | Vmaskmovdqu => true,
+        Nop | Endbr64 | Endbr32 => false,
+        Cpuid | Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpid | Rdpmc | Xgetbv | Xsetbv | Sgdt | Sidt | Sldt | Str | Smsw
+        | Lmsw | Lar | Lsl | Verr | Verw | Arpl | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Swapgs | Pushf | Pushfd
+        | Pushfq | Popf | Popfd | Popfq | Cli | Sti | Clac | Stac | Cld | Std | Hlt | In | Out | Xlatb | Enter | Bound
+        | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Xsavec | Xsavec64
+        | Xsaveopt | Xsaveopt64 | Xsaves | Xsaves64 | Xrstors | Xrstors64 | Fnsave | Fsave | Frstor | Fnstenv | Fstenv
+        | Fldenv | Ldmxcsr | Vldmxcsr | Clflush | Clflushopt | Clwb | Pusha | Pushad | Popa | Popad | Aaa | Aas | Aam
+        | Aad | Daa | Das | Salc | Into | Lds | Les | Lfs | Lgs | Lss | Monitor | Mwait | Invlpg | Invpcid | Rsm => true,
+        _ => false,
+    }
+}
+
+/// The host may fault on this instruction when the guest would: division, alignment, floating point.
+pub fn may_fault(ins: &Instruction) -> bool {
+    matches!(ins.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Cmpxchg16b | Mnemonic::Wait)
+        || unit(ins) != Unit::Integer
+}
+
+/// True for the flags form in which AF is the only undefined flag and every processor clears it.
+pub fn clears_af(ins: &Instruction) -> bool {
+    matches!(ins.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test)
+}
+
+/// The same instruction in a form whose accumulator operand is not fixed by the opcode, where there is one.
+pub fn free_accumulator(code: Code) -> Code {
+    use Code::*;
+    macro_rules! alu {
+        ($($al:ident $ax:ident $eax:ident $rax:ident => $r8:ident $r16:ident $r32:ident $r64:ident;)+) => {
+            match code {
+                $($al => $r8, $ax => $r16, $eax => $r32, $rax => $r64,)+
+                Xchg_r16_AX => Xchg_rm16_r16,
+                Xchg_r32_EAX => Xchg_rm32_r32,
+                Xchg_r64_RAX => Xchg_rm64_r64,
+                Inc_r16 => Inc_rm16,
+                Inc_r32 => Inc_rm32,
+                Dec_r16 => Dec_rm16,
+                Dec_r32 => Dec_rm32,
+                Mov_AL_moffs8 => Mov_r8_rm8,
+                Mov_AX_moffs16 => Mov_r16_rm16,
+                Mov_EAX_moffs32 => Mov_r32_rm32,
+                Mov_RAX_moffs64 => Mov_r64_rm64,
+                Mov_moffs8_AL => Mov_rm8_r8,
+                Mov_moffs16_AX => Mov_rm16_r16,
+                Mov_moffs32_EAX => Mov_rm32_r32,
+                Mov_moffs64_RAX => Mov_rm64_r64,
+                other => other,
+            }
+        };
+    }
+    alu! {
+        Add_AL_imm8 Add_AX_imm16 Add_EAX_imm32 Add_RAX_imm32 => Add_rm8_imm8 Add_rm16_imm16 Add_rm32_imm32 Add_rm64_imm32;
+        Or_AL_imm8 Or_AX_imm16 Or_EAX_imm32 Or_RAX_imm32 => Or_rm8_imm8 Or_rm16_imm16 Or_rm32_imm32 Or_rm64_imm32;
+        Adc_AL_imm8 Adc_AX_imm16 Adc_EAX_imm32 Adc_RAX_imm32 => Adc_rm8_imm8 Adc_rm16_imm16 Adc_rm32_imm32 Adc_rm64_imm32;
+        Sbb_AL_imm8 Sbb_AX_imm16 Sbb_EAX_imm32 Sbb_RAX_imm32 => Sbb_rm8_imm8 Sbb_rm16_imm16 Sbb_rm32_imm32 Sbb_rm64_imm32;
+        And_AL_imm8 And_AX_imm16 And_EAX_imm32 And_RAX_imm32 => And_rm8_imm8 And_rm16_imm16 And_rm32_imm32 And_rm64_imm32;
+        Sub_AL_imm8 Sub_AX_imm16 Sub_EAX_imm32 Sub_RAX_imm32 => Sub_rm8_imm8 Sub_rm16_imm16 Sub_rm32_imm32 Sub_rm64_imm32;
+        Xor_AL_imm8 Xor_AX_imm16 Xor_EAX_imm32 Xor_RAX_imm32 => Xor_rm8_imm8 Xor_rm16_imm16 Xor_rm32_imm32 Xor_rm64_imm32;
+        Cmp_AL_imm8 Cmp_AX_imm16 Cmp_EAX_imm32 Cmp_RAX_imm32 => Cmp_rm8_imm8 Cmp_rm16_imm16 Cmp_rm32_imm32 Cmp_rm64_imm32;
+        Test_AL_imm8 Test_AX_imm16 Test_EAX_imm32 Test_RAX_imm32 => Test_rm8_imm8 Test_rm16_imm16 Test_rm32_imm32 Test_rm64_imm32;
+    }
+}
+
+/// Host RAX must hold guest RAX while the instruction executes.
+pub fn pins_rax(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    match ins.mnemonic() {
+        Imul => ins.op_count() == 1,
+        Mul | Div | Idiv | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Cmpxchg | Cmpxchg8b | Cmpxchg16b | Lahf | Sahf
+        | Pcmpestri | Pcmpestrm | Vpcmpestri | Vpcmpestrm | Pcmpestri64 | Pcmpestrm64 | Vpcmpestri64
+        | Vpcmpestrm64 => true,
+        Fnstsw | Fstsw => ins.op0_kind() == OpKind::Register,
+        _ => false,
+    }
+}
+
+/// Host RCX must hold guest RCX while the instruction executes.
+pub fn pins_rcx(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    match ins.mnemonic() {
+        Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar => {
+            ins.op1_kind() == OpKind::Register && ins.op1_register() == Register::CL
+        }
+        Shld | Shrd => ins.op2_kind() == OpKind::Register && ins.op2_register() == Register::CL,
+        Cmpxchg8b | Cmpxchg16b | Pcmpestri | Pcmpistri | Vpcmpestri | Vpcmpistri | Pcmpestri64 | Vpcmpestri64 => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,874 @@
+//! The soft engine's heart: finds or makes translations, enters them, and acts on why they come back.
+
+use super::assembler::Assembler;
+use super::block::{CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot};
+use super::classify::{self, Unit};
+use super::code::CodeMemory;
+use super::fpu;
+use super::hash::FastMap;
+use super::mmu::{Commit, Used};
+use super::mode::Mode;
+use super::pages::Pages;
+use super::registers::HOME;
+use super::signals::{self, SignalStack};
+use super::thunks::{self, Thunks, exit};
+use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
+use super::{Chaos, EngineConfig, EngineError, Stop};
+use crate::bus::Bus;
+use crate::exception::Exception;
+use crate::memory::{PAGE_SIZE, PhysMemory};
+use crate::model::ModelFeatures;
+use crate::paging::is_canonical;
+use crate::state::{CpuState, XsaveImage, rflags};
+use crate::system::{self, ExecError, Outcome};
+use crate::{Icount, memory::GuestMemory};
+use iced_x86::{Instruction, Mnemonic};
+use std::mem::offset_of;
+
+/// A translated block.
+pub struct Block {
+    pub rip: u64,
+    /// Identity of its page.
+    identity: u32,
+    /// Linear page and identity of a second page, for an instruction that straddles two.
+    second: Option<(u64, u32)>,
+    checked: u64,
+    entry: u64,
+    lookup_stub: u64,
+    valid: bool,
+    /// Made for one purpose: neither linked to nor found for ordinary execution.
+    special: bool,
+}
+
+/// A page of code at a linear address in a mode; blocks and instruction TLBs refer to it by index.
+struct CodePage {
+    vpage: u64,
+    page: u32,
+    mode: Mode,
+}
+
+/// What the slow path of a memory access left for the dispatcher.
+pub enum Pending {
+    None,
+    /// The instruction must be executed by itself, with every access through Rust.
+    Careful,
+    /// The access raises this.
+    Exception(Exception),
+}
+
+/// A block for one purpose.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Special {
+    max_instructions: u8,
+    careful: bool,
+}
+
+/// What to do with the block found next.
+enum Follow {
+    Nothing,
+    /// Lead this rel32 of a branch at RIP `from` to it.
+    Link { patch: u64, source: u32 },
+    /// Enter it in the jump cache.
+    Jump,
+    /// Lead the entries of this invalid block to it.
+    Forward { old: u32 },
+}
+
+/// See the module's text. Lives in a box: translated code holds its address.
+pub struct Core {
+    pub block: *mut VcpuBlock,
+    pub memory: PhysMemory,
+    pub pages: Pages,
+    pub translator: Translator,
+    pub blocks: Vec<Block>,
+    pub pending: Pending,
+    pub commit: Option<Commit>,
+    pub used: [[Used; 2]; CLASSES],
+    pub itlb_used: [Used; CLASSES],
+    pub tlb_mask: u32,
+    code: CodeMemory,
+    thunks: Thunks,
+    code_pages: Vec<CodePage>,
+    code_page_index: FastMap<(u64, u32, u16), u32>,
+    by_start: FastMap<u64, u32>,
+    specials: FastMap<(u64, u8, bool), u32>,
+    last_mode: [Mode; CLASSES],
+    limit: u64,
+    /// Instructions of the running block that are counted in the budget but have not retired.
+    pub unretired_now: u64,
+    bus: Option<*mut (dyn Bus + 'static)>,
+    window_wanted: bool,
+    config: EngineConfig,
+    chaos: Option<Chaos>,
+    features: ModelFeatures,
+}
+
+// SAFETY: the block and all pointers into code memory are owned by this value; `bus` is set only inside `run`.
+unsafe impl Send for Core {}
+
+impl Core {
+    pub fn new(memory: GuestMemory, features: ModelFeatures, config: EngineConfig) -> Result<Box<Core>, EngineError> {
+        signals::install();
+        let memory = PhysMemory::new(memory);
+        let mut code = CodeMemory::new(config.code_cache_bytes).map_err(EngineError::CodeMemory)?;
+        let mut a = Assembler::default();
+        a.start(code.next());
+        let thunks = thunks::emit(&mut a);
+        code.place(&a.bytes);
+        code.keep();
+
+        let layout = std::alloc::Layout::new::<VcpuBlock>();
+        // SAFETY: the layout is not empty; an all-zero block is valid (integers, bools and arrays of them).
+        let block = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<VcpuBlock>();
+        if block.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        let pages = Pages::new(memory.end());
+        let chaos = config.chaos_seed.map(Chaos::new);
+        let mut core = Box::new(Core {
+            block,
+            memory,
+            pages,
+            translator: Translator::new(thunks),
+            blocks: Vec::new(),
+            pending: Pending::None,
+            commit: None,
+            used: Default::default(),
+            itlb_used: Default::default(),
+            tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
+            code,
+            thunks,
+            code_pages: Vec::new(),
+            code_page_index: FastMap::default(),
+            by_start: FastMap::default(),
+            specials: FastMap::default(),
+            last_mode: [Mode(0); CLASSES],
+            limit: 0,
+            unretired_now: 0,
+            bus: None,
+            window_wanted: false,
+            config,
+            chaos,
+            features,
+        });
+        let address = &raw mut *core as u64;
+        // SAFETY: the block was just allocated and nothing else refers to it.
+        unsafe {
+            (*block).core = address;
+            (*block).memory_slow = memory_slow as *const () as u64;
+            (*block).code_start = core.code.start();
+            (*block).code_end = core.code.end();
+            (*block).fault_exit = thunks.exit_fault;
+            for tlb in (*block).tlb.iter_mut().flatten() {
+                for (i, entry) in tlb.iter_mut().enumerate() {
+                    entry.tag = empty_tag(i);
+                }
+            }
+        }
+        core.clear_code();
+        Ok(core)
+    }
+
+    pub fn state(&self) -> &CpuState {
+        // SAFETY: translated code is not running while a reference to the core exists.
+        unsafe { &(*self.block).state }
+    }
+
+    pub fn state_mut(&mut self) -> &mut CpuState {
+        // SAFETY: as above.
+        unsafe { &mut (*self.block).state }
+    }
+
+    fn budget(&self) -> i64 {
+        // SAFETY: as above.
+        unsafe { (*self.block).budget }
+    }
+
+    fn set_budget(&mut self, budget: i64) {
+        // SAFETY: as above.
+        unsafe { (*self.block).budget = budget };
+    }
+
+    /// The instructions retired before the current one.
+    pub fn now(&self) -> Icount {
+        Icount(self.limit.wrapping_sub(self.budget() as u64).wrapping_sub(self.unretired_now))
+    }
+
+    pub fn set_now(&mut self, now: Icount) {
+        self.limit = now.0;
+        self.set_budget(0);
+    }
+
+    /// The bus of the current run.
+    pub fn bus(&mut self) -> &mut dyn Bus {
+        let bus = self.bus.expect("the bus is used only while the engine runs");
+        // SAFETY: `run` was given a reference that outlives it and does not use it itself meanwhile.
+        unsafe { &mut *bus }
+    }
+
+    pub fn can_interrupt(&self) -> bool {
+        let state = self.state();
+        state.rflags & rflags::IF != 0 && !state.interrupt_shadow
+    }
+
+    pub fn request_interrupt_window(&mut self, wanted: bool) {
+        self.window_wanted = wanted;
+    }
+
+    // Code -----------------------------------------------------------------------------------------------------
+
+    /// Forgets all translated code.
+    pub fn clear_code(&mut self) {
+        self.code.clear();
+        self.translator.clear();
+        self.blocks.clear();
+        self.by_start.clear();
+        self.specials.clear();
+        self.code_pages.clear();
+        self.code_page_index.clear();
+        // Identity 0 is no page.
+        self.code_pages.push(CodePage { vpage: u64::MAX, page: u32::MAX, mode: Mode(0) });
+        self.pages.clear_code();
+        for class in 0..CLASSES {
+            self.flush_itlb(class, true);
+        }
+        // SAFETY: translated code is not running.
+        unsafe {
+            (*self.block).jump_rip = [0; JUMP_ENTRIES];
+            // RIP 0 looks at entry 0: make it miss.
+            (*self.block).jump_rip[0] = 1;
+            (*self.block).itlb = [[0; ITLB_ENTRIES]; CLASSES];
+        }
+    }
+
+    /// Makes a block unreachable: whoever enters it looks it up again.
+    pub fn kill(&mut self, index: u32) {
+        let block = &mut self.blocks[index as usize];
+        if !block.valid {
+            return;
+        }
+        block.valid = false;
+        self.code.patch_jmp(block.checked, block.lookup_stub);
+        self.code.patch_jmp(block.entry, block.lookup_stub);
+        let start = u64::from(block.identity) << 12 | block.rip & 0xFFF;
+        if self.by_start.get(&start) == Some(&index) {
+            self.by_start.remove(&start);
+        }
+        if block.special {
+            self.specials.retain(|_, other| *other != index);
+        }
+    }
+
+    /// RAM changed behind the vCPU's back.
+    pub fn memory_written(&mut self, gpa: u64, len: u64) {
+        let mut at = gpa;
+        let end = gpa.saturating_add(len);
+        while at < end {
+            let page = at / PAGE_SIZE;
+            let piece = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
+            if let Some(&flags) = self.pages.flags.get(page as usize) {
+                self.pages.mark_dirty(page);
+                if flags != 0 {
+                    // What a table held before is gone: forget everything that may come from it.
+                    if flags & super::pages::IS_TABLE != 0 {
+                        self.flush_tlbs(true);
+                    }
+                    self.watched_write(page, at % PAGE_SIZE, piece, flags & super::pages::HAS_CODE);
+                }
+            }
+            at += piece;
+        }
+    }
+
+    /// Identity of the code page at `vpage`, entered in the instruction TLB.
+    fn code_page(&mut self, vpage: u64, mode: Mode) -> Result<Result<u32, Stop>, Exception> {
+        let class = mode.class();
+        let slot = vpage as usize % ITLB_ENTRIES;
+        // SAFETY: translated code is not running.
+        let cached = unsafe { (*self.block).itlb[class as usize][slot] };
+        let page = &self.code_pages[cached as usize];
+        if cached != 0 && page.vpage == vpage && page.mode == mode {
+            return Ok(Ok(cached));
+        }
+        let translation = self.walk(vpage << 12, false, true, class)?;
+        if self.memory.host(translation.gpa & !(PAGE_SIZE - 1), PAGE_SIZE).is_none() {
+            return Ok(Err(self.unsupported("code outside RAM", &[])));
+        }
+        let page = (translation.gpa / PAGE_SIZE) as u32;
+        let next = self.code_pages.len() as u32;
+        let identity = *self.code_page_index.entry((vpage, page, mode.0)).or_insert(next);
+        if identity == next {
+            self.code_pages.push(CodePage { vpage, page, mode });
+        }
+        // SAFETY: as above.
+        unsafe { (*self.block).itlb[class as usize][slot] = identity };
+        let used = &mut self.itlb_used[class as usize];
+        let list = if translation.global { &mut used.global } else { &mut used.local };
+        list.push(slot as u16);
+        if list.len() > 4 * ITLB_ENTRIES {
+            list.sort_unstable();
+            list.dedup();
+        }
+        // An entry that was global before and is local now must be found by a local flush, and the other way
+        // round a global one in the local list is only flushed too early.
+        if translation.global {
+            self.itlb_used[class as usize].local.push(slot as u16);
+        }
+        Ok(Ok(identity))
+    }
+
+    fn unsupported(&self, what: &str, bytes: &[u8]) -> Stop {
+        Stop::Unsupported { rip: self.state().rip, bytes: bytes.to_vec(), what: what.to_string() }
+    }
+
+    /// The block at RIP, translated if need be.
+    fn find(&mut self, special: Option<Special>) -> Result<Result<u32, Stop>, Exception> {
+        let state = self.state();
+        let rip = state.rip;
+        let mode = Mode::of(state);
+        let class = mode.class() as usize;
+        if mode != self.last_mode[class] {
+            // Entries of the instruction TLB stand for pages in a mode.
+            self.flush_itlb(class, true);
+            self.last_mode[class] = mode;
+        }
+        if mode.is_64bit() && !is_canonical(rip) {
+            return Err(Exception::GP0);
+        }
+        let linear = if mode.is_64bit() {
+            rip
+        } else {
+            rip.wrapping_add(self.state().seg[crate::state::seg::CS].base) & 0xFFFF_FFFF
+        };
+        if linear != rip {
+            return Ok(Err(self.unsupported("code segment with a base", &[])));
+        }
+        let identity = match self.code_page(rip >> 12, mode)? {
+            Ok(identity) => identity,
+            Err(stop) => return Ok(Err(stop)),
+        };
+        let start = u64::from(identity) << 12 | rip & 0xFFF;
+        let found = match special {
+            None => self.by_start.get(&start).copied(),
+            Some(s) => self.specials.get(&(start, s.max_instructions, s.careful)).copied(),
+        };
+        if let Some(index) = found {
+            match self.blocks[index as usize].second {
+                None => return Ok(Ok(index)),
+                Some((vpage, second)) => match self.code_page(vpage, mode)? {
+                    Ok(now) if now == second => return Ok(Ok(index)),
+                    Ok(_) => self.kill(index),
+                    Err(stop) => return Ok(Err(stop)),
+                },
+            }
+        }
+        self.translate(identity, mode, special)
+    }
+
+    fn translate(&mut self, identity: u32, mode: Mode, special: Option<Special>) -> Result<Result<u32, Stop>, Exception> {
+        if !self.code.has_room(MAX_BLOCK_BYTES) || self.code_pages.len() >= 1 << 28 {
+            self.clear_code();
+            return self.find(special);
+        }
+        let rip = self.state().rip;
+        let page = self.code_pages[identity as usize].page;
+        let offset = (rip & 0xFFF) as usize;
+        let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE).expect("code pages are RAM");
+        // SAFETY: the page is mapped RAM; the guest does not run while it is read.
+        let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), PAGE_SIZE as usize - offset) };
+        let longest = match &mut self.chaos {
+            Some(chaos) => chaos.below(self.config.max_block_instructions as u64) as u32 + 1,
+            None => self.config.max_block_instructions,
+        };
+        let index = self.blocks.len() as u32;
+        let mut request = Request {
+            rip,
+            bytes,
+            mode,
+            max_instructions: special.map_or(longest.clamp(1, MAX_INSTRUCTIONS), |s| s.max_instructions as u32),
+            careful: special.is_some_and(|s| s.careful),
+            isolated: special.is_some(),
+            block: index,
+            page_identity: identity,
+            second_page: None,
+            tlb_mask: self.tlb_mask,
+        };
+        let origin = self.code.next();
+        let mut straddling = [0u8; 15];
+        let mut second_physical = None;
+        let placed = match self.translator.translate(&request, origin) {
+            Ok(placed) => placed,
+            Err(_) => {
+                // The instruction goes on in the next page.
+                let vpage = (rip >> 12).wrapping_add(1);
+                let next_linear = vpage << 12;
+                if mode.is_64bit() && !is_canonical(next_linear) {
+                    return Err(Exception::GP0);
+                }
+                let second = match self.code_page(vpage & (u64::MAX >> 12), mode)? {
+                    Ok(second) => second,
+                    Err(stop) => return Ok(Err(stop)),
+                };
+                let second_page = self.code_pages[second as usize].page;
+                second_physical = Some(second_page);
+                let first_len = bytes.len().min(15);
+                straddling[..first_len].copy_from_slice(&bytes[..first_len]);
+                let host = self.memory.host(u64::from(second_page) * PAGE_SIZE, PAGE_SIZE).expect("RAM");
+                // SAFETY: as above.
+                let rest = unsafe { std::slice::from_raw_parts(host, 15) };
+                straddling[first_len..].copy_from_slice(&rest[..15 - first_len]);
+                request.bytes = &straddling;
+                request.second_page = Some((vpage, second));
+                self.translator.translate(&request, origin).expect("fifteen bytes hold any instruction")
+            }
+        };
+        let second = request.second_page;
+        assert!(self.translator.a.bytes.len() <= MAX_BLOCK_BYTES, "a block fits its bound");
+        let at = self.code.place(&self.translator.a.bytes);
+        assert_eq!(at, origin);
+        self.blocks.push(Block {
+            rip,
+            identity,
+            second,
+            checked: placed.checked,
+            entry: placed.entry,
+            lookup_stub: placed.lookup_stub,
+            valid: true,
+            special: special.is_some(),
+        });
+        let start = u64::from(identity) << 12 | rip & 0xFFF;
+        match special {
+            None => self.by_start.insert(start, index),
+            Some(s) => self.specials.insert((start, s.max_instructions, s.careful), index),
+        };
+        let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
+        let mut fresh = self.pages.add_block(page, index, offset as u32, in_first);
+        if let Some(second_page) = second_physical {
+            fresh |= self.pages.add_block(second_page, index, 0, placed.guest_len - in_first);
+        }
+        if fresh {
+            self.flush_writes();
+        }
+        Ok(Ok(index))
+    }
+
+    // Running --------------------------------------------------------------------------------------------------
+
+    /// Executes until the icount is `limit`, or another reason to stop.
+    pub fn run(&mut self, limit: Icount, bus: &mut dyn Bus) -> Stop {
+        let now = self.now().0;
+        assert!(limit.0 >= now, "the limit is not in the past");
+        self.limit = limit.0.min(now + (1 << 62));
+        self.set_budget((self.limit - now) as i64);
+        let bus: *mut (dyn Bus + '_) = bus;
+        // SAFETY: only the lifetime is forgotten; `self.bus` is cleared before `run` returns.
+        self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
+        let _stack = SignalStack::install();
+        let previous = signals::gs_base();
+        signals::set_gs_base(self.block as u64);
+        self.load_fpu();
+        let stop = self.dispatch();
+        self.store_fpu();
+        fpu::reset_host();
+        signals::set_gs_base(previous);
+        self.bus = None;
+        stop
+    }
+
+    fn load_fpu(&mut self) {
+        // SAFETY: translated code is not running; the fields are distinct.
+        let (state, ymm) = unsafe { (&(*self.block).state.fpu, &mut (*self.block).ymm) };
+        fpu::load(state, ymm);
+    }
+
+    fn store_fpu(&mut self) {
+        // SAFETY: as above.
+        let (state, ymm): (&mut XsaveImage, _) = unsafe { (&mut (*self.block).state.fpu, &(*self.block).ymm) };
+        fpu::store(state, ymm);
+    }
+
+    fn enter(&mut self, target: u64) -> u32 {
+        // SAFETY: the thunk follows the System V convention; every register that translated code uses is saved by
+        // it or is caller-saved. `self` is only reached through the raw pointer in the block meanwhile.
+        unsafe {
+            let block = self.block;
+            (*block).flags = flags_to_slot((*block).state.rflags);
+            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(self.thunks.enter);
+            let argument = enter(target);
+            (*block).state.rflags = flags_from_slot((*block).state.rflags, (*block).flags);
+            argument
+        }
+    }
+
+    fn dispatch(&mut self) -> Stop {
+        let mut follow = Follow::Nothing;
+        let mut careful = false;
+        let mut short = false;
+        loop {
+            let budget = self.budget();
+            debug_assert!(budget >= 0);
+            if budget == 0 {
+                return Stop::Limit;
+            }
+            if self.state().halted {
+                return Stop::Halted;
+            }
+            if self.window_wanted && self.can_interrupt() {
+                return Stop::InterruptWindow;
+            }
+            self.upset();
+            let state = self.state_mut();
+            let trap = state.rflags & rflags::TF != 0;
+            let alone = std::mem::take(&mut state.interrupt_shadow) || trap || careful;
+            let special = if alone {
+                Some(Special { max_instructions: 1, careful })
+            } else if short {
+                // The largest power of two that the budget covers.
+                let most = budget.min(MAX_INSTRUCTIONS as i64) as u64;
+                Some(Special { max_instructions: 1 << most.ilog2(), careful: false })
+            } else {
+                None
+            };
+            let generation = self.blocks.len();
+            let index = match self.find(special) {
+                Ok(Ok(index)) => index,
+                Ok(Err(stop)) => return stop,
+                Err(exception) => {
+                    follow = Follow::Nothing;
+                    careful = false;
+                    short = false;
+                    if let Some(stop) = self.raise(exception) {
+                        return stop;
+                    }
+                    continue;
+                }
+            };
+            let cleared = self.blocks.len() < generation;
+            if special.is_none() && !cleared && self.config.chaining {
+                self.follow(&follow, index);
+            }
+            follow = Follow::Nothing;
+            short = false;
+            let was_careful = std::mem::take(&mut careful);
+            let before = self.now();
+            let entry = self.blocks[index as usize].entry;
+            let argument = self.enter(entry);
+            if was_careful {
+                if argument == exit::ABORTED {
+                    self.commit = None;
+                } else {
+                    self.commit();
+                    if self.bus().attention() {
+                        // The instruction has retired unless it is one for the emulation, which has no operand.
+                        self.settle(argument);
+                        return Stop::Attention;
+                    }
+                }
+            }
+            match argument {
+                exit::INDIRECT => {
+                    if special.is_none() {
+                        follow = Follow::Jump;
+                    }
+                }
+                exit::FAULT => {
+                    let exception = self.host_fault();
+                    if let Some(stop) = self.raise(exception) {
+                        return stop;
+                    }
+                    continue;
+                }
+                exit::ABORTED => {
+                    // SAFETY: translated code is not running.
+                    let site = unsafe { (*self.block).slow_site };
+                    self.rewind(site);
+                    match std::mem::replace(&mut self.pending, Pending::None) {
+                        Pending::Careful => careful = true,
+                        Pending::Exception(exception) => {
+                            if let Some(stop) = self.raise(exception) {
+                                return stop;
+                            }
+                            continue;
+                        }
+                        Pending::None => unreachable!("the slow path leaves a reason"),
+                    }
+                }
+                site => match self.translator.sites[site as usize].kind {
+                    SiteKind::Link { target, patch } => {
+                        let source = self.translator.sites[site as usize].block;
+                        self.state_mut().rip = target;
+                        if !self.blocks[source as usize].special {
+                            follow = Follow::Link { patch, source };
+                        }
+                    }
+                    SiteKind::Budget => {
+                        self.rewind(site);
+                        short = true;
+                    }
+                    SiteKind::Lookup => {
+                        self.rewind(site);
+                        follow = Follow::Forward { old: self.translator.sites[site as usize].block };
+                    }
+                    SiteKind::Emulate { instruction } => {
+                        self.rewind(site);
+                        if self.budget() == 0 {
+                            return Stop::Limit;
+                        }
+                        let instruction = self.translator.emulated[instruction as usize];
+                        // The shadow covers the instruction just before this one, unless this is the first.
+                        if let Some(stop) = self.emulate(&instruction) {
+                            return stop;
+                        }
+                    }
+                    SiteKind::Memory { .. } | SiteKind::Fault { .. } => unreachable!("these leave by other doors"),
+                },
+            }
+            if trap && self.now() > before {
+                if let Some(stop) = self.raise(Exception::Debug { dr6: 1 << 14 }) {
+                    return stop;
+                }
+            }
+        }
+    }
+
+    /// After an instruction that ran alone: sets RIP behind it.
+    fn settle(&mut self, argument: u32) {
+        if argument == exit::INDIRECT {
+            return;
+        }
+        match self.translator.sites[argument as usize].kind {
+            SiteKind::Link { target, .. } => self.state_mut().rip = target,
+            _ => self.rewind(argument),
+        }
+    }
+
+    /// Sets RIP and the budget to what they were at a site.
+    fn rewind(&mut self, site: u32) {
+        let site = self.translator.sites[site as usize];
+        self.state_mut().rip = site.rip;
+        let budget = self.budget() + site.unretired as i64;
+        self.set_budget(budget);
+    }
+
+    fn follow(&mut self, follow: &Follow, index: u32) {
+        let target = &self.blocks[index as usize];
+        match *follow {
+            Follow::Nothing => {}
+            Follow::Link { patch, source } => {
+                let from = &self.blocks[source as usize];
+                let near = from.identity == target.identity && from.second.is_none();
+                let to = if near { target.entry } else { target.checked };
+                self.code.patch_rel32(patch, to);
+            }
+            Follow::Jump => {
+                let (rip, checked) = (target.rip, target.checked);
+                let slot = (rip as u32 ^ (rip as u32 >> 12)) as usize % JUMP_ENTRIES;
+                // SAFETY: translated code is not running.
+                unsafe {
+                    (*self.block).jump_rip[slot] = rip;
+                    (*self.block).jump_host[slot] = checked;
+                }
+            }
+            Follow::Forward { old } => {
+                let invalid = &self.blocks[old as usize];
+                if !invalid.valid && !invalid.special && invalid.identity == target.identity && invalid.rip == target.rip {
+                    let (old_checked, old_entry) = (invalid.checked, invalid.entry);
+                    let (checked, entry) = (target.checked, target.entry);
+                    self.code.patch_jmp(old_checked, checked);
+                    self.code.patch_jmp(old_entry, entry);
+                }
+            }
+        }
+    }
+
+    /// In a randomised engine, now and then forgets something that must not matter.
+    fn upset(&mut self) {
+        let Some(chaos) = &mut self.chaos else { return };
+        let draw = chaos.next();
+        if draw % 61 == 0 {
+            self.flush_tlbs(true);
+        }
+        if draw % 20011 == 7 {
+            self.clear_code();
+        }
+        if draw % 127 == 3 {
+            // SAFETY: translated code is not running.
+            unsafe { (*self.block).jump_rip = [1 << 63; JUMP_ENTRIES] };
+        }
+    }
+
+    /// The exception that a host signal in translated code stands for; RIP and registers are the instruction's.
+    fn host_fault(&mut self) -> Exception {
+        // SAFETY: translated code is not running.
+        let (signal, rip, flags, address) = unsafe {
+            let b = &*self.block;
+            (b.fault_signal as i32, b.fault_rip, b.fault_flags, b.fault_address)
+        };
+        let faults = &self.translator.faults;
+        let found = faults.binary_search_by_key(&rip, |f| f.0);
+        let Ok(at) = found else {
+            panic!("signal {signal} at {rip:#x} (address {address:#x}) in translated code without a fault site");
+        };
+        let index = faults[at].1;
+        let site = self.translator.sites[index as usize];
+        let SiteKind::Fault { unit, flags_in_host, borrowed } = site.kind else { unreachable!("a fault site") };
+        if flags_in_host {
+            let state = self.state_mut();
+            state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
+        }
+        if let Some(register) = borrowed {
+            let guest = HOME.iter().position(|h| *h == Some(register)).expect("borrowed registers are homes");
+            // SAFETY: translated code is not running.
+            let value = unsafe { (*self.block).temporary[4] };
+            self.state_mut().gpr[guest] = value;
+        }
+        self.rewind(index);
+        match (signal, unit) {
+            (libc::SIGFPE, Unit::Integer) => Exception::DivideError,
+            (libc::SIGFPE, Unit::X87) => Exception::FloatingPoint,
+            (libc::SIGFPE, _) => Exception::Simd,
+            (libc::SIGSEGV, _) if address == 0 => Exception::GP0,
+            (libc::SIGILL, _) => Exception::InvalidOpcode,
+            _ => panic!("signal {signal} at {rip:#x}, address {address:#x}, in translated code"),
+        }
+    }
+
+    /// Delivers an exception; Some if that ends the run.
+    fn raise(&mut self, exception: Exception) -> Option<Stop> {
+        self.state_mut().interrupt_shadow = false;
+        let state: *mut CpuState = self.state_mut();
+        // SAFETY: the state lives in the vCPU block, which the delivery reaches through this reference alone.
+        let result = system::deliver_exception(unsafe { &mut *state }, exception, self);
+        result.err().map(|_| Stop::TripleFault)
+    }
+
+    /// Delivers an external interrupt between two instructions.
+    pub fn interrupt(&mut self, vector: u8, bus: &mut dyn Bus) -> Result<(), Stop> {
+        assert!(self.can_interrupt(), "interrupts are delivered when the guest accepts them");
+        let bus: *mut (dyn Bus + '_) = bus;
+        // SAFETY: only the lifetime is forgotten; cleared below.
+        self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
+        let state: *mut CpuState = self.state_mut();
+        // SAFETY: as in `raise`.
+        let state = unsafe { &mut *state };
+        state.halted = false;
+        let result = system::deliver_interrupt(state, vector, self);
+        self.bus = None;
+        result.map_err(|_| Stop::TripleFault)
+    }
+
+    /// Executes one instruction in Rust; Some if the run stops after it.
+    fn emulate(&mut self, instruction: &Instruction) -> Option<Stop> {
+        match self.permitted(instruction) {
+            Ok(()) => {}
+            Err(exception) => return self.raise(exception),
+        }
+        let touches_fpu = touches_fpu(instruction);
+        if touches_fpu {
+            self.store_fpu();
+        }
+        let state: *mut CpuState = self.state_mut();
+        // SAFETY: as in `raise`.
+        let result = system::execute(unsafe { &mut *state }, instruction, self);
+        if touches_fpu {
+            self.load_fpu();
+        }
+        let stop = match result {
+            Ok(Outcome::Next) => {
+                let budget = self.budget() - 1;
+                self.set_budget(budget);
+                None
+            }
+            Ok(Outcome::Halt) => {
+                let budget = self.budget() - 1;
+                self.set_budget(budget);
+                self.state_mut().halted = true;
+                Some(Stop::Halted)
+            }
+            Err(ExecError::Exception(exception)) => self.raise(exception),
+            Err(ExecError::TripleFault) => Some(Stop::TripleFault),
+            Err(ExecError::Unsupported(what)) => {
+                let mut bytes = [0u8; 15];
+                let len = instruction.len();
+                let class = self.current_class();
+                let rip = self.state().rip;
+                let read = self.read_linear(rip, &mut bytes[..len], class).is_ok();
+                Some(self.unsupported(what, if read { &bytes[..len] } else { &[] }))
+            }
+        };
+        if stop.is_none() && self.bus().attention() {
+            return Some(Stop::Attention);
+        }
+        stop
+    }
+
+    /// The checks that do not depend on the operands: is the instruction in the model, is its unit switched on.
+    fn permitted(&self, instruction: &Instruction) -> Result<(), Exception> {
+        use crate::state::control::*;
+        if instruction.is_invalid() || !classify::in_model(instruction) {
+            return Err(Exception::InvalidOpcode);
+        }
+        let _ = self.features;
+        let state = self.state();
+        let (ts, em) = (state.cr0 & CR0_TS != 0, state.cr0 & CR0_EM != 0);
+        match classify::unit(instruction) {
+            Unit::Integer => Ok(()),
+            Unit::X87 if instruction.mnemonic() == Mnemonic::Wait => {
+                if ts && state.cr0 & CR0_MP != 0 { Err(Exception::DeviceNotAvailable) } else { Ok(()) }
+            }
+            Unit::X87 => {
+                let mmx = (0..instruction.op_count()).any(|i| instruction.op_register(i).is_mm());
+                if em && mmx {
+                    Err(Exception::InvalidOpcode)
+                } else if ts || em {
+                    Err(Exception::DeviceNotAvailable)
+                } else {
+                    Ok(())
+                }
+            }
+            Unit::Sse if em || state.cr4 & CR4_OSFXSR == 0 => Err(Exception::InvalidOpcode),
+            Unit::Sse if ts => Err(Exception::DeviceNotAvailable),
+            Unit::Sse => Ok(()),
+            Unit::Avx => {
+                let avx = XCR0_SSE | XCR0_AVX;
+                if state.cr4 & CR4_OSXSAVE == 0 || state.xcr0 & avx != avx {
+                    Err(Exception::InvalidOpcode)
+                } else if ts {
+                    Err(Exception::DeviceNotAvailable)
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+}
+
+/// The emulation of this instruction reads or writes `CpuState::fpu`.
+fn touches_fpu(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    classify::unit(instruction) != Unit::Integer
+        || matches!(
+            instruction.mnemonic(),
+            Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Ldmxcsr | Vldmxcsr | Xsetbv
+        )
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.block.cast(), std::alloc::Layout::new::<VcpuBlock>()) };
+    }
+}
+
+/// The slow path of translated memory accesses: a host address, or null with `pending` set.
+unsafe extern "sysv64" fn memory_slow(core: *mut Core, linear: u64, site: u32) -> *mut u8 {
+    // SAFETY: the address was put into the block by `new`, the core is boxed and alive while its code runs, and
+    // `enter` holds no reference meanwhile.
+    let core = unsafe { &mut *core };
+    core.unretired_now = core.translator.sites[site as usize].unretired as u64;
+    let pointer = core.slow_access(linear, site);
+    core.unretired_now = 0;
+    pointer.unwrap_or(std::ptr::null_mut())
+}
+
+const _: () = assert!(offset_of!(VcpuBlock, state) == 0 && CLASSES == Class::User as usize + 1);

@@ -1,0 +1,465 @@
+//! The software MMU: fills the TLBs that translated code looks into, serves what they miss, and keeps every
+//! cached translation coherent with the guest's page tables.
+//!
+//! Coherence is what keeps TLBs out of State(N): a page that a translation was derived from is marked, writes to
+//! it take the slow path, and a write to a present entry forgets what came from it. So a guest never sees a stale
+//! translation, whatever the size of the TLBs and however often they are flushed.
+
+use super::block::{Bounce, Class, ITLB_ENTRIES, empty_tag};
+use super::core::{Core, Pending};
+use super::mode::class;
+use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
+use super::translate::SiteKind;
+use crate::exception::Exception;
+use crate::memory::PAGE_SIZE;
+use crate::paging::{self, Access, Translation, is_canonical};
+
+const PAGE_MASK: u64 = PAGE_SIZE - 1;
+/// Slow writes after which a page that was a table is taken for an ordinary one again.
+const TABLE_WRITES_MAX: u16 = 600;
+
+/// Which TLB indexes are in use, so that flushing costs what was filled.
+#[derive(Default)]
+pub struct Used {
+    pub global: Vec<u16>,
+    pub local: Vec<u16>,
+}
+
+/// A write of an operand that was handed out in a bounce buffer.
+pub struct Commit {
+    linear: u64,
+    size: usize,
+    class: Class,
+    /// Offset of the operand in the buffer.
+    start: usize,
+}
+
+/// Where one page of an access is.
+enum Target {
+    Ram(*mut u8),
+    Mmio(u64),
+    /// The write would change what the running block executes.
+    Disturbs,
+}
+
+/// How an access is meant.
+#[derive(Clone, Copy)]
+pub struct Intent {
+    pub read: bool,
+    pub write: bool,
+    pub class: Class,
+}
+
+impl Core {
+    // Flushing -------------------------------------------------------------------------------------------------
+
+    /// Forgets translations; those of global pages only if `global`.
+    pub fn flush_tlbs(&mut self, global: bool) {
+        for c in 0..super::block::CLASSES {
+            for write in 0..2 {
+                self.flush_tlb(c, write, global);
+            }
+            self.flush_itlb(c, global);
+        }
+    }
+
+    fn flush_tlb(&mut self, c: usize, write: usize, global: bool) {
+        // SAFETY: the vCPU block is owned by this core and nothing else refers to its TLBs now.
+        let tlb = unsafe { &mut (*self.block).tlb[c][write] };
+        let used = &mut self.used[c][write];
+        for index in used.local.drain(..) {
+            tlb[index as usize].tag = empty_tag(index as usize);
+        }
+        if global {
+            for index in used.global.drain(..) {
+                tlb[index as usize].tag = empty_tag(index as usize);
+            }
+        }
+    }
+
+    pub fn flush_itlb(&mut self, c: usize, global: bool) {
+        // SAFETY: as above.
+        let itlb = unsafe { &mut (*self.block).itlb[c] };
+        for index in self.itlb_used[c].local.drain(..) {
+            itlb[index as usize] = 0;
+        }
+        if global {
+            for index in self.itlb_used[c].global.drain(..) {
+                itlb[index as usize] = 0;
+            }
+        }
+    }
+
+    /// Forgets all write translations: some page must be watched from now on.
+    pub fn flush_writes(&mut self) {
+        for c in 0..super::block::CLASSES {
+            self.flush_tlb(c, 1, true);
+        }
+    }
+
+    /// Forgets one linear page.
+    pub fn flush_page(&mut self, linear: u64) {
+        let vpage = linear >> 12;
+        let index = (vpage & self.tlb_mask as u64) as usize;
+        // SAFETY: as above.
+        let block = unsafe { &mut *self.block };
+        for tlbs in &mut block.tlb {
+            for tlb in tlbs {
+                if tlb[index].tag == vpage << 12 {
+                    tlb[index].tag = empty_tag(index);
+                }
+            }
+        }
+        for itlb in &mut block.itlb {
+            itlb[vpage as usize % ITLB_ENTRIES] = 0;
+        }
+    }
+
+    // Walking --------------------------------------------------------------------------------------------------
+
+    /// Walks the page tables and watches the tables that it came through.
+    pub fn walk(&mut self, linear: u64, write: bool, fetch: bool, class: Class) -> Result<Translation, Exception> {
+        // SAFETY: the architectural state is not borrowed by anyone else during a walk.
+        let state = unsafe { &mut (*self.block).state };
+        let access = Access { write, fetch, user: class == Class::User, smap_active: class == Class::Kernel };
+        let translation = paging::walk(state, &self.memory, linear, access)?;
+        let levels = translation.levels as usize;
+        for (i, entry) in translation.table_entries[..levels].iter().enumerate() {
+            let level = if levels == 0 { 0 } else { 4 - i as u64 };
+            let shift = 12 + 9 * (level - 1);
+            let base = (linear >> (shift + 9) << (shift + 9)) & !PAGE_MASK | level;
+            let page = (entry / PAGE_SIZE) as usize;
+            self.pages.mark_dirty(page as u64);
+            self.pages.table_writes[page] = 0;
+            if self.pages.flags[page] & IS_TABLE == 0 {
+                self.pages.flags[page] |= IS_TABLE;
+                self.pages.table_base[page] = base;
+                self.flush_writes();
+            } else if self.pages.table_base[page] != base {
+                self.pages.table_base[page] = MANY_BASES;
+            }
+        }
+        Ok(translation)
+    }
+
+    /// Fills a TLB entry for the page of `linear`.
+    fn fill(&mut self, linear: u64, host_page: u64, global: bool, class: Class, write: bool) {
+        let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
+        // SAFETY: the vCPU block is owned by this core.
+        let entry = unsafe { &mut (*self.block).tlb[class as usize][write as usize][index] };
+        let was_empty = entry.tag == empty_tag(index);
+        entry.tag = linear & !PAGE_MASK;
+        entry.host = host_page;
+        let used = &mut self.used[class as usize][write as usize];
+        // An entry that is replaced stays in the list it is in; one that turns local must be in the local list.
+        if was_empty && global {
+            used.global.push(index as u16);
+        } else {
+            used.local.push(index as u16);
+            if used.local.len() > 4 * super::block::TLB_ENTRIES {
+                used.local.sort_unstable();
+                used.local.dedup();
+            }
+        }
+    }
+
+    /// The target of an access within one page; fills the TLB where that is allowed.
+    fn page_target(
+        &mut self,
+        linear: u64,
+        len: u64,
+        intent: Intent,
+        running: Option<u32>,
+    ) -> Result<Target, Exception> {
+        let translation = self.walk(linear, intent.write, false, intent.class)?;
+        let page_gpa = translation.gpa & !PAGE_MASK;
+        let Some(host_page) = self.memory.host(page_gpa, PAGE_SIZE) else {
+            return Ok(Target::Mmio(translation.gpa));
+        };
+        let page = page_gpa / PAGE_SIZE;
+        let offset = linear & PAGE_MASK;
+        if intent.write {
+            self.pages.mark_dirty(page);
+            let flags = self.pages.flags[page as usize];
+            if flags != 0 {
+                if running.is_some_and(|block| self.disturbs(page, offset, len, block)) {
+                    return Ok(Target::Disturbs);
+                }
+                self.watched_write(page, offset, len, flags);
+            } else {
+                self.fill(linear, host_page as u64, translation.global, intent.class, true);
+            }
+        }
+        if !intent.write || self.pages.flags[page as usize] == 0 {
+            self.fill(linear, host_page as u64, translation.global, intent.class, false);
+        }
+        // SAFETY: the offset is inside the page that `host` returned.
+        Ok(Target::Ram(unsafe { host_page.add(offset as usize) }))
+    }
+
+    /// A write of `len` bytes at `offset` of a watched page is about to happen.
+    pub fn watched_write(&mut self, page: u64, offset: u64, len: u64, flags: u8) {
+        if flags & HAS_CODE != 0 && self.pages.hits_code(page as u32, offset as u32, len as u32) {
+            for block in self.pages.remove_blocks(page as u32, offset as u32, len as u32) {
+                self.kill(block);
+            }
+        }
+        if flags & IS_TABLE != 0 {
+            self.table_write(page, offset, len);
+        }
+    }
+
+    fn table_write(&mut self, page: u64, offset: u64, len: u64) {
+        let base = self.pages.table_base[page as usize];
+        let first = offset & !7;
+        let last = (offset + len - 1) & !7;
+        for entry in (first..=last).step_by(8) {
+            let old = self.memory.read_u64(page * PAGE_SIZE + entry).unwrap_or(0);
+            if old & 1 == 0 {
+                continue;
+            }
+            if base != MANY_BASES && base & 7 == 1 {
+                let linear = (base & !PAGE_MASK) + (entry / 8) * PAGE_SIZE;
+                // Sign-extend bit 47.
+                self.flush_page(((linear << 16) as i64 >> 16) as u64);
+            } else {
+                self.flush_tlbs(true);
+            }
+        }
+        let writes = &mut self.pages.table_writes[page as usize];
+        *writes = writes.saturating_add(1);
+        if *writes > TABLE_WRITES_MAX {
+            self.flush_tlbs(true);
+            self.pages.flags[page as usize] &= !IS_TABLE;
+        }
+    }
+
+    /// True if a write to watched RAM would change what the running block executes, so that the instruction has
+    /// to be executed alone.
+    fn disturbs(&self, page: u64, offset: u64, len: u64, block: u32) -> bool {
+        let flags = self.pages.flags[page as usize];
+        if flags & HAS_CODE != 0 && self.pages.hits_code(page as u32, offset as u32, len as u32) {
+            return true;
+        }
+        if flags & IS_TABLE != 0 {
+            let base = self.pages.table_base[page as usize];
+            let old = self.memory.read_u64(page * PAGE_SIZE + (offset & !7)).unwrap_or(0);
+            let old_last = self.memory.read_u64(page * PAGE_SIZE + ((offset + len - 1) & !7)).unwrap_or(0);
+            if (old | old_last) & 1 != 0 {
+                if base == MANY_BASES || base & 7 != 1 {
+                    return true;
+                }
+                let linear = (base & !PAGE_MASK) + (offset & !7) / 8 * PAGE_SIZE;
+                let running = self.blocks[block as usize].rip & 0xFFFF_FFFF_FFFF & !PAGE_MASK;
+                return (linear & 0xFFFF_FFFF_FFFF).abs_diff(running) <= PAGE_SIZE;
+            }
+        }
+        false
+    }
+
+    // Translated code's slow path ------------------------------------------------------------------------------
+
+    /// Host address for the access of site `site` at `linear`, or None with `self.pending` set.
+    pub fn slow_access(&mut self, linear: u64, site: u32) -> Option<*mut u8> {
+        let site = self.translator.sites[site as usize];
+        let SiteKind::Memory { size, read, write, class, careful, .. } = site.kind else {
+            unreachable!("only memory sites take the slow path")
+        };
+        let size = size as u64;
+        let intent = Intent { read, write, class };
+        match self.resolve(linear, size, intent, careful, site.block) {
+            Ok(Some(pointer)) => Some(pointer),
+            Ok(None) => {
+                self.pending = Pending::Careful;
+                None
+            }
+            Err(exception) => {
+                self.pending = Pending::Exception(exception);
+                None
+            }
+        }
+    }
+
+    /// Ok(None) means that the instruction must be executed by itself, carefully.
+    fn resolve(
+        &mut self,
+        linear: u64,
+        size: u64,
+        intent: Intent,
+        careful: bool,
+        block: u32,
+    ) -> Result<Option<*mut u8>, Exception> {
+        let wide = self.state().is_64bit();
+        if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(size - 1))) {
+            return Err(Exception::GP0);
+        }
+        let in_first = PAGE_SIZE - (linear & PAGE_MASK);
+        if size <= in_first {
+            return match self.page_target(linear, size, intent, (!careful).then_some(block))? {
+                Target::Ram(pointer) => Ok(Some(pointer)),
+                Target::Disturbs => Ok(None),
+                Target::Mmio(_) if !careful => Ok(None),
+                Target::Mmio(gpa) => Ok(Some(self.bounce_mmio(linear, gpa, size as usize, intent))),
+            };
+        }
+        // The operand spans two pages: both are checked before anything happens.
+        let second = linear.wrapping_add(in_first) & if wide { u64::MAX } else { u32::MAX as u64 };
+        if intent.write && !careful {
+            self.walk(linear, true, false, intent.class)?;
+            self.walk(second, true, false, intent.class)?;
+            return Ok(None);
+        }
+        self.walk(linear, intent.write, false, intent.class)?;
+        self.walk(second, intent.write, false, intent.class)?;
+        let start = (linear & 63) as usize;
+        let mut data = [0u8; 64];
+        self.read_linear(linear, &mut data[..size as usize], intent.class)?;
+        let buffer = self.bounce(intent.write);
+        buffer[start..start + size as usize].copy_from_slice(&data[..size as usize]);
+        let pointer = buffer[start..].as_mut_ptr();
+        if intent.write {
+            self.commit = Some(Commit { linear, size: size as usize, class: intent.class, start });
+        }
+        Ok(Some(pointer))
+    }
+
+    fn bounce(&mut self, write: bool) -> &mut [u8; 128] {
+        // SAFETY: the buffers belong to this core's block; translated code is not running.
+        let Bounce(bytes) =
+            unsafe { if write { &mut (*self.block).write_bounce } else { &mut (*self.block).read_bounce } };
+        bytes
+    }
+
+    fn bounce_mmio(&mut self, linear: u64, gpa: u64, size: usize, intent: Intent) -> *mut u8 {
+        let start = (linear & 63) as usize;
+        let mut data = [0u8; 64];
+        if intent.read {
+            let now = self.now();
+            self.bus().mmio_read(now, gpa, &mut data[..size]);
+        }
+        let buffer = self.bounce(intent.write);
+        buffer[start..start + size].copy_from_slice(&data[..size]);
+        let pointer = buffer[start..].as_mut_ptr();
+        if intent.write {
+            self.commit = Some(Commit { linear, size, class: intent.class, start });
+        }
+        pointer
+    }
+
+    /// Stores what a careful instruction left in the bounce buffer.
+    pub fn commit(&mut self) {
+        let Some(commit) = self.commit.take() else { return };
+        let mut data = [0u8; 64];
+        let buffer = self.bounce(true);
+        data[..commit.size].copy_from_slice(&buffer[commit.start..commit.start + commit.size]);
+        self.write_linear(commit.linear, &data[..commit.size], commit.class)
+            .expect("both pages were checked for writing before the instruction executed");
+    }
+
+    // Access from Rust -----------------------------------------------------------------------------------------
+
+    /// Host address of RAM at `linear` from the TLB.
+    #[inline]
+    fn probe(&self, linear: u64, len: u64, write: bool, class: Class) -> Option<*mut u8> {
+        let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
+        // SAFETY: the vCPU block is owned by this core.
+        let entry = unsafe { &(*self.block).tlb[class as usize][write as usize][index] };
+        let offset = linear ^ entry.tag;
+        (offset <= PAGE_SIZE - len).then(|| (entry.host + offset) as *mut u8)
+    }
+
+    /// Splits an access at the page boundary and calls `each` with the target of every piece.
+    fn pieces(
+        &mut self,
+        linear: u64,
+        len: usize,
+        intent: Intent,
+        mut each: impl FnMut(&mut Core, Target, usize, usize),
+    ) -> Result<(), Exception> {
+        let wide = self.state().is_64bit();
+        let mask = if wide { u64::MAX } else { u32::MAX as u64 };
+        if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(len as u64 - 1))) {
+            return Err(Exception::GP0);
+        }
+        let in_first = (PAGE_SIZE - (linear & PAGE_MASK)).min(len as u64) as usize;
+        if in_first < len {
+            // Nothing happens unless both pages allow it.
+            self.walk(linear, intent.write, false, intent.class)?;
+            self.walk(linear.wrapping_add(in_first as u64) & mask, intent.write, false, intent.class)?;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = linear.wrapping_add(done as u64) & mask;
+            let piece = (PAGE_SIZE - (at & PAGE_MASK)).min((len - done) as u64) as usize;
+            let target = match self.probe(at, piece as u64, intent.write, intent.class) {
+                Some(pointer) => Target::Ram(pointer),
+                None => self.page_target(at, piece as u64, intent, None)?,
+            };
+            each(self, target, done, piece);
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Reads guest memory at a linear address; at most one page long.
+    pub fn read_linear(&mut self, linear: u64, data: &mut [u8], class: Class) -> Result<(), Exception> {
+        if let Some(pointer) = self.probe(linear, data.len() as u64, false, class) {
+            // SAFETY: the TLB entry covers the range.
+            unsafe { std::ptr::copy_nonoverlapping(pointer, data.as_mut_ptr(), data.len()) };
+            return Ok(());
+        }
+        let intent = Intent { read: true, write: false, class };
+        self.pieces(linear, data.len(), intent, |core, target, done, len| match target {
+            // SAFETY: the target is RAM of at least `len` bytes.
+            Target::Ram(pointer) => unsafe {
+                std::ptr::copy_nonoverlapping(pointer, data[done..].as_mut_ptr(), len);
+            },
+            Target::Mmio(gpa) => {
+                let now = core.now();
+                core.bus().mmio_read(now, gpa, &mut data[done..done + len]);
+            }
+            Target::Disturbs => unreachable!("only translated code can be disturbed"),
+        })
+    }
+
+    /// Writes guest memory at a linear address; at most one page long.
+    pub fn write_linear(&mut self, linear: u64, data: &[u8], class: Class) -> Result<(), Exception> {
+        if let Some(pointer) = self.probe(linear, data.len() as u64, true, class) {
+            // SAFETY: the TLB entry covers the range.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), pointer, data.len()) };
+            return Ok(());
+        }
+        let intent = Intent { read: false, write: true, class };
+        self.pieces(linear, data.len(), intent, |core, target, done, len| match target {
+            // SAFETY: the target is RAM of at least `len` bytes.
+            Target::Ram(pointer) => unsafe {
+                std::ptr::copy_nonoverlapping(data[done..].as_ptr(), pointer, len);
+            },
+            Target::Mmio(gpa) => {
+                let now = core.now();
+                core.bus().mmio_write(now, gpa, &data[done..done + len]);
+            }
+            Target::Disturbs => unreachable!("only translated code can be disturbed"),
+        })
+    }
+
+    /// Host address for `len` bytes of one page in bulk, or None for memory-mapped I/O.
+    pub fn bulk(&mut self, linear: u64, len: usize, write: bool, class: Class) -> Result<Option<*mut u8>, Exception> {
+        debug_assert!((linear & PAGE_MASK) + len as u64 <= PAGE_SIZE);
+        if let Some(pointer) = self.probe(linear, len as u64, write, class) {
+            return Ok(Some(pointer));
+        }
+        if self.state().is_64bit() && !is_canonical(linear) {
+            return Err(Exception::GP0);
+        }
+        match self.page_target(linear, len as u64, Intent { read: !write, write, class }, None)? {
+            Target::Ram(pointer) => Ok(Some(pointer)),
+            Target::Mmio(_) | Target::Disturbs => Ok(None),
+        }
+    }
+
+    /// The access class for instructions at the current privilege level.
+    pub fn current_class(&self) -> Class {
+        class(self.state())
+    }
+}

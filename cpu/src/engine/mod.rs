@@ -1,0 +1,180 @@
+//! The soft engine: a binary translator from x86-64 to x86-64 with a software MMU and an exact instruction budget.
+//!
+//! `translate` turns guest code into host code block by block, with `classify`, `registers` and `assembler` as its
+//! tools; `core` finds, enters and links blocks and acts on their exits; `mmu` serves memory; `system` (outside)
+//! executes what is not worth translating. Nothing in here may change what a guest computes: see `EngineConfig`.
+
+mod assembler;
+mod block;
+mod classify;
+mod code;
+mod core;
+mod emulation;
+mod fpu;
+mod hash;
+mod mmu;
+mod mode;
+mod pages;
+mod registers;
+mod signals;
+mod thunks;
+mod translate;
+
+use crate::bus::Bus;
+use crate::memory::GuestMemory;
+use crate::model::ModelFeatures;
+use crate::state::CpuState;
+use crate::Icount;
+
+/// How the engine works. None of it can change a state or a hash; tests vary all of it.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Entries of each software TLB, as a power of two, 1..=12.
+    pub tlb_bits: u32,
+    /// Lead branches straight to their targets' translations.
+    pub chaining: bool,
+    /// Longest block, 1..=64 instructions.
+    pub max_block_instructions: u32,
+    /// Host memory reserved for translated code, in bytes.
+    pub code_cache_bytes: usize,
+    /// Randomise block lengths and forget caches at random moments, from this seed.
+    pub chaos_seed: Option<u64>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> EngineConfig {
+        EngineConfig {
+            tlb_bits: 12,
+            chaining: true,
+            max_block_instructions: 64,
+            code_cache_bytes: 512 << 20,
+            chaos_seed: None,
+        }
+    }
+}
+
+/// The engine cannot be made on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No executable memory.
+    #[error("cannot reserve executable memory for translated code: {0}; check the address-space limit (ulimit -v) and whether the host forbids writable executable memory")]
+    CodeMemory(std::io::Error),
+    /// The processor lacks something the translator needs.
+    #[error("this processor lacks {0}, which the engine needs")]
+    Processor(&'static str),
+}
+
+/// Why `run` returned. The state is that between two instructions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The icount is the limit.
+    Limit,
+    /// The bus asked for attention.
+    Attention,
+    /// An interrupt window was requested and the guest accepts interrupts now.
+    InterruptWindow,
+    /// HLT has retired.
+    Halted,
+    /// An exception could not be delivered: the processor shuts down.
+    TripleFault,
+    /// The guest needs something that is not implemented; nothing was executed in its place.
+    Unsupported {
+        /// Address of the instruction.
+        rip: u64,
+        /// Its bytes, if they can be read.
+        bytes: Vec<u8>,
+        /// What is missing.
+        what: String,
+    },
+}
+
+/// A small generator for the randomised engine; its numbers never reach the guest.
+pub(crate) struct Chaos(u64);
+
+impl Chaos {
+    fn new(seed: u64) -> Chaos {
+        Chaos(seed)
+    }
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+}
+
+/// One vCPU and its translations.
+pub struct Engine {
+    core: Box<core::Core>,
+}
+
+impl Engine {
+    /// An engine over the machine's RAM, with all-zero state.
+    pub fn new(memory: GuestMemory, features: ModelFeatures, config: EngineConfig) -> Result<Engine, EngineError> {
+        if !std::arch::is_x86_feature_detected!("avx2") {
+            return Err(EngineError::Processor("AVX2"));
+        }
+        Ok(Engine { core: core::Core::new(memory, features, config)? })
+    }
+
+    /// The architectural state, complete and precise.
+    pub fn state(&self) -> &CpuState {
+        self.core.state()
+    }
+
+    /// The architectural state, to be changed between runs. Call `state_replaced` after changing control registers
+    /// or page tables through other ways than the guest's own instructions.
+    pub fn state_mut(&mut self) -> &mut CpuState {
+        self.core.state_mut()
+    }
+
+    /// Forgets all cached address translations.
+    pub fn state_replaced(&mut self) {
+        self.core.flush_tlbs(true);
+    }
+
+    /// Instructions retired since power-on.
+    pub fn icount(&self) -> Icount {
+        self.core.now()
+    }
+
+    /// Sets the icount, when a state is loaded.
+    pub fn set_icount(&mut self, icount: Icount) {
+        self.core.set_now(icount);
+    }
+
+    /// Executes until the icount is `limit` exactly, or another reason to stop.
+    pub fn run(&mut self, limit: Icount, bus: &mut dyn Bus) -> Stop {
+        self.core.run(limit, bus)
+    }
+
+    /// True if an external interrupt can be delivered now: IF is set and no shadow is in force.
+    pub fn can_interrupt(&self) -> bool {
+        self.core.can_interrupt()
+    }
+
+    /// Makes `run` stop as soon as `can_interrupt` is true.
+    pub fn request_interrupt_window(&mut self, wanted: bool) {
+        self.core.request_interrupt_window(wanted);
+    }
+
+    /// Delivers an external interrupt now and ends HLT. Call only if `can_interrupt`.
+    pub fn interrupt(&mut self, vector: u8, bus: &mut dyn Bus) -> Result<(), Stop> {
+        self.core.interrupt(vector, bus)
+    }
+
+    /// Tells the engine that something else than the vCPU has written `len` bytes of RAM at `gpa`.
+    pub fn memory_written(&mut self, gpa: u64, len: u64) {
+        self.core.memory_written(gpa, len);
+    }
+
+    /// Numbers of the pages (guest-physical address / 4096) that may have been written since the last call, in
+    /// ascending order.
+    pub fn take_dirty(&mut self) -> Vec<u64> {
+        self.core.take_dirty()
+    }
+}

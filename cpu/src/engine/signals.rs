@@ -1,0 +1,120 @@
+//! Processor faults inside translated code arrive as signals; the handler turns them into exits.
+//!
+//! Guest RSP lives in host RSP, so every handler runs on an alternate stack. The handler touches nothing but the
+//! interrupted context and the vCPU block, which the host's GS base points at.
+
+use super::block::VcpuBlock;
+use std::sync::Once;
+
+/// Signals that guest instructions can raise in the host.
+const SIGNALS: [libc::c_int; 4] = [libc::SIGFPE, libc::SIGSEGV, libc::SIGILL, libc::SIGBUS];
+
+static mut PREVIOUS: [Option<libc::sigaction>; 4] = [None; 4];
+static INSTALLED: Once = Once::new();
+
+/// Installs the handlers, once per process. Handlers that were there before get every other fault.
+pub fn install() {
+    INSTALLED.call_once(|| {
+        for (i, signal) in SIGNALS.into_iter().enumerate() {
+            // SAFETY: plain sigaction calls with valid structures; PREVIOUS is written here only, before the
+            // handler that reads it is installed.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handler as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                let mut previous: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(signal, std::ptr::null(), &mut previous);
+                PREVIOUS[i] = Some(previous);
+                libc::sigaction(signal, &action, std::ptr::null_mut());
+            }
+        }
+    });
+}
+
+/// A signal stack for the calling thread, given back on drop.
+pub struct SignalStack {
+    previous: libc::stack_t,
+    memory: Vec<u8>,
+}
+
+impl SignalStack {
+    const SIZE: usize = 256 * 1024;
+
+    /// Installs a stack for this thread's handlers. Disarmed while a handler runs, so that an RSP chosen by the
+    /// guest cannot make the kernel believe that it is already there.
+    pub fn install() -> SignalStack {
+        const SS_AUTODISARM: libc::c_int = 1 << 31;
+        let mut memory = vec![0u8; SignalStack::SIZE];
+        // SAFETY: the structures are valid; the memory outlives the installation (see drop).
+        let previous = unsafe {
+            let stack = libc::stack_t {
+                ss_sp: memory.as_mut_ptr().cast(),
+                ss_flags: SS_AUTODISARM,
+                ss_size: memory.len(),
+            };
+            let mut previous: libc::stack_t = std::mem::zeroed();
+            let result = libc::sigaltstack(&stack, &mut previous);
+            assert_eq!(result, 0, "sigaltstack with a valid stack");
+            previous
+        };
+        SignalStack { previous, memory }
+    }
+}
+
+impl Drop for SignalStack {
+    fn drop(&mut self) {
+        // SAFETY: gives back the stack that was there before; ours is freed afterwards.
+        unsafe { libc::sigaltstack(&self.previous, std::ptr::null_mut()) };
+        self.memory.clear();
+    }
+}
+
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler. GS is used by nothing else in this
+    // process, so its base is either 0 or a vCPU block that the interrupted thread is running.
+    unsafe {
+        let context = &mut *context.cast::<libc::ucontext_t>();
+        let registers = &mut context.uc_mcontext.gregs;
+        let rip = registers[libc::REG_RIP as usize] as u64;
+        let block = gs_base() as *mut VcpuBlock;
+        if !block.is_null() && rip >= (*block).code_start && rip < (*block).code_end {
+            (*block).fault_signal = signal as u32;
+            (*block).fault_rip = rip;
+            (*block).fault_flags = registers[libc::REG_EFL as usize] as u64;
+            (*block).fault_address = (*info).si_addr() as u64;
+            registers[libc::REG_RIP as usize] = (*block).fault_exit as i64;
+            return;
+        }
+        let index = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);
+        let previous = (*std::ptr::addr_of!(PREVIOUS))[index];
+        match previous {
+            Some(action) if action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN => {
+                let function: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                    std::mem::transmute(action.sa_sigaction);
+                function(signal, info, (context as *mut libc::ucontext_t).cast());
+            }
+            _ => {
+                let mut default: libc::sigaction = std::mem::zeroed();
+                default.sa_sigaction = libc::SIG_DFL;
+                libc::sigaction(signal, &default, std::ptr::null_mut());
+            }
+        }
+    }
+}
+
+/// The calling thread's GS base.
+pub fn gs_base() -> u64 {
+    const ARCH_GET_GS: libc::c_long = 0x1004;
+    let mut base: u64 = 0;
+    // SAFETY: arch_prctl writes one u64 to the address given.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_GS, &mut base as *mut u64) };
+    base
+}
+
+/// Points the calling thread's GS base at `base`.
+pub fn set_gs_base(base: u64) {
+    const ARCH_SET_GS: libc::c_long = 0x1001;
+    // SAFETY: nothing else in the process uses GS.
+    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
+    assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
+}

@@ -1,0 +1,987 @@
+//! Translates one block: decodes guest instructions up to the next branch and emits the same instructions with
+//! renamed registers and replaced memory operands, an instruction budget in front and links behind.
+//!
+//! Invariants of emitted code: at every block boundary the guest's status flags are in the vCPU block's slot, RAX
+//! and RCX are free, all other guest registers are at home (`registers`). At every site that can leave in the
+//! middle of a block the state is that before the instruction, so that it can be executed again.
+
+use super::assembler::{Assembler, cc, host, op};
+use super::block::{Class, field};
+use super::classify::{self, Treatment, Unit};
+use super::mode::Mode;
+use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
+use super::thunks::Thunks;
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+};
+
+/// Longest block, in instructions. The budget's immediate is one byte.
+pub const MAX_INSTRUCTIONS: u32 = 64;
+
+/// Most bytes that the translation of one block can take.
+pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
+
+/// Why and from where translated code leaves to Rust.
+#[derive(Clone, Copy, Debug)]
+pub enum SiteKind {
+    /// A memory access that missed the TLB. `resume` continues behind the check with the host address in RCX.
+    Memory { size: u8, read: bool, write: bool, class: Class, careful: bool, resume: u64 },
+    /// A direct branch whose rel32 at `patch` may be led to the target's translation.
+    Link { target: u64, patch: u64 },
+    /// The budget does not cover the block.
+    Budget,
+    /// The block must be looked up again: its page may have changed, or it was invalidated.
+    Lookup,
+    /// An instruction for the emulation, kept decoded.
+    Emulate { instruction: u32 },
+    /// The host processor faulted on the guest's instruction.
+    Fault { unit: Unit, flags_in_host: bool, borrowed: Option<u8> },
+}
+
+/// A place in translated code from which it can leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    pub kind: SiteKind,
+    /// Address of the guest instruction.
+    pub rip: u64,
+    /// Instructions of the block that have been counted but have not retired.
+    pub unretired: u32,
+    /// The block it belongs to.
+    pub block: u32,
+}
+
+/// What is asked of the translator.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    pub rip: u64,
+    /// Guest code from RIP to the end of the page, or up to 15 bytes across it if `straddles`.
+    pub bytes: &'a [u8],
+    pub mode: Mode,
+    pub max_instructions: u32,
+    /// Every memory access goes to Rust first.
+    pub careful: bool,
+    /// The block goes nowhere but back to Rust.
+    pub isolated: bool,
+    pub block: u32,
+    /// Instruction-TLB identity of the page, checked at the checked entry.
+    pub page_identity: u32,
+    /// Linear page and identity of the second page, for an instruction that straddles two.
+    pub second_page: Option<(u64, u32)>,
+    pub tlb_mask: u32,
+}
+
+/// Where the pieces of a translated block stand.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Placed {
+    /// Entry that checks the page first.
+    pub checked: u64,
+    /// Entry for branches within the page.
+    pub entry: u64,
+    /// Stub that looks the block up again; invalidated entries lead there.
+    pub lookup_stub: u64,
+    /// Guest bytes translated.
+    pub guest_len: u32,
+}
+
+/// The first instruction does not end within the bytes given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeedsMoreBytes;
+
+/// Where the guest's status flags are at a point of the emitted code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flags {
+    Slot,
+    Host,
+    Both,
+}
+
+/// A piece of out-of-line code at the end of the block.
+enum Cold {
+    /// `patch` leads here: recover the address and take the slow path.
+    Memory { patch: u32, site: u32, tlb: u32 },
+    /// `patch` leads here: leave with the site.
+    Leave { patch: u32, site: u32 },
+}
+
+/// The translator: buffers that are reused from block to block.
+pub struct Translator {
+    thunks: Thunks,
+    pub a: Assembler,
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    instructions: Vec<(Instruction, Treatment)>,
+    cold: Vec<Cold>,
+    pub sites: Vec<Site>,
+    /// Instructions for the emulation, by index.
+    pub emulated: Vec<Instruction>,
+    /// Host addresses of instructions that may fault, with their sites, in ascending order.
+    pub faults: Vec<(u64, u32)>,
+    flags: Flags,
+    mode: Mode,
+    careful: bool,
+    isolated: bool,
+    block: u32,
+    tlb_mask: u32,
+    count: u32,
+    index: u32,
+    ip: u64,
+    /// Host address of the last guest instruction emitted.
+    last_native: u64,
+}
+
+const STATUS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+fn reads(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+impl Translator {
+    pub fn new(thunks: Thunks) -> Translator {
+        Translator {
+            thunks,
+            a: Assembler::default(),
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            instructions: Vec::new(),
+            cold: Vec::new(),
+            sites: Vec::new(),
+            emulated: Vec::new(),
+            faults: Vec::new(),
+            flags: Flags::Slot,
+            mode: Mode(0),
+            careful: false,
+            isolated: false,
+            block: 0,
+            tlb_mask: 0,
+            count: 0,
+            index: 0,
+            ip: 0,
+            last_native: 0,
+        }
+    }
+
+    /// Forgets all sites, when all code is thrown away.
+    pub fn clear(&mut self) {
+        self.sites.clear();
+        self.emulated.clear();
+        self.faults.clear();
+    }
+
+    /// Translates the block at `request.rip` into `self.a`, to be placed at `origin`.
+    pub fn translate(&mut self, request: &Request, origin: u64) -> Result<Placed, NeedsMoreBytes> {
+        let guest_len = self.decode(request)?;
+        self.mode = request.mode;
+        self.careful = request.careful;
+        self.isolated = request.isolated;
+        self.block = request.block;
+        self.tlb_mask = request.tlb_mask;
+        self.cold.clear();
+        self.flags = Flags::Slot;
+        let list = std::mem::take(&mut self.instructions);
+        self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
+        self.index = 0;
+        self.ip = request.rip;
+        self.a.start(origin);
+
+        let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
+        let lookup = self.site(SiteKind::Lookup, 0);
+        self.check_page(request.rip >> 12, request.page_identity, lookup);
+        placed.entry = self.a.here();
+        if let Some((vpage, identity)) = request.second_page {
+            self.check_page(vpage, identity, lookup);
+        }
+        if self.count > 0 {
+            self.a.sub_imm(host::R15, self.count as i32);
+            let site = self.site(SiteKind::Budget, self.count);
+            let patch = self.a.jcc(cc::S, 0);
+            self.cold.push(Cold::Leave { patch, site });
+        } else {
+            // Room for the jump that invalidation writes over the entry.
+            self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
+        }
+
+        for (ins, treatment) in &list {
+            self.ip = ins.ip();
+            self.instruction(ins, *treatment);
+            self.index += 1;
+        }
+        if !list.last().is_some_and(|(_, t)| t.ends_block()) {
+            self.save_flags();
+            self.link(request.rip.wrapping_add(guest_len as u64));
+        }
+        self.instructions = list;
+        self.instructions.clear();
+
+        placed.lookup_stub = self.a.here();
+        self.leave(lookup);
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Memory { patch, site, tlb } => {
+                    self.a.land(patch);
+                    self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+                    self.a.mov_imm(host::RAX, site as u64);
+                    self.a.jmp(self.thunks.memory);
+                }
+                Cold::Leave { patch, site } => {
+                    self.a.land(patch);
+                    self.leave(site);
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    fn leave(&mut self, site: u32) {
+        self.a.mov_imm(host::RAX, site as u64);
+        self.a.jmp(self.thunks.exit_site);
+    }
+
+    /// Decodes the block into `self.instructions`; returns its length in bytes.
+    fn decode(&mut self, request: &Request) -> Result<u32, NeedsMoreBytes> {
+        self.instructions.clear();
+        let mut decoder =
+            Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
+        let mut len = 0;
+        while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
+            let mut ins = Instruction::default();
+            decoder.decode_out(&mut ins);
+            if ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                if self.instructions.is_empty() && request.second_page.is_none() {
+                    return Err(NeedsMoreBytes);
+                }
+                if !self.instructions.is_empty() {
+                    break;
+                }
+            }
+            let treatment = classify::treatment(&ins, request.mode);
+            self.instructions.push((ins, treatment));
+            len = decoder.position() as u32;
+            if treatment.ends_block() || request.second_page.is_some() {
+                break;
+            }
+        }
+        Ok(len)
+    }
+
+    fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
+        self.sites.push(Site { kind, rip: self.ip, unretired, block: self.block });
+        self.sites.len() as u32 - 1
+    }
+
+    /// Instructions from the current one to the end of the block.
+    fn unretired(&self) -> u32 {
+        self.count - self.index
+    }
+
+    fn check_page(&mut self, vpage: u64, identity: u32, lookup: u32) {
+        self.a.cmp_gs_imm32(field::itlb(self.mode.class(), vpage), identity);
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Leave { patch, site: lookup });
+    }
+
+    // Flags ----------------------------------------------------------------------------------------------------
+
+    /// Makes sure that the slot holds the flags; the host's stay as they are. Uses RAX.
+    fn save_flags(&mut self) {
+        if self.flags == Flags::Host {
+            self.a.save_flags(field::FLAGS);
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Makes sure that the host's flags are the guest's. Uses RAX.
+    fn need_flags(&mut self) {
+        if self.flags == Flags::Slot {
+            self.a.restore_flags(field::FLAGS);
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// The host's flags are about to be lost.
+    fn clobber_flags(&mut self) {
+        self.save_flags();
+        self.flags = Flags::Slot;
+    }
+
+    // Registers ------------------------------------------------------------------------------------------------
+
+    /// Loads a guest register, whole, into a host register.
+    fn fetch(&mut self, dst: u8, guest: u8) {
+        match HOME[guest as usize] {
+            Some(home) => self.a.mov(dst, home),
+            None => self.a.load_gs(dst, field::gpr(guest)),
+        }
+    }
+
+    /// A host register that holds the guest register: its home, or `scratch` after loading it.
+    fn held(&mut self, guest: u8, scratch: u8) -> u8 {
+        match HOME[guest as usize] {
+            Some(home) => home,
+            None => {
+                self.a.load_gs(scratch, field::gpr(guest));
+                scratch
+            }
+        }
+    }
+
+    // Memory ---------------------------------------------------------------------------------------------------
+
+    /// Linear address of the memory operand into RCX; uses RAX and the flags. `rsp_bias` is added to RSP.
+    fn address(&mut self, ins: &Instruction, rsp_bias: i32) {
+        self.offset(ins, host::RCX, rsp_bias, true);
+        self.add_segment_base(ins);
+    }
+
+    /// Effective address (offset in the segment) of the memory operand into `dst`; leaves the flags alone.
+    /// Uses RAX and RCX. `wide_result` is false if only 32 bits of it are wanted.
+    fn offset(&mut self, ins: &Instruction, dst: u8, rsp_bias: i32, wide_result: bool) {
+        let mask = if wide_result { u64::MAX } else { u32::MAX as u64 };
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        if ins.is_ip_rel_memory_operand() {
+            self.a.mov_imm(dst, ins.ip_rel_memory_address() & mask);
+            return;
+        }
+        let disp = ins.memory_displacement64();
+        if base == Register::None && index == Register::None {
+            self.a.mov_imm(dst, disp & mask);
+            return;
+        }
+        let wide = wide_result && (base.size() == 8 || index.size() == 8);
+        let bias = if base.full_register() == Register::RSP { rsp_bias } else { 0 };
+        let base_host = gpr_number(base).map(|g| self.held(g, host::RCX));
+        let index_host = gpr_number(index).map(|g| (self.held(g, host::RAX), ins.memory_index_scale() as u8));
+        self.a.lea(wide, dst, base_host, index_host, (disp as i32).wrapping_add(bias));
+    }
+
+    fn add_segment_base(&mut self, ins: &Instruction) {
+        let segment = match ins.memory_segment() {
+            Register::FS => crate::state::seg::FS,
+            Register::GS => crate::state::seg::GS,
+            _ => return,
+        };
+        self.clobber_flags();
+        self.a.gs_op(self.mode.is_64bit(), op::ADD, host::RCX, field::segment_base(segment));
+    }
+
+    /// Turns the linear address in RCX into a host address in RCX. Uses RAX and the flags, which are in the slot.
+    fn lookup(&mut self, size: usize, read: bool, write: bool) {
+        debug_assert!(self.flags == Flags::Slot || self.careful);
+        let class = self.mode.class();
+        let kind = SiteKind::Memory { size: size as u8, read, write, class, careful: self.careful, resume: 0 };
+        let site = self.site(kind, self.unretired());
+        if self.careful {
+            self.a.mov_imm(host::RAX, site as u64);
+            self.a.jmp(self.thunks.memory);
+        } else {
+            let tlb = field::tlb(class, write);
+            self.a.mov32(host::RAX, host::RCX);
+            self.a.shr32(host::RAX, 8);
+            self.a.and32(host::RAX, self.tlb_mask << 4);
+            self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+            self.a.cmp_imm(host::RCX, 4096 - size as i32);
+            let patch = self.a.jcc(cc::A, 0);
+            self.cold.push(Cold::Memory { patch, site, tlb });
+            self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
+        }
+        let here = self.a.here();
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[site as usize].kind {
+            *resume = here;
+        }
+    }
+
+    /// Host address of the instruction's memory operand into RCX.
+    fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) {
+        self.clobber_flags();
+        self.address(ins, 0);
+        self.lookup(size, read, write);
+    }
+
+    /// Host address of stack memory at RSP + `offset` into RCX.
+    fn stack(&mut self, offset: i32, size: usize, write: bool) {
+        self.clobber_flags();
+        self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RSP), None, offset);
+        self.lookup(size, !write, write);
+    }
+
+    fn adjust_rsp(&mut self, by: i32) {
+        self.a.lea(self.mode.is_64bit(), host::RSP, Some(host::RSP), None, by);
+    }
+
+    fn word(&self) -> usize {
+        if self.mode.is_64bit() { 8 } else { 4 }
+    }
+
+    // Instructions ---------------------------------------------------------------------------------------------
+
+    fn instruction(&mut self, ins: &Instruction, treatment: Treatment) {
+        match treatment {
+            Treatment::Nothing => {}
+            Treatment::Plain => self.plain(ins),
+            Treatment::Lea => self.load_effective_address(ins),
+            Treatment::BitString => self.bit_string(ins),
+            Treatment::Push => self.push(ins),
+            Treatment::Pop => self.pop(ins),
+            Treatment::Leave => self.leave_frame(),
+            Treatment::Jump => {
+                self.save_flags();
+                self.link(ins.near_branch_target());
+            }
+            Treatment::Branch => self.branch(ins),
+            Treatment::CountBranch => self.count_branch(ins),
+            Treatment::Call => {
+                self.push_constant(ins.next_ip());
+                self.link(ins.near_branch_target());
+            }
+            Treatment::IndirectJump => {
+                self.branch_target(ins);
+                self.indirect();
+            }
+            Treatment::IndirectCall => {
+                self.branch_target(ins);
+                self.a.store_gs(host::RCX, field::temporary(1));
+                self.push_constant(ins.next_ip());
+                self.a.load_gs(host::RCX, field::temporary(1));
+                self.indirect();
+            }
+            Treatment::Return => {
+                let word = self.word();
+                self.stack(0, word, false);
+                self.a.load(word, host::RCX, host::RCX);
+                let extra = if ins.op_count() == 1 { ins.immediate16() as i32 } else { 0 };
+                self.adjust_rsp(word as i32 + extra);
+                self.indirect();
+            }
+            Treatment::Emulate => {
+                self.save_flags();
+                self.emulated.push(*ins);
+                let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
+                let site = self.site(kind, 0);
+                let patch = self.a.jmp(0);
+                self.cold.push(Cold::Leave { patch, site });
+            }
+        }
+    }
+
+    /// Jumps to the translation of `target`, through Rust until it is linked. Flags are in the slot.
+    fn link(&mut self, target: u64) {
+        let target = if self.mode.is_64bit() { target } else { target & 0xFFFF_FFFF };
+        let patch = self.a.jmp(0);
+        self.link_site(target, patch);
+    }
+
+    fn link_site(&mut self, target: u64, patch: u32) {
+        let kind = SiteKind::Link { target, patch: self.a.origin + patch as u64 };
+        let site = self.site(kind, 0);
+        self.cold.push(Cold::Leave { patch, site });
+    }
+
+    fn branch(&mut self, ins: &Instruction) {
+        self.need_flags();
+        self.save_flags();
+        let condition = ins.condition_code() as u8 - 1;
+        let patch = self.a.jcc(condition, 0);
+        self.link_site(self.masked(ins.near_branch_target()), patch);
+        self.link(ins.next_ip());
+    }
+
+    fn masked(&self, rip: u64) -> u64 {
+        if self.mode.is_64bit() { rip } else { rip & 0xFFFF_FFFF }
+    }
+
+    fn count_branch(&mut self, ins: &Instruction) {
+        self.clobber_flags();
+        let address_bits = match ins.code() {
+            Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX => 64,
+            Code::Jecxz_rel8_64
+            | Code::Jecxz_rel8_32
+            | Code::Loop_rel8_64_ECX
+            | Code::Loope_rel8_64_ECX
+            | Code::Loopne_rel8_64_ECX
+            | Code::Loop_rel8_32_ECX
+            | Code::Loope_rel8_32_ECX
+            | Code::Loopne_rel8_32_ECX => 32,
+            _ => 16,
+        };
+        // Guest RCX lives in R13.
+        let wide = address_bits == 64;
+        let zero_test = |a: &mut Assembler| match address_bits {
+            64 => a.put(&[0x4D, 0x85, 0xED]),             // test r13, r13
+            32 => a.put(&[0x45, 0x85, 0xED]),             // test r13d, r13d
+            _ => a.put(&[0x66, 0x45, 0x85, 0xED]),        // test r13w, r13w
+        };
+        let target = self.masked(ins.near_branch_target());
+        if ins.is_jcx_short() {
+            zero_test(&mut self.a);
+            let patch = self.a.jcc(cc::E, 0);
+            self.link_site(target, patch);
+            self.link(ins.next_ip());
+            return;
+        }
+        if address_bits == 16 {
+            self.a.put(&[0x66, 0x41, 0xFF, 0xCD]); // dec r13w
+        } else {
+            self.a.lea(wide, host::R13, Some(host::R13), None, -1);
+        }
+        zero_test(&mut self.a);
+        if ins.is_loop() {
+            let patch = self.a.jcc(cc::NE, 0);
+            self.link_site(target, patch);
+        } else {
+            let fall = self.a.jcc(cc::E, 0);
+            self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+            self.a.put(&[0xF6, 0xC4, 0x40]); // test ah, ZF
+            let loops_while_equal = matches!(ins.mnemonic(), Mnemonic::Loope);
+            let patch = self.a.jcc(if loops_while_equal { cc::NE } else { cc::E }, 0);
+            self.link_site(target, patch);
+            self.a.land(fall);
+        }
+        self.link(ins.next_ip());
+    }
+
+    /// Target of an indirect branch into RCX.
+    fn branch_target(&mut self, ins: &Instruction) {
+        let word = self.word();
+        if ins.op0_kind() == OpKind::Memory {
+            self.operand(ins, word, true, false);
+            self.a.load(word, host::RCX, host::RCX);
+        } else {
+            let guest = gpr_number(ins.op0_register()).expect("an indirect branch takes a general register");
+            self.fetch(host::RCX, guest);
+            if word == 4 {
+                self.a.mov32(host::RCX, host::RCX);
+            }
+        }
+    }
+
+    /// Goes where RCX says, through the jump cache.
+    fn indirect(&mut self) {
+        self.clobber_flags();
+        if self.isolated {
+            self.a.jmp(self.thunks.exit_indirect);
+            return;
+        }
+        self.a.mov32(host::RAX, host::RCX);
+        self.a.shr32(host::RAX, 12);
+        self.a.xor32(host::RAX, host::RCX);
+        self.a.and32(host::RAX, super::block::JUMP_ENTRIES as u32 - 1);
+        self.a.gs_index8_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+        self.a.jcc(cc::NE, self.thunks.exit_indirect);
+        self.a.jmp_gs_rax8(field::JUMP_HOST);
+    }
+
+    fn load_effective_address(&mut self, ins: &Instruction) {
+        let dst = ins.op0_register();
+        let guest = gpr_number(dst).expect("LEA writes a general register");
+        let home = HOME[guest as usize];
+        if dst.size() == 2 {
+            self.offset(ins, host::RCX, 0, false);
+            let target = self.held(guest, host::RAX);
+            self.a.put(&[0x66, 0x40 | target >> 3, op::STORE, 0xC8 | target & 7]); // mov target16, cx
+            if home.is_none() {
+                self.a.store_gs(target, field::gpr(guest));
+            }
+            return;
+        }
+        let target = home.unwrap_or(host::RAX);
+        self.offset(ins, target, 0, dst.size() == 8);
+        if home.is_none() {
+            self.a.store_gs(target, field::gpr(guest));
+        }
+    }
+
+    fn bit_string(&mut self, ins: &Instruction) {
+        let offset_register = ins.op1_register();
+        let guest = gpr_number(offset_register).expect("the bit offset is a general register");
+        let size = offset_register.size();
+        self.clobber_flags();
+        self.address(ins, 0);
+        self.fetch(host::RAX, guest);
+        match size {
+            8 => self.a.put(&[0x48, 0xC1, 0xF8, 6]), // sar rax, 6
+            4 => self.a.put(&[0x48, 0x63, 0xC0, 0x48, 0xC1, 0xF8, 5]), // movsxd rax, eax; sar rax, 5
+            _ => self.a.put(&[0x48, 0x0F, 0xBF, 0xC0, 0x48, 0xC1, 0xF8, 4]), // movsx rax, ax; sar rax, 4
+        }
+        self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RCX), Some((host::RAX, size as u8)), 0);
+        self.lookup(size, true, ins.mnemonic() != Mnemonic::Bt);
+        self.fetch(host::RAX, guest);
+        self.a.and32(host::RAX, size as u32 * 8 - 1);
+        self.a.store_gs(host::RAX, field::temporary(1));
+        self.need_flags();
+        self.a.load_gs(host::RAX, field::temporary(1));
+        let mut out = *ins;
+        out.set_has_lock_prefix(false);
+        out.set_op1_register(sized(offset_register, host::RAX));
+        set_memory(&mut out, host::RCX);
+        self.encode(ins, &out);
+        self.flags = Flags::Host;
+    }
+
+    fn push(&mut self, ins: &Instruction) {
+        let word = self.word();
+        let down = -(word as i32);
+        match ins.op0_kind() {
+            OpKind::Register => {
+                let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
+                self.stack(down, word, true);
+                let value = self.held(guest, host::RAX);
+                self.a.store(word, host::RCX, value);
+            }
+            OpKind::Memory => {
+                self.operand(ins, word, true, false);
+                self.a.load(word, host::RAX, host::RCX);
+                self.a.store_gs(host::RAX, field::temporary(1));
+                self.stack(down, word, true);
+                self.a.load_gs(host::RAX, field::temporary(1));
+                self.a.store(word, host::RCX, host::RAX);
+            }
+            _ => {
+                self.push_constant(ins.immediate(0));
+                return;
+            }
+        }
+        self.adjust_rsp(down);
+    }
+
+    fn push_constant(&mut self, value: u64) {
+        let word = self.word();
+        self.stack(-(word as i32), word, true);
+        if word == 4 || value as i64 == value as i32 as i64 {
+            if word == 8 {
+                self.a.put(&[0x48]);
+            }
+            self.a.put(&[0xC7, 0x01]); // mov [rcx], imm32
+            self.a.put(&(value as u32).to_le_bytes());
+        } else {
+            self.a.mov_imm(host::RAX, value);
+            self.a.store(8, host::RCX, host::RAX);
+        }
+        self.adjust_rsp(-(word as i32));
+    }
+
+    fn pop(&mut self, ins: &Instruction) {
+        let word = self.word();
+        self.stack(0, word, false);
+        if ins.op0_kind() == OpKind::Register {
+            let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
+            match HOME[guest as usize] {
+                Some(host::RSP) => {
+                    self.a.load(word, host::RSP, host::RCX);
+                    return;
+                }
+                Some(home) => self.a.load(word, home, host::RCX),
+                None => {
+                    self.a.load(word, host::RAX, host::RCX);
+                    self.a.store_gs(host::RAX, field::gpr(guest));
+                }
+            }
+        } else {
+            self.a.load(word, host::RAX, host::RCX);
+            self.a.store_gs(host::RAX, field::temporary(1));
+            // An address based on RSP uses its value after the pop.
+            self.address(ins, word as i32);
+            self.lookup(word, false, true);
+            self.a.load_gs(host::RAX, field::temporary(1));
+            self.a.store(word, host::RCX, host::RAX);
+        }
+        self.adjust_rsp(word as i32);
+    }
+
+    fn leave_frame(&mut self) {
+        let word = self.word();
+        self.clobber_flags();
+        self.a.lea(word == 8, host::RCX, Some(host::RBP), None, 0);
+        self.lookup(word, true, false);
+        self.a.lea(word == 8, host::RSP, Some(host::RBP), None, word as i32);
+        self.a.load(word, host::RBP, host::RCX);
+    }
+
+    /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
+    /// emulation, which will say what is missing.
+    fn encode(&mut self, ins: &Instruction, out: &Instruction) {
+        let start = self.a.bytes.len();
+        self.last_native = self.a.here();
+        self.encoder.set_buffer(std::mem::take(&mut self.a.bytes));
+        let result = self.encoder.encode(out, self.last_native);
+        self.a.bytes = self.encoder.take_buffer();
+        if result.is_err() {
+            self.a.bytes.truncate(start);
+            self.save_flags();
+            self.emulated.push(*ins);
+            let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
+            let site = self.site(kind, self.unretired());
+            let patch = self.a.jmp(0);
+            self.cold.push(Cold::Leave { patch, site });
+        }
+    }
+
+    /// Any instruction that executes natively.
+    fn plain(&mut self, ins: &Instruction) {
+        if (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && is_high_byte(ins.op_register(i))) {
+            self.high_byte(ins);
+            return;
+        }
+        let use_of = Use::of(self.info.info(ins), ins);
+        let mut out = *ins;
+        out.set_code(classify::free_accumulator(ins.code()));
+        out.set_has_lock_prefix(false);
+
+        if let Some((_, access)) = use_of.memory {
+            self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+        }
+        let needs_flags = use_of.flags_in;
+        if needs_flags {
+            self.need_flags();
+        }
+
+        let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
+        let mut scratch = Scratch { rax: !pin_rax, rcx: !pin_rcx && use_of.memory.is_none(), taken: use_of.gprs, borrowed: [0; 3], borrowed_count: 0 };
+        if use_of.memory.is_some() {
+            let mut address = host::RCX;
+            if pin_rcx {
+                address = self.take(&mut scratch);
+                self.a.mov(address, host::RCX);
+            }
+            set_memory(&mut out, address);
+        }
+        if pin_rax {
+            self.fetch(host::RAX, 0);
+        }
+        if pin_rcx {
+            self.fetch(host::RCX, 1);
+        }
+        let mut write_back: [Option<(u8, u8)>; 4] = [None; 4];
+        let mut assigned: [Option<(u8, u8)>; 4] = [None; 4];
+        for i in 0..ins.op_count() {
+            if ins.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let register = ins.op_register(i);
+            let Some(guest) = gpr_number(register) else { continue };
+            // An operand that is pinned too is the pinned register itself.
+            if pin_rax && guest == 0 || pin_rcx && guest == 1 {
+                continue;
+            }
+            let host_register = match HOME[guest as usize] {
+                Some(home) => home,
+                None => {
+                    let access = use_of.access[i as usize];
+                    let earlier = assigned.iter().flatten().find(|(g, _)| *g == guest).map(|(_, h)| *h);
+                    let (temp, fresh) = match earlier {
+                        Some(temp) => (temp, false),
+                        None => (self.take(&mut scratch), true),
+                    };
+                    let whole = access == OpAccess::Write && register.size() >= 4 && !conditional_result(ins);
+                    let read_elsewhere = use_of.reads_gpr(guest);
+                    if fresh && (!whole || read_elsewhere) {
+                        self.a.load_gs(temp, field::gpr(guest));
+                    }
+                    assigned[i as usize] = Some((guest, temp));
+                    if writes(access) {
+                        write_back[i as usize] = Some((guest, temp));
+                    }
+                    temp
+                }
+            };
+            out.set_op_register(i, sized(register, host_register));
+        }
+
+        let flags_in_host = self.flags != Flags::Slot;
+        let fault = classify::may_fault(ins).then(|| {
+            let kind = SiteKind::Fault {
+                unit: classify::unit(ins),
+                flags_in_host,
+                borrowed: (scratch.borrowed_count > 0).then_some(scratch.borrowed[0]),
+            };
+            self.site(kind, self.unretired())
+        });
+        self.encode(ins, &out);
+        if let Some(site) = fault {
+            self.faults.push((self.last_native, site));
+        }
+        for (guest, temp) in write_back.into_iter().flatten() {
+            self.a.store_gs(temp, field::gpr(guest));
+        }
+        if pin_rax && use_of.writes_rax {
+            self.a.mov(HOME[0].expect("guest RAX has a home"), host::RAX);
+        }
+        if pin_rcx && use_of.writes_rcx {
+            self.a.mov(HOME[1].expect("guest RCX has a home"), host::RCX);
+        }
+        for i in 0..scratch.borrowed_count {
+            self.a.load_gs(scratch.borrowed[i], field::temporary(4 + i as u32));
+        }
+        if use_of.flags_out {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// A scratch register for one instruction: RAX or RCX if free, else another one, borrowed.
+    fn take(&mut self, scratch: &mut Scratch) -> u8 {
+        if scratch.rax {
+            scratch.rax = false;
+            return host::RAX;
+        }
+        if scratch.rcx {
+            scratch.rcx = false;
+            return host::RCX;
+        }
+        let free = BORROWABLE.iter().copied().find(|r| scratch.taken & 1 << r == 0);
+        let register = free.expect("no instruction uses all borrowable registers");
+        scratch.taken |= 1 << register;
+        self.a.store_gs(register, field::temporary(4 + scratch.borrowed_count as u32));
+        scratch.borrowed[scratch.borrowed_count] = register;
+        scratch.borrowed_count += 1;
+        register
+    }
+
+    /// Instructions with AH, CH, DH or BH, which cannot be combined with a REX prefix: guest RAX and RCX are
+    /// brought into the host registers of the same name for them.
+    fn high_byte(&mut self, ins: &Instruction) {
+        let use_of = Use::of(self.info.info(ins), ins);
+        let mut out = *ins;
+        out.set_has_lock_prefix(false);
+        let memory = use_of.memory;
+        if let Some((_, access)) = memory {
+            self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+            set_memory(&mut out, host::RCX);
+        }
+        if use_of.flags_in {
+            self.need_flags();
+        }
+        let mut rax_holds = None;
+        let mut rcx_holds = None;
+        for i in 0..ins.op_count() {
+            if ins.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let register = ins.op_register(i);
+            match gpr_number(register) {
+                Some(0) => rax_holds = Some(0),
+                Some(1) if memory.is_some() => {
+                    // RCX holds the address; the only register operand goes to RAX.
+                    rax_holds = Some(1);
+                    let renamed = if register == Register::CH { Register::AH } else { sized(register, host::RAX) };
+                    out.set_op_register(i, renamed);
+                }
+                Some(1) => rcx_holds = Some(1),
+                _ => {}
+            }
+        }
+        // SHL AH, CL and its like.
+        if ins.op_count() == 2 && ins.op1_kind() == OpKind::Register && ins.op1_register() == Register::CL {
+            rcx_holds = Some(1);
+        }
+        if let Some(guest) = rax_holds {
+            self.fetch(host::RAX, guest);
+        }
+        if let Some(guest) = rcx_holds {
+            self.fetch(host::RCX, guest);
+        }
+        self.encode(ins, &out);
+        if let Some(guest) = rax_holds {
+            self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RAX);
+        }
+        if let Some(guest) = rcx_holds {
+            self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RCX);
+        }
+        if use_of.flags_out {
+            self.flags = Flags::Host;
+        }
+    }
+}
+
+/// Scratch registers during one instruction.
+struct Scratch {
+    rax: bool,
+    rcx: bool,
+    /// Registers that the instruction uses, as a bit mask.
+    taken: u32,
+    borrowed: [u8; 3],
+    borrowed_count: usize,
+}
+
+/// What one instruction reads and writes, as far as the translator cares.
+struct Use {
+    /// The memory operand and how it is accessed.
+    memory: Option<(u32, OpAccess)>,
+    access: [OpAccess; 5],
+    /// General-purpose registers used in any way, as a bit mask.
+    gprs: u32,
+    /// General-purpose registers read, as a bit mask.
+    gprs_read: u32,
+    writes_rax: bool,
+    writes_rcx: bool,
+    /// The instruction's result depends on the flags before it, or it leaves some of them as they were.
+    flags_in: bool,
+    flags_out: bool,
+}
+
+impl Use {
+    fn of(info: &InstructionInfo, ins: &Instruction) -> Use {
+        let mut access = [OpAccess::None; 5];
+        let mut memory = None;
+        for i in 0..ins.op_count() {
+            access[i as usize] = info.op_access(i);
+            if ins.op_kind(i) == OpKind::Memory {
+                memory = Some((i, info.op_access(i)));
+            }
+        }
+        let (mut gprs, mut gprs_read, mut written) = (0, 0, 0);
+        for used in info.used_registers() {
+            if let Some(number) = gpr_number(used.register()) {
+                gprs |= 1 << number;
+                if reads(used.access()) {
+                    gprs_read |= 1 << number;
+                }
+                if writes(used.access()) {
+                    written |= 1 << number;
+                }
+            }
+        }
+        let modified = ins.rflags_modified() & STATUS;
+        let defined = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
+        let complete = defined == STATUS || classify::clears_af(ins);
+        Use {
+            memory,
+            access,
+            gprs,
+            gprs_read,
+            writes_rax: written & 1 != 0,
+            writes_rcx: written & 2 != 0,
+            flags_in: ins.rflags_read() & STATUS != 0 || modified != 0 && !complete,
+            flags_out: modified != 0,
+        }
+    }
+
+    fn reads_gpr(&self, guest: u8) -> bool {
+        self.gprs_read & 1 << guest != 0
+    }
+}
+
+/// The destination may stay as it was although it counts as written.
+fn conditional_result(ins: &Instruction) -> bool {
+    matches!(ins.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr)
+}
+
+/// Makes `[address]` the memory operand, with a host register as base and nothing else.
+fn set_memory(out: &mut Instruction, address: u8) {
+    out.set_segment_prefix(Register::None);
+    out.set_memory_base(Register::RAX + address as u32);
+    out.set_memory_index(Register::None);
+    out.set_memory_index_scale(1);
+    out.set_memory_displacement64(0);
+    out.set_memory_displ_size(0);
+}
