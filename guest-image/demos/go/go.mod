@@ -1,0 +1,3 @@
+module orrery/demo
+
+go 1.19

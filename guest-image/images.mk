@@ -1,0 +1,40 @@
+# The demo images: `make images` builds hello, go and jvm from Debian packages. Included by the top Makefile, which
+# sets ORRERY (the command) and IMAGES (where images go). Only `make deps` needs root.
+
+IMAGE_WORK = target/image-work
+KERNEL_DEB = target/packages/kernel.deb
+DEMOS = guest-image/demos
+IMAGE_SOURCES = $(wildcard guest-image/src/*.rs guest-image/init/src/*.rs)
+
+# The Debian packages that building images takes.
+IMAGE_PACKAGES = busybox-static e2fsprogs golang-go openjdk-17-jdk-headless
+
+.PHONY: deps images clean-images
+
+deps: ## Debian packages that building images takes (as root)
+	apt-get install -y --no-install-recommends $(IMAGE_PACKAGES)
+
+images: $(IMAGES)/hello.img $(IMAGES)/go.img $(IMAGES)/jvm.img ## the demo images: hello, go, jvm
+
+clean-images: ## the demo images and what they were made of, but not the kernel package
+	rm -rf $(IMAGE_WORK) $(IMAGES)
+
+# Debian's stock kernel, as it comes. The newest package that is there is kept; delete target/packages for a newer one.
+$(KERNEL_DEB): guest-image/fetch-kernel.sh
+	sh guest-image/fetch-kernel.sh $@
+
+$(IMAGES)/hello.img: $(KERNEL_DEB) $(DEMOS)/hello/hello.sh $(IMAGE_SOURCES) | build
+	sh $(DEMOS)/hello/make-root.sh $(IMAGE_WORK)/hello
+	@mkdir -p $(@D)
+	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/hello --hostname hello -o $@ -- /bin/hello.sh
+
+$(IMAGES)/go.img: $(KERNEL_DEB) $(DEMOS)/go/main.go $(IMAGE_SOURCES) | build
+	sh $(DEMOS)/go/make-root.sh $(IMAGE_WORK)/go
+	@mkdir -p $(@D)
+	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/go --hostname go -o $@ -- /bin/demo
+
+$(IMAGES)/jvm.img: $(KERNEL_DEB) $(DEMOS)/jvm/Demo.java $(DEMOS)/jvm/demo.sh $(IMAGE_SOURCES) | build
+	sh $(DEMOS)/jvm/make-root.sh $(IMAGE_WORK)/jvm
+	@mkdir -p $(@D)
+	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/jvm --hostname jvm \
+		--env JAVA_HOME=/opt/java -o $@ -- /app/demo.sh
