@@ -14,10 +14,7 @@ fn main() {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let workspace = crate_dir.parent().expect("the crate lies in the workspace");
     for watched in ["build.rs", "init/src", "init/Cargo.toml"] {
-        println!(
-            "cargo::rerun-if-changed={}",
-            crate_dir.join(watched).display()
-        );
+        println!("cargo::rerun-if-changed={}", crate_dir.join(watched).display());
     }
 
     // Paths of this machine must not reach the binary: it is part of every image's hash.
@@ -30,16 +27,7 @@ fn main() {
     let target_dir = out_dir.join("init");
     let mut cargo = Command::new(env::var_os("CARGO").expect("cargo sets it"));
     cargo
-        .args([
-            "build",
-            "--quiet",
-            "--release",
-            "--target",
-            TARGET,
-            "--package",
-            "orrery-init",
-            "--manifest-path",
-        ])
+        .args(["build", "--quiet", "--release", "--target", TARGET, "--package", "orrery-init", "--manifest-path"])
         .arg(workspace.join("Cargo.toml"))
         .arg("--target-dir")
         .arg(&target_dir)
@@ -51,20 +39,12 @@ fn main() {
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1");
     // What the outer build was wrapped or steered with (clippy, coverage) is not for the guest.
-    for variable in [
-        "RUSTC_WRAPPER",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-        "CARGO_MAKEFLAGS",
-    ] {
+    for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "CARGO_BUILD_TARGET", "CARGO_MAKEFLAGS"] {
         cargo.env_remove(variable);
     }
     match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(status) => fail(&format!(
-            "building orrery-init for {TARGET} failed ({status}); its errors are above"
-        )),
+        Ok(status) => fail(&format!("building orrery-init for {TARGET} failed ({status}); its errors are above")),
         Err(error) => fail(&format!("cannot start cargo for orrery-init: {error}")),
     }
     let init = target_dir.join(TARGET).join("release/orrery-init");

@@ -14,7 +14,7 @@ use crate::image::{Image, ImageParts, Metadata};
 use crate::init_config::{self, InitConfig};
 use crate::kernel;
 use crate::modules::{Module, ModuleLibrary};
-use crate::tree::Tree;
+use crate::tree::{Kind, Tree};
 
 /// `/init` for the guest, compiled from `init/` when this crate was.
 static INIT: &[u8] = include_bytes!(env!("ORRERY_INIT"));
@@ -33,14 +33,8 @@ pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 nokaslr mitiga
                                      no_timer_check random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1";
 
 /// The entry command's environment unless it is overridden.
-const BASE_ENVIRONMENT: [(&str, &str); 3] = [
-    (
-        "PATH",
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    ),
-    ("HOME", "/root"),
-    ("TERM", "vt100"),
-];
+const BASE_ENVIRONMENT: [(&str, &str); 3] =
+    [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root"), ("TERM", "vt100")];
 
 /// What to build.
 #[derive(Clone, Debug, Default)]
@@ -69,12 +63,12 @@ pub struct BuildOptions {
 /// Steps of the build, for a progress display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// Reading the kernel or unpacking its package.
+    /// Reading the kernel or unpacking its package, and choosing modules.
     Kernel,
-    /// Choosing modules and writing the initramfs.
-    Initramfs,
     /// Reading the root directory or archive.
     ReadRoot,
+    /// Writing the initramfs.
+    Initramfs,
     /// Making the file system.
     MakeDisk,
     /// Hashing.
@@ -83,13 +77,8 @@ pub enum Progress {
 
 impl Progress {
     /// All steps in order.
-    pub const STEPS: [Progress; 5] = [
-        Progress::Kernel,
-        Progress::Initramfs,
-        Progress::ReadRoot,
-        Progress::MakeDisk,
-        Progress::Hash,
-    ];
+    pub const STEPS: [Progress; 5] =
+        [Progress::Kernel, Progress::ReadRoot, Progress::Initramfs, Progress::MakeDisk, Progress::Hash];
 
     /// What to show.
     pub fn describe(self) -> &'static str {
@@ -105,10 +94,7 @@ impl Progress {
 
 /// Builds an image in memory; [`Image::write`] makes a file of it. `progress` is called at the beginning of each
 /// step.
-pub fn build(
-    options: &BuildOptions,
-    mut progress: impl FnMut(Progress),
-) -> Result<Image, BuildError> {
+pub fn build(options: &BuildOptions, mut progress: impl FnMut(Progress)) -> Result<Image, BuildError> {
     check_options(options)?;
     let tools = ext4::Tools::find()?;
 
@@ -129,14 +115,8 @@ pub fn build(
     let config = InitConfig {
         modules: Vec::new(),
         root: Some("/dev/vda".to_string()),
-        host_name: options
-            .host_name
-            .clone()
-            .unwrap_or_else(|| "orrery".to_string()),
-        working_directory: options
-            .working_directory
-            .clone()
-            .unwrap_or_else(|| "/".to_string()),
+        host_name: options.host_name.clone().unwrap_or_else(|| "orrery".to_string()),
+        working_directory: options.working_directory.clone().unwrap_or_else(|| "/".to_string()),
         environment: environment.clone(),
         entry: entry.clone(),
     };
@@ -149,27 +129,18 @@ pub fn build(
     let metadata = Metadata {
         kernel_release: kernel::release(&kernel.image),
         kernel_package: kernel.package,
-        modules: kernel
-            .modules
-            .iter()
-            .map(|module| module.name.clone())
-            .collect(),
+        modules: kernel.modules.iter().map(|module| module.name.clone()).collect(),
     };
     let parts = ImageParts {
         kernel: Content::from(kernel.image),
         initramfs: Content::from(initramfs),
         disks: vec![disk],
-        command_line: format!("{BASE_COMMAND_LINE} {}", options.command_line)
-            .trim_end()
-            .to_string(),
+        command_line: format!("{BASE_COMMAND_LINE} {}", options.command_line).trim_end().to_string(),
         entry,
         environment,
         metadata,
     };
-    Image::from_parts(parts).map_err(|error| BuildError::Kernel {
-        path: options.kernel.clone(),
-        error,
-    })
+    Image::from_parts(parts).map_err(|error| BuildError::Kernel { path: options.kernel.clone(), error })
 }
 
 /// A kernel with what belongs to it.
@@ -183,9 +154,7 @@ fn read_kernel(options: &BuildOptions) -> Result<Kernel, BuildError> {
     let path = &options.kernel;
     let mut magic = Vec::new();
     let file = File::open(path).map_err(BuildError::io(path))?;
-    file.take(deb::MAGIC.len() as u64)
-        .read_to_end(&mut magic)
-        .map_err(BuildError::io(path))?;
+    file.take(deb::MAGIC.len() as u64).read_to_end(&mut magic).map_err(BuildError::io(path))?;
     if magic == deb::MAGIC {
         return read_kernel_package(path);
     }
@@ -197,74 +166,43 @@ fn read_kernel(options: &BuildOptions) -> Result<Kernel, BuildError> {
         Some(directory) => ModuleLibrary::from_directory(directory)?.select()?,
         None => Vec::new(),
     };
-    Ok(Kernel {
-        image,
-        modules,
-        package: None,
-    })
+    Ok(Kernel { image, modules, package: None })
 }
 
 fn read_kernel_package(path: &Path) -> Result<Kernel, BuildError> {
     let package = Package::open(path)?;
-    let broken = |reason: String| BuildError::Package {
-        path: path.to_path_buf(),
-        reason,
-    };
+    let broken = |reason: String| BuildError::Package { path: path.to_path_buf(), reason };
     match package.field("Architecture") {
         Some("amd64") => {}
         Some(other) => {
-            let error = KernelError::Architecture {
-                architecture: other.to_string(),
-            };
-            return Err(BuildError::Kernel {
-                path: path.to_path_buf(),
-                error,
-            });
+            let error = KernelError::Architecture { architecture: other.to_string() };
+            return Err(BuildError::Kernel { path: path.to_path_buf(), error });
         }
         None => return Err(broken("its control file names no architecture".to_string())),
     }
-    let kernels: Vec<String> = package
-        .files()
-        .filter(|file| file.starts_with("boot/vmlinuz-"))
-        .map(str::to_string)
-        .collect();
+    let kernels: Vec<String> =
+        package.files().filter(|file| file.starts_with("boot/vmlinuz-")).map(str::to_string).collect();
     let kernel = match &kernels[..] {
         [kernel] => kernel,
         [] => {
             let depends = package.field("Depends").unwrap_or("nothing");
-            return Err(broken(format!(
-                "it has no boot/vmlinuz-*; a metapackage? It depends on {depends}"
-            )));
+            return Err(broken(format!("it has no boot/vmlinuz-*; a metapackage? It depends on {depends}")));
         }
         several => {
-            return Err(broken(format!(
-                "it has several kernels: {}",
-                several.join(", ")
-            )));
+            return Err(broken(format!("it has several kernels: {}", several.join(", "))));
         }
     };
-    let image = package
-        .read(kernel)?
-        .ok_or_else(|| broken(format!("{kernel} disappeared")))?;
+    let image = package.read(kernel)?.ok_or_else(|| broken(format!("{kernel} disappeared")))?;
     check_kernel_len(path, image.len() as u64)?;
     check_kernel(path, &image)?;
     let modules = ModuleLibrary::from_package(&package, path)?.select()?;
     let name = package.field("Package").unwrap_or("unnamed");
     let version = package.field("Version").unwrap_or("0");
-    Ok(Kernel {
-        image,
-        modules,
-        package: Some(format!("{name} {version}")),
-    })
+    Ok(Kernel { image, modules, package: Some(format!("{name} {version}")) })
 }
 
 fn check_kernel(path: &Path, image: &[u8]) -> Result<(), BuildError> {
-    kernel::recognise(image)
-        .map(drop)
-        .map_err(|error| BuildError::Kernel {
-            path: path.to_path_buf(),
-            error,
-        })
+    kernel::recognise(image).map(drop).map_err(|error| BuildError::Kernel { path: path.to_path_buf(), error })
 }
 
 fn check_kernel_len(path: &Path, len: u64) -> Result<(), BuildError> {
@@ -273,25 +211,13 @@ fn check_kernel_len(path: &Path, len: u64) -> Result<(), BuildError> {
         return Ok(());
     }
     let detail = format!("{len} bytes, more than any kernel: the limit is {limit}");
-    Err(BuildError::Kernel {
-        path: path.to_path_buf(),
-        error: KernelError::Unknown { detail },
-    })
+    Err(BuildError::Kernel { path: path.to_path_buf(), error: KernelError::Unknown { detail } })
 }
 
 /// The archive that the kernel unpacks: init, its configuration, and the modules.
 fn initramfs(mut config: InitConfig, modules: &[Module]) -> Vec<u8> {
     let mut archive = CpioWriter::new();
-    for directory in [
-        "dev",
-        "etc",
-        "etc/orrery",
-        "lib",
-        "lib/modules",
-        "newroot",
-        "proc",
-        "sys",
-    ] {
+    for directory in ["dev", "etc", "etc/orrery", "lib", "lib/modules", "newroot", "proc", "sys"] {
         archive.directory(directory);
     }
     archive.character_device("dev/console", 5, 1);
@@ -308,10 +234,8 @@ fn initramfs(mut config: InitConfig, modules: &[Module]) -> Vec<u8> {
 
 /// The base environment with the user's variables over it, in a fixed order: base, then new ones as given.
 fn environment(given: &[(String, String)]) -> Vec<(String, String)> {
-    let mut all: Vec<(String, String)> = BASE_ENVIRONMENT
-        .iter()
-        .map(|(name, value)| (name.to_string(), value.to_string()))
-        .collect();
+    let mut all: Vec<(String, String)> =
+        BASE_ENVIRONMENT.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
     for (name, value) in given {
         match all.iter_mut().find(|(known, _)| known == name) {
             Some((_, old)) => old.clone_from(value),
@@ -329,11 +253,7 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
             return bad("--entry", "a NUL byte cannot be in an argument".to_string());
         }
     }
-    if options
-        .entry
-        .first()
-        .is_some_and(|program| program.is_empty())
-    {
+    if options.entry.first().is_some_and(|program| program.is_empty()) {
         return bad("--entry", "the command is empty".to_string());
     }
     for (name, value) in &options.environment {
@@ -341,41 +261,20 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
             return bad("--env", format!("{name}={value} is not NAME=VALUE"));
         }
     }
-    let total_len =
-        |lens: &mut dyn Iterator<Item = usize>| lens.map(|len| len + 1).sum::<usize>() as u64;
+    let total_len = |lens: &mut dyn Iterator<Item = usize>| lens.map(|len| len + 1).sum::<usize>() as u64;
     if total_len(&mut options.entry.iter().map(String::len)) > SectionKind::Entry.limit_bytes() {
-        return bad(
-            "--entry",
-            format!("longer than {} bytes", SectionKind::Entry.limit_bytes()),
-        );
+        return bad("--entry", format!("longer than {} bytes", SectionKind::Entry.limit_bytes()));
     }
-    let environment_len = total_len(
-        &mut options
-            .environment
-            .iter()
-            .map(|(name, value)| name.len() + value.len() + 1),
-    );
+    let environment_len = total_len(&mut options.environment.iter().map(|(name, value)| name.len() + value.len() + 1));
     if environment_len + 256 > SectionKind::Environment.limit_bytes() {
-        return bad(
-            "--env",
-            format!(
-                "longer than {} bytes",
-                SectionKind::Environment.limit_bytes()
-            ),
-        );
+        return bad("--env", format!("longer than {} bytes", SectionKind::Environment.limit_bytes()));
     }
     if options.command_line.contains(['\0', '\n']) {
-        return bad(
-            "--cmdline",
-            "line ends and NUL bytes cannot be in the kernel's command line".to_string(),
-        );
+        return bad("--cmdline", "line ends and NUL bytes cannot be in the kernel's command line".to_string());
     }
     let limit = SectionKind::CommandLine.limit_bytes() as usize - BASE_COMMAND_LINE.len() - 1;
     if options.command_line.len() > limit {
-        return bad(
-            "--cmdline",
-            format!("{} bytes, the limit is {limit}", options.command_line.len()),
-        );
+        return bad("--cmdline", format!("{} bytes, the limit is {limit}", options.command_line.len()));
     }
     if let Some(directory) = &options.working_directory
         && (!directory.starts_with('/') || directory.contains('\0'))
@@ -385,9 +284,7 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
     if let Some(name) = &options.host_name
         && (name.is_empty()
             || name.len() > 64
-            || !name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.'))
+            || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.'))
     {
         return bad("--hostname", format!("{name} is not a host name"));
     }
@@ -395,41 +292,25 @@ fn check_options(options: &BuildOptions) -> Result<(), BuildError> {
 }
 
 /// Looks the entry command up as the guest will: a mistake is better found now than after a boot.
-fn check_entry(
-    tree: &Tree,
-    program: &str,
-    environment: &[(String, String)],
-) -> Result<(), BuildError> {
-    let path = environment
-        .iter()
-        .find(|(name, _)| name == "PATH")
-        .map_or("", |(_, value)| value);
+fn check_entry(tree: &Tree, program: &str, environment: &[(String, String)]) -> Result<(), BuildError> {
+    let path = environment.iter().find(|(name, _)| name == "PATH").map_or("", |(_, value)| value);
     let candidates: Vec<String> = if program.contains('/') {
         vec![program.to_string()]
     } else {
-        path.split(':')
-            .map(|directory| format!("{directory}/{program}"))
-            .collect()
+        path.split(':').map(|directory| format!("{directory}/{program}")).collect()
     };
-    let mut found_plain = false;
+    let mut obstacle = None;
     for candidate in &candidates {
         match tree.resolve(candidate.as_bytes()) {
-            Some(node) if matches!(node.kind, crate::tree::Kind::Directory) => {}
+            Some(node) if node.kind == Kind::Directory => obstacle = Some("is a directory"),
             Some(node) if node.permissions & 0o111 != 0 => return Ok(()),
-            Some(_) => found_plain = true,
+            Some(_) => obstacle = Some("is not executable"),
             None => {}
         }
     }
-    let reason = if found_plain {
-        format!("{program} is not executable in the root")
-    } else {
-        format!(
-            "{program} is not in the root (looked for {})",
-            candidates.join(", ")
-        )
+    let reason = match obstacle {
+        Some(obstacle) => format!("{program} {obstacle} in the root"),
+        None => format!("{program} is not in the root (looked for {})", candidates.join(", ")),
     };
-    Err(BuildError::Option {
-        option: "--entry",
-        reason,
-    })
+    Err(BuildError::Option { option: "--entry", reason })
 }

@@ -12,9 +12,7 @@ use std::thread;
 
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
-use crate::format::{
-    CHUNK_BYTES, CHUNK_ENTRY_BYTES, chunk_count, chunk_hash, section_hash, u32_at,
-};
+use crate::format::{CHUNK_BYTES, CHUNK_ENTRY_BYTES, chunk_count, chunk_hash, section_hash, u32_at};
 
 /// zstd level of stored chunks: a good deal of the size, and decompression as fast as any level's.
 const ZSTD_LEVEL: i32 = 3;
@@ -50,17 +48,13 @@ impl AsRef<[u8]> for Content {
 
 impl From<Vec<u8>> for Content {
     fn from(bytes: Vec<u8>) -> Content {
-        Content {
-            bytes: Arc::new(Bytes::Heap(bytes)),
-        }
+        Content { bytes: Arc::new(Bytes::Heap(bytes)) }
     }
 }
 
 impl From<Mmap> for Content {
     fn from(bytes: Mmap) -> Content {
-        Content {
-            bytes: Arc::new(Bytes::Mapped(bytes)),
-        }
+        Content { bytes: Arc::new(Bytes::Mapped(bytes)) }
     }
 }
 
@@ -85,11 +79,7 @@ pub(crate) fn encode(content: &[u8]) -> Encoded {
     let count = chunk_count(content.len() as u64);
     let chunks = in_parallel(count, |index| {
         let chunk = &content[chunk_range(index, content.len())];
-        if is_zero(chunk) {
-            (zero_hash(chunk.len()), Vec::new())
-        } else {
-            (chunk_hash(chunk), store(chunk))
-        }
+        if is_zero(chunk) { (zero_hash(chunk.len()), Vec::new()) } else { (chunk_hash(chunk), store(chunk)) }
     });
     let mut table = Vec::with_capacity(count * CHUNK_ENTRY_BYTES);
     for (hash, stored) in &chunks {
@@ -97,25 +87,15 @@ pub(crate) fn encode(content: &[u8]) -> Encoded {
         table.extend_from_slice(hash);
     }
     let hash = section_hash(content.len() as u64, chunks.iter().map(|chunk| chunk.0));
-    let parts: Vec<Vec<u8>> = std::iter::once(table)
-        .chain(chunks.into_iter().map(|chunk| chunk.1))
-        .collect();
-    Encoded {
-        stored_len: parts.iter().map(|part| part.len() as u64).sum(),
-        parts,
-        hash,
-    }
+    let parts: Vec<Vec<u8>> = std::iter::once(table).chain(chunks.into_iter().map(|chunk| chunk.1)).collect();
+    Encoded { stored_len: parts.iter().map(|part| part.len() as u64).sum(), parts, hash }
 }
 
 /// Only the hash of content, as [`encode`] would give it.
 pub fn hash(content: &[u8]) -> [u8; 32] {
     let hashes = in_parallel(chunk_count(content.len() as u64), |index| {
         let chunk = &content[chunk_range(index, content.len())];
-        if is_zero(chunk) {
-            zero_hash(chunk.len())
-        } else {
-            chunk_hash(chunk)
-        }
+        if is_zero(chunk) { zero_hash(chunk.len()) } else { chunk_hash(chunk) }
     });
     section_hash(content.len() as u64, hashes)
 }
@@ -143,12 +123,9 @@ pub(crate) fn decode(
     let Some((table, data)) = stored.split_at_checked(count * CHUNK_ENTRY_BYTES) else {
         return Err(corrupt("is shorter than its chunk table"));
     };
-    let content_len =
-        usize::try_from(content_len).map_err(|_| DecodeError::TooLarge { bytes: content_len })?;
+    let content_len = usize::try_from(content_len).map_err(|_| DecodeError::TooLarge { bytes: content_len })?;
     // The table is checked before anything is allocated: against the section's hash, then for its sums.
-    let hashes = table
-        .chunks_exact(CHUNK_ENTRY_BYTES)
-        .map(|entry| entry[4..].try_into().expect("32 bytes"));
+    let hashes = table.chunks_exact(CHUNK_ENTRY_BYTES).map(|entry| entry[4..].try_into().expect("32 bytes"));
     if section_hash(content_len as u64, hashes) != *expected_hash {
         return Err(corrupt("its chunk table does not match its hash"));
     }
@@ -170,9 +147,7 @@ pub(crate) fn decode(
     if position != data.len() {
         return Err(corrupt("has bytes after its last chunk"));
     }
-    *material = material
-        .checked_sub(needed)
-        .ok_or(DecodeError::TooLarge { bytes: needed })?;
+    *material = material.checked_sub(needed).ok_or(DecodeError::TooLarge { bytes: needed })?;
     if content_len == 0 {
         return Ok(Content::default());
     }
@@ -183,11 +158,7 @@ pub(crate) fn decode(
 }
 
 /// Decompresses and verifies all chunks into `memory`, which is zero.
-fn fill(
-    memory: &mut MmapMut,
-    data: &[u8],
-    chunks: &[(Range<usize>, &[u8])],
-) -> Result<(), DecodeError> {
+fn fill(memory: &mut MmapMut, data: &[u8], chunks: &[(Range<usize>, &[u8])]) -> Result<(), DecodeError> {
     let targets: Vec<Mutex<&mut [u8]>> = memory.chunks_mut(CHUNK_BYTES).map(Mutex::new).collect();
     let results = in_parallel(chunks.len(), |index| {
         let mut target = targets[index].lock().expect("no chunk is filled twice");
@@ -202,9 +173,7 @@ fn fill(
         if found[..] == **hash {
             Ok(())
         } else {
-            Err(DecodeError::Corrupt(format!(
-                "chunk {index} does not match its hash"
-            )))
+            Err(DecodeError::Corrupt(format!("chunk {index} does not match its hash")))
         }
     });
     results.into_iter().collect()
@@ -229,13 +198,8 @@ fn restore(stored: &[u8], target: &mut [u8]) -> Result<(), String> {
         target.copy_from_slice(stored);
         return Ok(());
     }
-    let written = zstd::bulk::decompress_to_buffer(stored, target)
-        .map_err(|error| format!("is not zstd: {error}"))?;
-    if written == target.len() {
-        Ok(())
-    } else {
-        Err(format!("has {written} bytes instead of {}", target.len()))
-    }
+    let written = zstd::bulk::decompress_to_buffer(stored, target).map_err(|error| format!("is not zstd: {error}"))?;
+    if written == target.len() { Ok(()) } else { Err(format!("has {written} bytes instead of {}", target.len())) }
 }
 
 fn chunk_range(index: usize, content_len: usize) -> Range<usize> {
@@ -244,9 +208,7 @@ fn chunk_range(index: usize, content_len: usize) -> Range<usize> {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks(4096)
-        .all(|part| part.iter().fold(0, |seen, byte| seen | byte) == 0)
+    bytes.chunks(4096).all(|part| part.iter().fold(0, |seen, byte| seen | byte) == 0)
 }
 
 /// The hash of this many zeroes; that of a whole chunk is computed once.
@@ -261,9 +223,7 @@ fn zero_hash(len: usize) -> [u8; 32] {
 
 /// `work(0..count)` on all cores; the results in order.
 fn in_parallel<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let workers = thread::available_parallelism()
-        .map_or(1, |cores| cores.get().min(16))
-        .min(count);
+    let workers = thread::available_parallelism().map_or(1, |cores| cores.get().min(16)).min(count);
     if workers <= 1 {
         return (0..count).map(work).collect();
     }
@@ -280,10 +240,7 @@ fn in_parallel<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T
     };
     let mut results: Vec<(usize, T)> = thread::scope(|scope| {
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(take_turns)).collect();
-        handles
-            .into_iter()
-            .flat_map(|handle| handle.join().expect("the work does not panic"))
-            .collect()
+        handles.into_iter().flat_map(|handle| handle.join().expect("the work does not panic")).collect()
     });
     results.sort_unstable_by_key(|(index, _)| *index);
     results.into_iter().map(|(_, result)| result).collect()
@@ -298,11 +255,7 @@ mod tests {
         let mut bytes: Vec<u8> = (0..len)
             .map(|index| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                if index % 3 == 0 {
-                    (state >> 24) as u8
-                } else {
-                    7
-                }
+                if index % 3 == 0 { (state >> 24) as u8 } else { 7 }
             })
             .collect();
         if len > 2 * CHUNK_BYTES {
@@ -317,22 +270,13 @@ mod tests {
 
     #[test]
     fn content_survives_the_round_trip() {
-        for len in [
-            0,
-            1,
-            CHUNK_BYTES - 1,
-            CHUNK_BYTES,
-            CHUNK_BYTES + 1,
-            3 * CHUNK_BYTES + 17,
-        ] {
+        for len in [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 17] {
             let content = sample(len);
             let encoded = encode(&content);
             assert_eq!(encoded.hash, hash(&content));
             let mut budget = u64::MAX;
             let decoded = decode(&joined(&encoded), len as u64, &encoded.hash, &mut budget);
-            let Ok(decoded) = decoded else {
-                panic!("{len} bytes do not decode")
-            };
+            let Ok(decoded) = decoded else { panic!("{len} bytes do not decode") };
             assert!(*decoded == content[..], "{len} bytes differ");
         }
     }
@@ -343,12 +287,7 @@ mod tests {
         let encoded = encode(&content);
         assert_eq!(encoded.stored_len, 5 * CHUNK_ENTRY_BYTES as u64);
         let mut budget = 0;
-        let decoded = decode(
-            &joined(&encoded),
-            content.len() as u64,
-            &encoded.hash,
-            &mut budget,
-        );
+        let decoded = decode(&joined(&encoded), content.len() as u64, &encoded.hash, &mut budget);
         assert!(decoded.is_ok());
     }
 
@@ -357,12 +296,7 @@ mod tests {
         let content = vec![1; 4 * CHUNK_BYTES];
         let encoded = encode(&content);
         let mut budget = 2 * CHUNK_BYTES as u64;
-        let decoded = decode(
-            &joined(&encoded),
-            content.len() as u64,
-            &encoded.hash,
-            &mut budget,
-        );
+        let decoded = decode(&joined(&encoded), content.len() as u64, &encoded.hash, &mut budget);
         assert!(matches!(decoded, Err(DecodeError::TooLarge { .. })));
     }
 }

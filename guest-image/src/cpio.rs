@@ -21,10 +21,7 @@ impl Default for CpioWriter {
 impl CpioWriter {
     /// An empty archive.
     pub fn new() -> CpioWriter {
-        CpioWriter {
-            bytes: Vec::new(),
-            next_inode: 1,
-        }
+        CpioWriter { bytes: Vec::new(), next_inode: 1 }
     }
 
     /// Adds a directory with mode 0755. Parents must be added first.
@@ -71,8 +68,7 @@ impl CpioWriter {
         ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08X}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08X}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -82,8 +78,7 @@ impl CpioWriter {
     }
 
     fn pad(&mut self, alignment: usize) {
-        self.bytes
-            .resize(self.bytes.len().next_multiple_of(alignment), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(alignment), 0);
     }
 }
 

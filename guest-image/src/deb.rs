@@ -44,10 +44,7 @@ impl Package {
     /// Opens the package and reads its table of contents.
     pub fn open(path: &Path) -> Result<Package, BuildError> {
         let file = File::open(path).map_err(BuildError::io(path))?;
-        let broken = |reason: String| BuildError::Package {
-            path: path.to_path_buf(),
-            reason,
-        };
+        let broken = |reason: String| BuildError::Package { path: path.to_path_buf(), reason };
         let members = list_members(&file).map_err(broken)?;
         let find = |prefix: &str| {
             members
@@ -55,26 +52,17 @@ impl Package {
                 .find(|member| member.name.starts_with(prefix))
                 .ok_or_else(|| broken(format!("it has no {prefix}*")))
         };
-        let control =
-            read_control(unpacked(&file, find("control.tar")?, MAX_CONTROL_BYTES).map_err(broken)?);
+        let control = read_control(unpacked(&file, find("control.tar")?, MAX_CONTROL_BYTES).map_err(broken)?);
         let control = control.map_err(|error| broken(format!("its control archive: {error}")))?;
         let mut data = tempfile::tempfile().map_err(BuildError::io(std::env::temp_dir()))?;
         let mut stream = unpacked(&file, find("data.tar")?, MAX_DATA_BYTES).map_err(broken)?;
         let copied = io::copy(&mut stream, &mut data)
             .map_err(|error| broken(format!("its data archive does not unpack: {error}")))?;
         if copied == MAX_DATA_BYTES {
-            return Err(broken(format!(
-                "its data archive is larger than {MAX_DATA_BYTES} bytes"
-            )));
+            return Err(broken(format!("its data archive is larger than {MAX_DATA_BYTES} bytes")));
         }
-        let files =
-            list_files(&data).map_err(|error| broken(format!("its data archive: {error}")))?;
-        Ok(Package {
-            path: path.to_path_buf(),
-            control,
-            data,
-            files,
-        })
+        let files = list_files(&data).map_err(|error| broken(format!("its data archive: {error}")))?;
+        Ok(Package { path: path.to_path_buf(), control, data, files })
     }
 
     /// A field of the control file, for example "Architecture".
@@ -93,12 +81,10 @@ impl Package {
             return Ok(None);
         };
         let mut content = vec![0; extent.len as usize];
-        self.data
-            .read_exact_at(&mut content, extent.offset)
-            .map_err(|error| BuildError::Package {
-                path: self.path.clone(),
-                reason: format!("{file} cannot be read: {error}"),
-            })?;
+        self.data.read_exact_at(&mut content, extent.offset).map_err(|error| BuildError::Package {
+            path: self.path.clone(),
+            reason: format!("{file} cannot be read: {error}"),
+        })?;
         Ok(Some(content))
     }
 }
@@ -117,16 +103,13 @@ fn list_members(file: &File) -> Result<Vec<Member>, String> {
     let mut offset = magic.len() as u64;
     while offset < file_len {
         let mut header = [0; AR_HEADER_BYTES as usize];
-        file.read_exact_at(&mut header, offset)
-            .map_err(|_| "it is truncated".to_string())?;
+        file.read_exact_at(&mut header, offset).map_err(|_| "it is truncated".to_string())?;
         if header[58..] != *b"`\n" {
             return Err(format!("its archive is damaged at byte {offset}"));
         }
         let text = |field: &[u8]| String::from_utf8_lossy(field).trim_end().to_string();
         let name = text(&header[..16]).trim_end_matches('/').to_string();
-        let len: u64 = text(&header[48..58])
-            .parse()
-            .map_err(|_| format!("its member {name} has no size"))?;
+        let len: u64 = text(&header[48..58]).parse().map_err(|_| format!("its member {name} has no size"))?;
         offset += AR_HEADER_BYTES;
         if len > file_len - offset {
             return Err(format!(
@@ -157,27 +140,14 @@ impl Read for Slice<'_> {
 }
 
 /// The member's content, decompressed as its name says, cut off after `limit` bytes.
-fn unpacked<'a>(
-    file: &'a File,
-    member: &Member,
-    limit: u64,
-) -> Result<Take<Box<dyn Read + 'a>>, String> {
-    let slice = Slice {
-        file,
-        offset: member.offset,
-        end: member.offset + member.len,
-    };
+fn unpacked<'a>(file: &'a File, member: &Member, limit: u64) -> Result<Take<Box<dyn Read + 'a>>, String> {
+    let slice = Slice { file, offset: member.offset, end: member.offset + member.len };
     let extension = member.name.rsplit('.').next().unwrap_or_default();
-    Ok(decompressor(slice, extension)
-        .map_err(|error| format!("{}: {error}", member.name))?
-        .take(limit))
+    Ok(decompressor(slice, extension).map_err(|error| format!("{}: {error}", member.name))?.take(limit))
 }
 
 /// A decompressing reader chosen by a file name's extension.
-pub(crate) fn decompressor<'a>(
-    stream: impl Read + 'a,
-    extension: &str,
-) -> io::Result<Box<dyn Read + 'a>> {
+pub(crate) fn decompressor<'a>(stream: impl Read + 'a, extension: &str) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match extension {
         "xz" => Box::new(liblzma::read::XzDecoder::new_multi_decoder(stream)),
         "zst" => Box::new(zstd::stream::read::Decoder::new(stream)?),
@@ -191,8 +161,7 @@ fn read_control(stream: impl Read) -> io::Result<BTreeMap<String, String>> {
     let mut archive = tar::Archive::new(stream);
     for entry in archive.entries()? {
         let mut entry = entry?;
-        if entry.path_bytes().as_ref() != b"./control" && entry.path_bytes().as_ref() != b"control"
-        {
+        if entry.path_bytes().as_ref() != b"./control" && entry.path_bytes().as_ref() != b"control" {
             continue;
         }
         let mut text = Vec::new();
@@ -205,43 +174,24 @@ fn read_control(stream: impl Read) -> io::Result<BTreeMap<String, String>> {
             .collect();
         return Ok(fields);
     }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidData,
-        "no control file",
-    ))
+    Err(io::Error::new(io::ErrorKind::InvalidData, "no control file"))
 }
 
 /// Regular files of the data archive and where their contents are.
 fn list_files(data: &File) -> io::Result<BTreeMap<String, Extent>> {
     let end = data.metadata()?.len();
-    let mut archive = tar::Archive::new(Slice {
-        file: data,
-        offset: 0,
-        end,
-    });
+    let mut archive = tar::Archive::new(Slice { file: data, offset: 0, end });
     let mut files = BTreeMap::new();
     for entry in archive.entries()? {
         let entry = entry?;
         if !entry.header().entry_type().is_file() {
             continue;
         }
-        let extent = Extent {
-            offset: entry.raw_file_position(),
-            len: entry.size(),
-        };
-        if extent
-            .offset
-            .checked_add(extent.len)
-            .is_none_or(|file_end| file_end > end)
-        {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "a file reaches beyond the archive",
-            ));
+        let extent = Extent { offset: entry.raw_file_position(), len: entry.size() };
+        if extent.offset.checked_add(extent.len).is_none_or(|file_end| file_end > end) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "a file reaches beyond the archive"));
         }
-        let path = String::from_utf8_lossy(&entry.path_bytes())
-            .trim_start_matches("./")
-            .to_string();
+        let path = String::from_utf8_lossy(&entry.path_bytes()).trim_start_matches("./").to_string();
         files.insert(path, extent);
     }
     Ok(files)
@@ -265,10 +215,7 @@ mod tests {
     }
 
     fn package() -> Vec<u8> {
-        let control = tar_with(
-            "control",
-            b"Package: linux\nVersion: 1\nArchitecture: amd64\nDescription: x\n more\n",
-        );
+        let control = tar_with("control", b"Package: linux\nVersion: 1\nArchitecture: amd64\nDescription: x\n more\n");
         let data = tar_with("boot/vmlinuz-1", b"kernel");
         let mut bytes = MAGIC.to_vec();
         let members = [
@@ -277,17 +224,7 @@ mod tests {
             ("data.tar.zst", zstd::bulk::compress(&data, 1).unwrap()),
         ];
         for (name, content) in members {
-            bytes.extend(
-                format!(
-                    "{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n",
-                    0,
-                    0,
-                    0,
-                    100644,
-                    content.len()
-                )
-                .bytes(),
-            );
+            bytes.extend(format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100644, content.len()).bytes());
             bytes.extend(&content);
             if content.len() % 2 == 1 {
                 bytes.push(b'\n');
@@ -315,11 +252,7 @@ mod tests {
     fn every_truncation_is_an_error() {
         let bytes = package();
         for len in 0..bytes.len() - 1 {
-            assert!(
-                open(&bytes[..len]).is_err(),
-                "{len} of {} bytes open",
-                bytes.len()
-            );
+            assert!(open(&bytes[..len]).is_err(), "{len} of {} bytes open", bytes.len());
         }
     }
 

@@ -183,9 +183,7 @@ pub enum BuildError {
         reason: String,
     },
     /// The contents do not fit the disk.
-    #[error(
-        "the root needs about {needed_mib} MiB, the disk has {disk_mib}; give --disk-size {needed_mib} or more"
-    )]
+    #[error("the root needs about {needed_mib} MiB, the disk has {disk_mib}; give --disk-size {needed_mib} or more")]
     DiskTooSmall {
         /// What the contents need.
         needed_mib: u64,
@@ -193,9 +191,7 @@ pub enum BuildError {
         disk_mib: u64,
     },
     /// A tool of the host is missing.
-    #[error(
-        "{tool} is not installed; install the package {package} (Debian: apt-get install {package})"
-    )]
+    #[error("{tool} is not installed; install the package {package} (Debian: apt-get install {package})")]
     ToolMissing {
         /// The program.
         tool: &'static str,

@@ -36,10 +36,7 @@ pub struct Tools {
 impl Tools {
     /// Finds the tools, also where they are not in an ordinary user's PATH.
     pub fn find() -> Result<Tools, BuildError> {
-        Ok(Tools {
-            mke2fs: find_tool("mke2fs")?,
-            debugfs: find_tool("debugfs")?,
-        })
+        Ok(Tools { mke2fs: find_tool("mke2fs")?, debugfs: find_tool("debugfs")? })
     }
 }
 
@@ -49,10 +46,7 @@ fn find_tool(tool: &'static str) -> Result<PathBuf, BuildError> {
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|directory| directory.join(tool))
         .find(|candidate| candidate.is_file())
-        .ok_or(BuildError::ToolMissing {
-            tool,
-            package: "e2fsprogs",
-        })
+        .ok_or(BuildError::ToolMissing { tool, package: "e2fsprogs" })
 }
 
 /// Size of the disk in MiB for this tree: what was asked for if it suffices, or the contents and some room.
@@ -70,34 +64,21 @@ pub fn disk_size_mib(tree: &Tree, asked_mib: Option<u64>) -> Result<u64, BuildEr
     let needed_mib = (content_bytes + content_bytes / 16).div_ceil(MIB) + 16;
     let disk_mib = asked_mib.unwrap_or((needed_mib + DEFAULT_FREE_MIB).next_multiple_of(16));
     if disk_mib > MAX_DISK_BYTES / MIB {
-        let reason = format!(
-            "{disk_mib} MiB is more than the largest disk, {} MiB",
-            MAX_DISK_BYTES / MIB
-        );
-        return Err(BuildError::Option {
-            option: "--disk-size",
-            reason,
-        });
+        let reason = format!("{disk_mib} MiB is more than the largest disk, {} MiB", MAX_DISK_BYTES / MIB);
+        return Err(BuildError::Option { option: "--disk-size", reason });
     }
     if disk_mib < needed_mib {
-        return Err(BuildError::DiskTooSmall {
-            needed_mib,
-            disk_mib,
-        });
+        return Err(BuildError::DiskTooSmall { needed_mib, disk_mib });
     }
     Ok(disk_mib)
 }
 
 /// Makes the file system and returns its bytes.
 pub fn make(tools: &Tools, tree: &Tree, disk_mib: u64) -> Result<Content, BuildError> {
-    let directory = tempfile::Builder::new()
-        .prefix("orrery-root-")
-        .tempdir()
-        .map_err(BuildError::io("temporary"))?;
+    let directory = tempfile::Builder::new().prefix("orrery-root-").tempdir().map_err(BuildError::io("temporary"))?;
     let disk = directory.path().join("disk");
     let file = File::create(&disk).map_err(BuildError::io(&disk))?;
-    file.set_len(disk_mib * MIB)
-        .map_err(BuildError::io(&disk))?;
+    file.set_len(disk_mib * MIB).map_err(BuildError::io(&disk))?;
     format(tools, &disk, disk_mib, tree.len() as u64)?;
     populate(tools, &disk, tree, directory.path())?;
     read_disk(&disk).map_err(BuildError::io(&disk))
@@ -110,38 +91,9 @@ fn format(tools: &Tools, disk: &Path, disk_mib: u64, entries: u64) -> Result<(),
     let journal_mib = (disk_mib / 32).clamp(4, 64);
     let output = fixed_time(Command::new(&tools.mke2fs))
         .env("MKE2FS_CONFIG", "/dev/null")
-        .args([
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-b",
-            "4096",
-            "-I",
-            "256",
-            "-m",
-            "0",
-            "-o",
-            "Linux",
-            "-L",
-            "orrery-root",
-        ])
-        .args([
-            "-O",
-            FEATURES,
-            "-U",
-            UUID,
-            "-N",
-            &inodes.to_string(),
-            "-J",
-            &format!("size={journal_mib}"),
-        ])
-        .args([
-            "-E",
-            &format!(
-                "hash_seed={UUID},lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0"
-            ),
-        ])
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-o", "Linux", "-L", "orrery-root"])
+        .args(["-O", FEATURES, "-U", UUID, "-N", &inodes.to_string(), "-J", &format!("size={journal_mib}")])
+        .args(["-E", &format!("hash_seed={UUID},lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0")])
         .arg(disk)
         .arg(blocks.to_string())
         .output();
@@ -166,15 +118,9 @@ fn populate(tools: &Tools, disk: &Path, tree: &Tree, directory: &Path) -> Result
     let output = finished("debugfs", output)?;
     // debugfs goes on after errors and ends well: what it says on its error channel decides.
     let complaints = String::from_utf8_lossy(&output.stderr);
-    match complaints
-        .lines()
-        .find(|line| !line.is_empty() && !line.starts_with("debugfs 1."))
-    {
+    match complaints.lines().find(|line| !line.is_empty() && !line.starts_with("debugfs 1.")) {
         None => Ok(()),
-        Some(line) => Err(BuildError::Tool {
-            tool: "debugfs",
-            message: line.to_string(),
-        }),
+        Some(line) => Err(BuildError::Tool { tool: "debugfs", message: line.to_string() }),
     }
 }
 
@@ -203,8 +149,7 @@ fn script(tree: &Tree, contents: &Path) -> Result<Vec<u8>, BuildError> {
                 match source {
                     crate::tree::Source::Host(host) => {
                         let host = std::path::absolute(host).map_err(BuildError::io(host))?;
-                        std::os::unix::fs::symlink(&host, contents.join(&number))
-                            .map_err(BuildError::io(contents))?;
+                        std::os::unix::fs::symlink(&host, contents.join(&number)).map_err(BuildError::io(contents))?;
                     }
                     spooled => tree.copy_to(spooled, *len, &contents.join(&number))?,
                 }
@@ -221,23 +166,11 @@ fn script(tree: &Tree, contents: &Path) -> Result<Vec<u8>, BuildError> {
                 continue;
             }
             Kind::CharacterDevice(major, minor) => {
-                script.line(&[
-                    b"mknod",
-                    name,
-                    b"c",
-                    major.to_string().as_bytes(),
-                    minor.to_string().as_bytes(),
-                ]);
+                script.line(&[b"mknod", name, b"c", major.to_string().as_bytes(), minor.to_string().as_bytes()]);
                 0o020000
             }
             Kind::BlockDevice(major, minor) => {
-                script.line(&[
-                    b"mknod",
-                    name,
-                    b"b",
-                    major.to_string().as_bytes(),
-                    minor.to_string().as_bytes(),
-                ]);
+                script.line(&[b"mknod", name, b"b", major.to_string().as_bytes(), minor.to_string().as_bytes()]);
                 0o060000
             }
             Kind::Fifo => {
@@ -245,16 +178,8 @@ fn script(tree: &Tree, contents: &Path) -> Result<Vec<u8>, BuildError> {
                 0o010000
             }
         };
-        let permissions = if mode_kind == 0o120000 {
-            0o777
-        } else {
-            node.permissions
-        };
-        script.field(
-            &absolute,
-            "mode",
-            &format!("0{:o}", mode_kind | permissions),
-        );
+        let permissions = if mode_kind == 0o120000 { 0o777 } else { node.permissions };
+        script.field(&absolute, "mode", &format!("0{:o}", mode_kind | permissions));
         for (field, owner) in [("uid", node.uid), ("gid", node.gid)] {
             if owner != 0 || !matches!(node.kind, Kind::Directory) {
                 script.field(&absolute, field, &owner.to_string());
@@ -283,11 +208,7 @@ impl Script {
             self.bytes.extend_from_slice(b" \"");
             for &byte in *argument {
                 // Inside quotes a doubled quote stands for itself.
-                self.bytes.extend_from_slice(if byte == b'"' {
-                    b"\"\""
-                } else {
-                    std::slice::from_ref(&byte)
-                });
+                self.bytes.extend_from_slice(if byte == b'"' { b"\"\"" } else { std::slice::from_ref(&byte) });
             }
             self.bytes.push(b'"');
         }
@@ -300,30 +221,17 @@ impl Script {
 }
 
 fn fixed_time(mut command: Command) -> Command {
-    command
-        .env("E2FSPROGS_FAKE_TIME", FILE_TIME_S.to_string())
-        .env("LC_ALL", "C")
-        .env("TZ", "UTC");
+    command.env("E2FSPROGS_FAKE_TIME", FILE_TIME_S.to_string()).env("LC_ALL", "C").env("TZ", "UTC");
     command
 }
 
 fn finished(tool: &'static str, output: io::Result<Output>) -> Result<Output, BuildError> {
-    let output = output.map_err(|error| BuildError::Tool {
-        tool,
-        message: error.to_string(),
-    })?;
+    let output = output.map_err(|error| BuildError::Tool { tool, message: error.to_string() })?;
     if output.status.success() {
         return Ok(output);
     }
     let message = String::from_utf8_lossy(&output.stderr).trim().to_string();
-    Err(BuildError::Tool {
-        tool,
-        message: if message.is_empty() {
-            output.status.to_string()
-        } else {
-            message
-        },
-    })
+    Err(BuildError::Tool { tool, message: if message.is_empty() { output.status.to_string() } else { message } })
 }
 
 /// The disk's bytes, in memory that holes do not take.

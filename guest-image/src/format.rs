@@ -54,17 +54,9 @@ impl SectionKind {
     /// The kind with this number.
     pub fn from_number(number: u32) -> Option<SectionKind> {
         use SectionKind::*;
-        [
-            Kernel,
-            Initramfs,
-            Disk,
-            CommandLine,
-            Entry,
-            Environment,
-            Metadata,
-        ]
-        .into_iter()
-        .find(|kind| *kind as u32 == number)
+        [Kernel, Initramfs, Disk, CommandLine, Entry, Environment, Metadata]
+            .into_iter()
+            .find(|kind| *kind as u32 == number)
     }
 
     /// What messages call it.
@@ -154,10 +146,7 @@ pub fn chunk_hash(content: &[u8]) -> [u8; 32] {
 
 /// The hash of a section's content: BLAKE3 in key-derivation mode over its length and its chunks' hashes. It does
 /// not depend on how the chunks are stored.
-pub fn section_hash(
-    content_len: u64,
-    chunk_hashes: impl IntoIterator<Item = [u8; 32]>,
-) -> [u8; 32] {
+pub fn section_hash(content_len: u64, chunk_hashes: impl IntoIterator<Item = [u8; 32]>) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("orrery image v1 section");
     hasher.update(&content_len.to_le_bytes());
     for hash in chunk_hashes {
@@ -202,18 +191,13 @@ pub fn encode_table(sections: &[SectionEntry]) -> Vec<u8> {
 /// Reads header and section table from the beginning of a file and checks everything that can be checked without
 /// the sections: magic, version, bounds, order, limits, and the image hash.
 pub fn decode_table(file: &[u8]) -> Result<(Vec<SectionEntry>, [u8; 32]), FormatError> {
-    let corrupt = |section: &str, reason: &str| FormatError::Corrupt {
-        section: section.into(),
-        reason: reason.into(),
-    };
+    let corrupt = |section: &str, reason: &str| FormatError::Corrupt { section: section.into(), reason: reason.into() };
     let magic_len = file.len().min(MAGIC.len());
     if magic_len == 0 || file[..magic_len] != MAGIC[..magic_len] {
         return Err(FormatError::NotAnImage);
     }
     if file.len() < HEADER_BYTES {
-        return Err(FormatError::Truncated {
-            needed: HEADER_BYTES as u64,
-        });
+        return Err(FormatError::Truncated { needed: HEADER_BYTES as u64 });
     }
     let version = u32_at(file, 8);
     if version != VERSION {
@@ -232,9 +216,7 @@ pub fn decode_table(file: &[u8]) -> Result<(Vec<SectionEntry>, [u8; 32]), Format
     }
     let table_end = HEADER_BYTES + count * ENTRY_BYTES;
     if file.len() < table_end {
-        return Err(FormatError::Truncated {
-            needed: table_end as u64,
-        });
+        return Err(FormatError::Truncated { needed: table_end as u64 });
     }
     let mut sections: Vec<SectionEntry> = Vec::with_capacity(count);
     let mut end = table_end as u64;
@@ -242,37 +224,23 @@ pub fn decode_table(file: &[u8]) -> Result<(Vec<SectionEntry>, [u8; 32]), Format
         let section = decode_entry(entry)?;
         let name = section.kind.name();
         if let Some(previous) = sections.last() {
-            let ordered = previous.kind < section.kind
-                || (previous.kind == section.kind && section.kind.repeats());
+            let ordered = previous.kind < section.kind || (previous.kind == section.kind && section.kind.repeats());
             if !ordered {
                 return Err(corrupt(name, "sections are out of order or repeated"));
             }
         }
         if section.offset != end {
-            return Err(corrupt(
-                name,
-                "does not begin where the section before it ends",
-            ));
+            return Err(corrupt(name, "does not begin where the section before it ends"));
         }
-        end = end
-            .checked_add(section.stored_len)
-            .ok_or_else(|| corrupt(name, "reaches beyond any file"))?;
+        end = end.checked_add(section.stored_len).ok_or_else(|| corrupt(name, "reaches beyond any file"))?;
         sections.push(section);
     }
-    if sections
-        .iter()
-        .filter(|section| section.kind == SectionKind::Disk)
-        .count()
-        > MAX_DISKS
-    {
+    if sections.iter().filter(|section| section.kind == SectionKind::Disk).count() > MAX_DISKS {
         return Err(corrupt("section table", "too many disks"));
     }
     let declared: [u8; 32] = file[32..64].try_into().expect("32 bytes");
     if declared != image_hash(&sections) {
-        return Err(corrupt(
-            "header",
-            "the image hash does not match the section table",
-        ));
+        return Err(corrupt("header", "the image hash does not match the section table"));
     }
     Ok((sections, declared))
 }
@@ -284,10 +252,7 @@ fn decode_entry(entry: &[u8]) -> Result<SectionEntry, FormatError> {
         section: "section table".into(),
         reason: format!("unknown section kind {number}"),
     })?;
-    let corrupt = |reason: &str| FormatError::Corrupt {
-        section: kind.name().into(),
-        reason: reason.into(),
-    };
+    let corrupt = |reason: &str| FormatError::Corrupt { section: kind.name().into(), reason: reason.into() };
     if u32_at(entry, 4) != 0 || u64_at(entry, 32) != 0 {
         return Err(corrupt("reserved bytes are set"));
     }

@@ -91,26 +91,17 @@ impl Image {
     /// Puts an image together and computes its hash. The kernel must be one that boots.
     pub fn from_parts(parts: ImageParts) -> Result<Image, kernel::KernelError> {
         let kernel_kind = kernel::recognise(&parts.kernel)?;
-        let entries: Vec<SectionEntry> = sections_of(&parts)
-            .into_iter()
-            .map(|(kind, content)| entry_of(kind, &content))
-            .collect();
+        let entries: Vec<SectionEntry> =
+            sections_of(&parts).into_iter().map(|(kind, content)| entry_of(kind, &content)).collect();
         let hash = format::image_hash(&entries);
-        Ok(Image {
-            parts,
-            kernel_kind,
-            hash,
-        })
+        Ok(Image { parts, kernel_kind, hash })
     }
 
     /// Opens an image file, restores its contents to memory and verifies every hash. The file is untrusted: its
     /// sizes are bounded before anything is allocated for them.
     pub fn open(path: impl AsRef<Path>) -> Result<Image, ImageError> {
         let path = path.as_ref();
-        let io = |error| ImageError::Io {
-            path: path.to_path_buf(),
-            error,
-        };
+        let io = |error| ImageError::Io { path: path.to_path_buf(), error };
         let file = File::open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
         if metadata.is_dir() {
@@ -120,47 +111,31 @@ impl Image {
         let table_len = (format::HEADER_BYTES + format::MAX_SECTIONS * format::ENTRY_BYTES) as u64;
         let mut table = vec![0; file_len.min(table_len) as usize];
         file.read_exact_at(&mut table, 0).map_err(io)?;
-        let (entries, hash) =
-            format::decode_table(&table).map_err(|error| from_format(path, file_len, error))?;
+        let (entries, hash) = format::decode_table(&table).map_err(|error| from_format(path, file_len, error))?;
         check_extent(path, file_len, entries.len(), &entries)?;
 
-        let mut loader = Loader {
-            path,
-            file: &file,
-            material: format::MAX_MATERIAL_BYTES,
-        };
+        let mut loader = Loader { path, file: &file, material: format::MAX_MATERIAL_BYTES };
         let mut parts = ImageParts::default();
         for entry in &entries {
             let content = loader.load(entry)?;
             loader.place(entry, content, &mut parts)?;
         }
-        let kernel_kind = kernel::recognise(&parts.kernel).map_err(|error| ImageError::Kernel {
-            path: path.to_path_buf(),
-            error,
-        })?;
-        Ok(Image {
-            parts,
-            kernel_kind,
-            hash,
-        })
+        let kernel_kind =
+            kernel::recognise(&parts.kernel).map_err(|error| ImageError::Kernel { path: path.to_path_buf(), error })?;
+        Ok(Image { parts, kernel_kind, hash })
     }
 
     /// Writes the image file, first beside `path` and then renamed over it, so that a crash leaves the old file or
     /// the new one.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), ImageError> {
         let path = path.as_ref();
-        let io = |error| ImageError::Io {
-            path: path.to_path_buf(),
-            error,
-        };
+        let io = |error| ImageError::Io { path: path.to_path_buf(), error };
         let sections = sections_of(&self.parts);
         let table_len = format::HEADER_BYTES + sections.len() * format::ENTRY_BYTES;
         let mut entries = Vec::with_capacity(sections.len());
         let mut offset = table_len as u64;
-        let mut temporary = tempfile::Builder::new()
-            .prefix(".orrery-image-")
-            .tempfile_in(parent_of(path))
-            .map_err(io)?;
+        let mut temporary =
+            tempfile::Builder::new().prefix(".orrery-image-").tempfile_in(parent_of(path)).map_err(io)?;
         let file = temporary.as_file_mut();
         file.write_all(&vec![0; table_len]).map_err(io)?;
         for (kind, content) in &sections {
@@ -177,8 +152,7 @@ impl Image {
             });
             offset += encoded.stored_len;
         }
-        file.write_all_at(&format::encode_table(&entries), 0)
-            .map_err(io)?;
+        file.write_all_at(&format::encode_table(&entries), 0).map_err(io)?;
         file.sync_all().map_err(io)?;
         set_mode(file).map_err(io)?;
         temporary.persist(path).map_err(|error| io(error.error))?;
@@ -189,35 +163,22 @@ impl Image {
     /// `vmlinux`, `initrd.img`, `disk0.img`…, `cmdline.txt`. Returns their paths. Disks are sparse.
     pub fn extract(&self, directory: impl AsRef<Path>) -> Result<Vec<PathBuf>, ImageError> {
         let directory = directory.as_ref();
-        fs::create_dir_all(directory).map_err(|error| ImageError::Io {
-            path: directory.to_path_buf(),
-            error,
-        })?;
+        fs::create_dir_all(directory).map_err(|error| ImageError::Io { path: directory.to_path_buf(), error })?;
         let kernel_name = match self.kernel_kind {
             KernelKind::BzImage => "vmlinuz",
             KernelKind::Elf => "vmlinux",
         };
         let command_line = format!("{}\n", self.command_line());
-        let mut files: Vec<(String, &[u8])> = vec![
-            (kernel_name.into(), self.kernel()),
-            ("cmdline.txt".into(), command_line.as_bytes()),
-        ];
+        let mut files: Vec<(String, &[u8])> =
+            vec![(kernel_name.into(), self.kernel()), ("cmdline.txt".into(), command_line.as_bytes())];
         if !self.initramfs().is_empty() {
             files.push(("initrd.img".into(), self.initramfs()));
         }
-        files.extend(
-            self.disks()
-                .iter()
-                .enumerate()
-                .map(|(index, disk)| (format!("disk{index}.img"), &**disk)),
-        );
+        files.extend(self.disks().iter().enumerate().map(|(index, disk)| (format!("disk{index}.img"), &**disk)));
         let mut written = Vec::new();
         for (name, bytes) in files {
             let path = directory.join(name);
-            write_sparse(&path, bytes).map_err(|error| ImageError::Io {
-                path: path.clone(),
-                error,
-            })?;
+            write_sparse(&path, bytes).map_err(|error| ImageError::Io { path: path.clone(), error })?;
             written.push(path);
         }
         Ok(written)
@@ -270,14 +231,11 @@ impl Image {
 
     /// Everything about the image that is worth showing.
     pub fn describe(&self) -> Description {
-        let sections =
-            sections_of(&self.parts)
-                .into_iter()
-                .map(|(kind, content)| SectionDescription {
-                    name: kind.name().to_string(),
-                    bytes: content.len() as u64,
-                    hash: hex(&content::hash(&content)),
-                });
+        let sections = sections_of(&self.parts).into_iter().map(|(kind, content)| SectionDescription {
+            name: kind.name().to_string(),
+            bytes: content.len() as u64,
+            hash: hex(&content::hash(&content)),
+        });
         Description {
             hash: hex(&self.hash),
             format: format::VERSION,
@@ -285,12 +243,7 @@ impl Image {
             sections: sections.collect(),
             command_line: self.parts.command_line.clone(),
             entry: self.parts.entry.clone(),
-            environment: self
-                .parts
-                .environment
-                .iter()
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect(),
+            environment: self.parts.environment.iter().map(|(name, value)| format!("{name}={value}")).collect(),
             metadata: self.parts.metadata.clone(),
         }
     }
@@ -304,37 +257,17 @@ pub fn hex(bytes: &[u8]) -> String {
 /// The sections in file order; those with nothing in them are left out.
 fn sections_of(parts: &ImageParts) -> Vec<(SectionKind, Content)> {
     let list = |items: &mut dyn Iterator<Item = String>| {
-        Content::from(
-            items
-                .flat_map(|item| [item.into_bytes(), vec![0]].concat())
-                .collect::<Vec<u8>>(),
-        )
+        Content::from(items.flat_map(|item| [item.into_bytes(), vec![0]].concat()).collect::<Vec<u8>>())
     };
-    let mut sections = vec![
-        (SectionKind::Kernel, parts.kernel.clone()),
-        (SectionKind::Initramfs, parts.initramfs.clone()),
-    ];
-    sections.extend(
-        parts
-            .disks
-            .iter()
-            .map(|disk| (SectionKind::Disk, disk.clone())),
-    );
-    let environment = &mut parts
-        .environment
-        .iter()
-        .map(|(name, value)| format!("{name}={value}"));
+    let mut sections =
+        vec![(SectionKind::Kernel, parts.kernel.clone()), (SectionKind::Initramfs, parts.initramfs.clone())];
+    sections.extend(parts.disks.iter().map(|disk| (SectionKind::Disk, disk.clone())));
+    let environment = &mut parts.environment.iter().map(|(name, value)| format!("{name}={value}"));
     sections.extend([
-        (
-            SectionKind::CommandLine,
-            Content::from(parts.command_line.clone().into_bytes()),
-        ),
+        (SectionKind::CommandLine, Content::from(parts.command_line.clone().into_bytes())),
         (SectionKind::Entry, list(&mut parts.entry.iter().cloned())),
         (SectionKind::Environment, list(environment)),
-        (
-            SectionKind::Metadata,
-            Content::from(metadata_bytes(&parts.metadata)),
-        ),
+        (SectionKind::Metadata, Content::from(metadata_bytes(&parts.metadata))),
     ]);
     sections.retain(|(kind, content)| *kind == SectionKind::Disk || !content.is_empty());
     sections
@@ -346,13 +279,7 @@ fn metadata_bytes(metadata: &Metadata) -> Vec<u8> {
 
 fn entry_of(kind: SectionKind, content: &Content) -> SectionEntry {
     let content_len = content.len() as u64;
-    SectionEntry {
-        kind,
-        content_len,
-        offset: 0,
-        stored_len: 0,
-        hash: content::hash(content),
-    }
+    SectionEntry { kind, content_len, offset: 0, stored_len: 0, hash: content::hash(content) }
 }
 
 /// Reads sections of one file.
@@ -368,44 +295,21 @@ impl Loader<'_> {
         let mut stored = vec![0; entry.stored_len as usize];
         self.file
             .read_exact_at(&mut stored, entry.offset)
-            .map_err(|error| ImageError::Io {
-                path: self.path.to_path_buf(),
-                error,
-            })?;
+            .map_err(|error| ImageError::Io { path: self.path.to_path_buf(), error })?;
         let path = self.path.to_path_buf();
         let section = entry.kind.name().to_string();
-        content::decode(&stored, entry.content_len, &entry.hash, &mut self.material).map_err(
-            |error| match error {
-                DecodeError::Corrupt(reason) => ImageError::Corrupt {
-                    path,
-                    section,
-                    reason,
-                },
-                DecodeError::TooLarge { bytes } => ImageError::TooLarge {
-                    path,
-                    section,
-                    bytes,
-                    limit: format::MAX_MATERIAL_BYTES,
-                },
-                DecodeError::Memory(error) => ImageError::Memory {
-                    path,
-                    section,
-                    bytes: entry.content_len,
-                    error,
-                },
-            },
-        )
+        content::decode(&stored, entry.content_len, &entry.hash, &mut self.material).map_err(|error| match error {
+            DecodeError::Corrupt(reason) => ImageError::Corrupt { path, section, reason },
+            DecodeError::TooLarge { bytes } => {
+                ImageError::TooLarge { path, section, bytes, limit: format::MAX_MATERIAL_BYTES }
+            }
+            DecodeError::Memory(error) => ImageError::Memory { path, section, bytes: entry.content_len, error },
+        })
     }
 
-    fn place(
-        &self,
-        entry: &SectionEntry,
-        content: Content,
-        parts: &mut ImageParts,
-    ) -> Result<(), ImageError> {
-        let text = |content: &[u8]| {
-            String::from_utf8(content.to_vec()).map_err(|_| self.corrupt(entry, "is not UTF-8"))
-        };
+    fn place(&self, entry: &SectionEntry, content: Content, parts: &mut ImageParts) -> Result<(), ImageError> {
+        let text =
+            |content: &[u8]| String::from_utf8(content.to_vec()).map_err(|_| self.corrupt(entry, "is not UTF-8"));
         match entry.kind {
             SectionKind::Kernel => parts.kernel = content,
             SectionKind::Initramfs => parts.initramfs = content,
@@ -422,15 +326,12 @@ impl Loader<'_> {
                     let Some((name, value)) = variable.split_once('=') else {
                         return Err(self.corrupt(entry, "has an entry without '='"));
                     };
-                    parts
-                        .environment
-                        .push((name.to_string(), value.to_string()));
+                    parts.environment.push((name.to_string(), value.to_string()));
                 }
             }
             SectionKind::Metadata => {
-                let metadata: Metadata = serde_json::from_slice(&content).map_err(|error| {
-                    self.corrupt(entry, &format!("is not the expected JSON: {error}"))
-                })?;
+                let metadata: Metadata = serde_json::from_slice(&content)
+                    .map_err(|error| self.corrupt(entry, &format!("is not the expected JSON: {error}")))?;
                 if metadata_bytes(&metadata) != content[..] {
                     return Err(self.corrupt(entry, "has fields that this program does not know"));
                 }
@@ -442,9 +343,7 @@ impl Loader<'_> {
 
     /// Splits NUL-terminated strings.
     fn list(&self, entry: &SectionEntry, text: &str) -> Result<Vec<String>, ImageError> {
-        let body = text
-            .strip_suffix('\0')
-            .ok_or_else(|| self.corrupt(entry, "does not end with NUL"))?;
+        let body = text.strip_suffix('\0').ok_or_else(|| self.corrupt(entry, "does not end with NUL"))?;
         Ok(body.split('\0').map(str::to_string).collect())
     }
 
@@ -458,12 +357,7 @@ impl Loader<'_> {
 }
 
 /// The file must reach as far as its table says, and no further.
-fn check_extent(
-    path: &Path,
-    file_len: u64,
-    count: usize,
-    entries: &[SectionEntry],
-) -> Result<(), ImageError> {
+fn check_extent(path: &Path, file_len: u64, count: usize, entries: &[SectionEntry]) -> Result<(), ImageError> {
     let mut end = (format::HEADER_BYTES + count * format::ENTRY_BYTES) as u64;
     for entry in entries {
         end = entry.offset + entry.stored_len;
@@ -490,39 +384,17 @@ fn from_format(path: &Path, file_len: u64, error: FormatError) -> ImageError {
     let path = path.to_path_buf();
     match error {
         FormatError::NotAnImage => ImageError::NotAnImage { path },
-        FormatError::Version(found) => ImageError::Version {
-            path,
-            found,
-            supported: format::VERSION,
-        },
-        FormatError::Truncated { needed } => ImageError::Truncated {
-            path,
-            section: "header".to_string(),
-            needed,
-            present: file_len,
-        },
-        FormatError::Corrupt { section, reason } => ImageError::Corrupt {
-            path,
-            section,
-            reason,
-        },
-        FormatError::TooLarge {
-            section,
-            bytes,
-            limit,
-        } => ImageError::TooLarge {
-            path,
-            section,
-            bytes,
-            limit,
-        },
+        FormatError::Version(found) => ImageError::Version { path, found, supported: format::VERSION },
+        FormatError::Truncated { needed } => {
+            ImageError::Truncated { path, section: "header".to_string(), needed, present: file_len }
+        }
+        FormatError::Corrupt { section, reason } => ImageError::Corrupt { path, section, reason },
+        FormatError::TooLarge { section, bytes, limit } => ImageError::TooLarge { path, section, bytes, limit },
     }
 }
 
 fn parent_of(path: &Path) -> &Path {
-    path.parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."))
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Temporary files are private; an image is an ordinary file.

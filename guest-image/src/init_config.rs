@@ -47,16 +47,9 @@ impl InitConfig {
         records.extend(self.root.iter().map(|device| format!("root={device}")));
         records.push(format!("hostname={}", self.host_name));
         records.push(format!("workdir={}", self.working_directory));
-        records.extend(
-            self.environment
-                .iter()
-                .map(|(name, value)| format!("env={name}={value}")),
-        );
+        records.extend(self.environment.iter().map(|(name, value)| format!("env={name}={value}")));
         records.extend(self.entry.iter().map(|argument| format!("arg={argument}")));
-        records
-            .into_iter()
-            .flat_map(|record| [record.into_bytes(), vec![0]].concat())
-            .collect()
+        records.into_iter().flat_map(|record| [record.into_bytes(), vec![0]].concat()).collect()
     }
 }
 

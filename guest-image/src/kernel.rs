@@ -57,33 +57,21 @@ pub fn release(kernel: &[u8]) -> Option<String> {
     let offset = usize::from(u16_at(kernel, KERNEL_VERSION)) + 0x200;
     let text = kernel.get(offset..(offset + 128).min(kernel.len()))?;
     let word = text.split(|&byte| byte == b' ' || byte == 0).next()?;
-    std::str::from_utf8(word)
-        .ok()
-        .filter(|word| !word.is_empty())
-        .map(str::to_string)
+    std::str::from_utf8(word).ok().filter(|word| !word.is_empty()).map(str::to_string)
 }
 
 fn recognise_bzimage(kernel: &[u8]) -> Result<(), KernelError> {
     let bytes = kernel.len() as u64;
     if kernel.len() < SETUP_HEADER_END {
-        return Err(KernelError::Truncated {
-            bytes,
-            needed: SETUP_HEADER_END as u64,
-        });
+        return Err(KernelError::Truncated { bytes, needed: SETUP_HEADER_END as u64 });
     }
     let version = u16_at(kernel, PROTOCOL_VERSION);
     if version < PROTOCOL_2_12 {
-        let detail = format!(
-            "a bzImage with boot protocol {}.{:02}, older than 2.12",
-            version >> 8,
-            version & 0xff
-        );
+        let detail = format!("a bzImage with boot protocol {}.{:02}, older than 2.12", version >> 8, version & 0xff);
         return Err(KernelError::Unknown { detail });
     }
     if u16_at(kernel, XLOADFLAGS) & XLF_KERNEL_64 == 0 {
-        return Err(KernelError::Architecture {
-            architecture: "32-bit x86 (no 64-bit entry point)".into(),
-        });
+        return Err(KernelError::Architecture { architecture: "32-bit x86 (no 64-bit entry point)".into() });
     }
     let setup_sectors = match kernel[SETUP_SECTS] {
         0 => 4,
@@ -102,27 +90,17 @@ fn recognise_elf(kernel: &[u8]) -> Result<(), KernelError> {
     const PT_LOAD: u32 = 1;
     let bytes = kernel.len() as u64;
     if kernel.len() < ELF_HEADER_BYTES {
-        return Err(KernelError::Truncated {
-            bytes,
-            needed: ELF_HEADER_BYTES as u64,
-        });
+        return Err(KernelError::Truncated { bytes, needed: ELF_HEADER_BYTES as u64 });
     }
     let machine = u16_at(kernel, 18);
     let (class, endian) = (kernel[4], kernel[5]);
     if class != 2 || endian != 1 || machine != 62 {
-        return Err(KernelError::Architecture {
-            architecture: elf_machine(machine, class, endian),
-        });
+        return Err(KernelError::Architecture { architecture: elf_machine(machine, class, endian) });
     }
-    let (table, entry_bytes, count) = (
-        u64_at(kernel, 32),
-        u64::from(u16_at(kernel, 54)),
-        u64::from(u16_at(kernel, 56)),
-    );
+    let (table, entry_bytes, count) =
+        (u64_at(kernel, 32), u64::from(u16_at(kernel, 54)), u64::from(u16_at(kernel, 56)));
     if count == 0 || entry_bytes < PROGRAM_HEADER_BYTES {
-        return Err(KernelError::Unknown {
-            detail: "an ELF file without program headers".into(),
-        });
+        return Err(KernelError::Unknown { detail: "an ELF file without program headers".into() });
     }
     let needed = table.saturating_add(count * entry_bytes);
     if bytes < needed {
@@ -140,23 +118,13 @@ fn recognise_elf(kernel: &[u8]) -> Result<(), KernelError> {
             return Err(KernelError::Truncated { bytes, needed });
         }
     }
-    if loadable {
-        Ok(())
-    } else {
-        Err(KernelError::Unknown {
-            detail: "an ELF file with nothing to load".into(),
-        })
-    }
+    if loadable { Ok(()) } else { Err(KernelError::Unknown { detail: "an ELF file with nothing to load".into() }) }
 }
 
 /// Names what a file that is no x86 kernel looks like.
 fn foreign(kernel: &[u8]) -> KernelError {
-    let architecture = |name: &str| KernelError::Architecture {
-        architecture: name.into(),
-    };
-    let unknown = |detail: &str| KernelError::Unknown {
-        detail: detail.into(),
-    };
+    let architecture = |name: &str| KernelError::Architecture { architecture: name.into() };
+    let unknown = |detail: &str| KernelError::Unknown { detail: detail.into() };
     if kernel.get(0x38..0x3c) == Some(b"ARM\x64") {
         return architecture("arm64");
     }
@@ -168,21 +136,15 @@ fn foreign(kernel: &[u8]) -> KernelError {
     }
     match kernel {
         [0x1f, 0x8b, ..] => unknown("it is gzip data: decompress it, or use the bzImage"),
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            unknown("it is xz data: decompress it, or use the bzImage")
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => unknown("it is xz data: decompress it, or use the bzImage"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => unknown("it is zstd data: decompress it, or use the bzImage"),
+        [b'M', b'Z', ..] if kernel.len() < SETUP_HEADER_END => {
+            KernelError::Truncated { bytes: kernel.len() as u64, needed: SETUP_HEADER_END as u64 }
         }
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            unknown("it is zstd data: decompress it, or use the bzImage")
-        }
-        [b'M', b'Z', ..] if kernel.len() < SETUP_HEADER_END => KernelError::Truncated {
-            bytes: kernel.len() as u64,
-            needed: SETUP_HEADER_END as u64,
-        },
         [b'M', b'Z', ..] => unknown("an EFI program without the x86 boot protocol's header"),
-        _ if kernel.len() < SETUP_HEADER_END => KernelError::Truncated {
-            bytes: kernel.len() as u64,
-            needed: SETUP_HEADER_END as u64,
-        },
+        _ if kernel.len() < SETUP_HEADER_END => {
+            KernelError::Truncated { bytes: kernel.len() as u64, needed: SETUP_HEADER_END as u64 }
+        }
         _ if kernel.iter().all(|&byte| byte == 0) => unknown("it is all zeroes"),
         _ => unknown("no known header"),
     }
@@ -201,11 +163,7 @@ fn elf_machine(machine: u16, class: u8, endian: u8) -> String {
         258 => "LoongArch".to_string(),
         _ => format!("ELF machine {machine}"),
     };
-    if endian == 2 {
-        format!("{name} (big-endian)")
-    } else {
-        name
-    }
+    if endian == 2 { format!("{name} (big-endian)") } else { name }
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -263,14 +221,8 @@ mod tests {
         old[XLOADFLAGS] = 0;
         assert!(architecture(&old).contains("32-bit"));
         assert_eq!(recognise(b""), Err(KernelError::Empty));
-        assert!(matches!(
-            recognise(&[0; 4096]),
-            Err(KernelError::Unknown { .. })
-        ));
-        assert!(matches!(
-            recognise(b"#!/bin/sh"),
-            Err(KernelError::Truncated { .. })
-        ));
+        assert!(matches!(recognise(&[0; 4096]), Err(KernelError::Unknown { .. })));
+        assert!(matches!(recognise(b"#!/bin/sh"), Err(KernelError::Truncated { .. })));
     }
 
     #[test]

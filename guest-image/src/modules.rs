@@ -24,11 +24,7 @@ struct Wanted {
 }
 
 const fn wanted(name: &'static str, condition: Condition, required: bool) -> Wanted {
-    Wanted {
-        name,
-        condition,
-        required,
-    }
+    Wanted { name, condition, required }
 }
 
 /// Virtio device types: virtio 1.2, section 5.
@@ -47,11 +43,7 @@ const WANTED: [Wanted; 8] = [
     wanted("virtio_blk", Condition::VirtioDevice(VIRTIO_BLOCK), true),
     wanted("crc32c_generic", Condition::Always, false),
     wanted("ext4", Condition::Always, true),
-    wanted(
-        "virtio_console",
-        Condition::VirtioDevice(VIRTIO_CONSOLE),
-        false,
-    ),
+    wanted("virtio_console", Condition::VirtioDevice(VIRTIO_CONSOLE), false),
     wanted("virtio_net", Condition::VirtioDevice(VIRTIO_NET), false),
 ];
 
@@ -84,10 +76,7 @@ enum Source<'a> {
 
 impl<'a> ModuleLibrary<'a> {
     /// The modules of a kernel package.
-    pub fn from_package(
-        package: &'a Package,
-        location: &Path,
-    ) -> Result<ModuleLibrary<'a>, BuildError> {
+    pub fn from_package(package: &'a Package, location: &Path) -> Result<ModuleLibrary<'a>, BuildError> {
         let paths = package.files().map(str::to_string).collect();
         ModuleLibrary::new(Source::Package(package), location, paths)
     }
@@ -111,11 +100,7 @@ impl<'a> ModuleLibrary<'a> {
         ModuleLibrary::new(Source::Directory, directory, paths)
     }
 
-    fn new(
-        source: Source<'a>,
-        location: &Path,
-        paths: Vec<String>,
-    ) -> Result<ModuleLibrary<'a>, BuildError> {
+    fn new(source: Source<'a>, location: &Path, paths: Vec<String>) -> Result<ModuleLibrary<'a>, BuildError> {
         let mut library = ModuleLibrary {
             source,
             location: location.to_path_buf(),
@@ -125,9 +110,7 @@ impl<'a> ModuleLibrary<'a> {
         for path in paths {
             if path.rsplit('/').next() == Some("modules.builtin") {
                 let list = String::from_utf8_lossy(&library.read(&path)?).into_owned();
-                library
-                    .built_in
-                    .extend(list.lines().filter_map(module_name));
+                library.built_in.extend(list.lines().filter_map(module_name));
             } else if let Some(name) = module_name(&path) {
                 library.files.insert(name, path);
             }
@@ -139,8 +122,7 @@ impl<'a> ModuleLibrary<'a> {
     pub fn select(&self) -> Result<Vec<Module>, BuildError> {
         let mut chosen = Vec::new();
         for wanted in &WANTED {
-            let present =
-                self.files.contains_key(wanted.name) || self.built_in.contains(wanted.name);
+            let present = self.files.contains_key(wanted.name) || self.built_in.contains(wanted.name);
             if present {
                 self.add(wanted.name, wanted.condition, &mut chosen, &mut Vec::new())?;
             } else if wanted.required {
@@ -159,33 +141,22 @@ impl<'a> ModuleLibrary<'a> {
         path: &mut Vec<String>,
     ) -> Result<(), BuildError> {
         let satisfied = |module: &Module| {
-            module.name == name
-                && (module.condition == condition || module.condition == Condition::Always)
+            module.name == name && (module.condition == condition || module.condition == Condition::Always)
         };
         if self.built_in.contains(name) || chosen.iter().any(satisfied) {
             return Ok(());
         }
         if path.iter().any(|ancestor| ancestor == name) {
-            return Err(BuildError::Module {
-                module: name.into(),
-                reason: "it depends on itself".into(),
-            });
+            return Err(BuildError::Module { module: name.into(), reason: "it depends on itself".into() });
         }
         let content = self.load(name)?;
-        let depends = dependencies(&content).map_err(|reason| BuildError::Module {
-            module: name.into(),
-            reason,
-        })?;
+        let depends = dependencies(&content).map_err(|reason| BuildError::Module { module: name.into(), reason })?;
         path.push(name.to_string());
         for dependency in depends {
             self.add(&dependency, condition, chosen, path)?;
         }
         path.pop();
-        chosen.push(Module {
-            name: name.to_string(),
-            condition,
-            content,
-        });
+        chosen.push(Module { name: name.to_string(), condition, content });
         Ok(())
     }
 
@@ -193,10 +164,7 @@ impl<'a> ModuleLibrary<'a> {
         let path = self.files.get(name).ok_or_else(|| self.missing(name))?;
         let packed = self.read(path)?;
         let extension = path.rsplit('.').next().unwrap_or_default();
-        let damaged = |reason: String| BuildError::Module {
-            module: name.into(),
-            reason,
-        };
+        let damaged = |reason: String| BuildError::Module { module: name.into(), reason };
         let mut content = Vec::new();
         decompressor(&packed[..], extension)
             .and_then(|stream| stream.take(MAX_MODULE_BYTES).read_to_end(&mut content))
@@ -218,19 +186,14 @@ impl<'a> ModuleLibrary<'a> {
     }
 
     fn missing(&self, module: &str) -> BuildError {
-        BuildError::ModuleMissing {
-            module: module.to_string(),
-            path: self.location.clone(),
-        }
+        BuildError::ModuleMissing { module: module.to_string(), path: self.location.clone() }
     }
 }
 
 /// The module name of a path such as `kernel/drivers/char/hw_random/virtio-rng.ko.xz`; `None` for other files.
 fn module_name(path: &str) -> Option<String> {
     let file = path.rsplit('/').next()?;
-    let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"]
-        .iter()
-        .find_map(|suffix| file.strip_suffix(suffix))?;
+    let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"].iter().find_map(|suffix| file.strip_suffix(suffix))?;
     Some(stem.replace('-', "_"))
 }
 
@@ -239,13 +202,8 @@ fn dependencies(module: &[u8]) -> Result<Vec<String>, String> {
     let section = elf_section(module, b".modinfo")?;
     for record in section.split(|&byte| byte == 0) {
         if let Some(list) = record.strip_prefix(b"depends=") {
-            let list = std::str::from_utf8(list)
-                .map_err(|_| "its dependencies are not text".to_string())?;
-            return Ok(list
-                .split(',')
-                .filter(|name| !name.is_empty())
-                .map(|name| name.replace('-', "_"))
-                .collect());
+            let list = std::str::from_utf8(list).map_err(|_| "its dependencies are not text".to_string())?;
+            return Ok(list.split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect());
         }
     }
     Ok(Vec::new())
@@ -267,9 +225,7 @@ fn elf_section<'a>(file: &'a [u8], name: &[u8]) -> Result<&'a [u8], String> {
         return Err("its section headers have an unknown size".into());
     }
     let header = |index: usize| {
-        let start = usize::try_from(table)
-            .ok()?
-            .checked_add(index * SECTION_HEADER_BYTES)?;
+        let start = usize::try_from(table).ok()?.checked_add(index * SECTION_HEADER_BYTES)?;
         file.get(start..start.checked_add(SECTION_HEADER_BYTES)?)
     };
     let content = |header: &[u8]| {
@@ -280,17 +236,12 @@ fn elf_section<'a>(file: &'a [u8], name: &[u8]) -> Result<&'a [u8], String> {
     let names = header(names).and_then(content).ok_or_else(truncated)?;
     for index in 0..count {
         let header = header(index).ok_or_else(truncated)?;
-        let found = names
-            .get(u32_at(header, 0) as usize..)
-            .and_then(|rest| rest.split(|&byte| byte == 0).next());
+        let found = names.get(u32_at(header, 0) as usize..).and_then(|rest| rest.split(|&byte| byte == 0).next());
         if found == Some(name) {
             return content(header).ok_or_else(truncated);
         }
     }
-    Err(format!(
-        "it has no section {}",
-        String::from_utf8_lossy(name)
-    ))
+    Err(format!("it has no section {}", String::from_utf8_lossy(name)))
 }
 
 #[cfg(test)]
@@ -315,11 +266,7 @@ mod tests {
         file[58] = 64;
         file[60] = 3;
         file[62] = 2;
-        for (name, at, len) in [
-            (0u32, 0, 0),
-            (1, info_at, info.len()),
-            (10, names_at, names.len()),
-        ] {
+        for (name, at, len) in [(0u32, 0, 0), (1, info_at, info.len()), (10, names_at, names.len())] {
             let mut header = [0; 64];
             header[..4].copy_from_slice(&name.to_le_bytes());
             header[24..32].copy_from_slice(&(at as u64).to_le_bytes());
@@ -329,10 +276,7 @@ mod tests {
         file
     }
 
-    fn library(
-        modules: &[(&str, &str)],
-        built_in: &str,
-    ) -> (tempfile::TempDir, ModuleLibrary<'static>) {
+    fn library(modules: &[(&str, &str)], built_in: &str) -> (tempfile::TempDir, ModuleLibrary<'static>) {
         let directory = tempfile::tempdir().unwrap();
         for (name, depends) in modules {
             fs::write(directory.path().join(format!("{name}.ko")), module(depends)).unwrap();
@@ -356,15 +300,7 @@ mod tests {
         let (_directory, library) = library(&modules, "kernel/fs/ext4/ext4.ko\n");
         let selected = library.select().unwrap();
         let names: Vec<&str> = selected.iter().map(|module| module.name.as_str()).collect();
-        let expected = [
-            "virtio",
-            "virtio_ring",
-            "virtio_mmio",
-            "virtio_blk",
-            "failover",
-            "net_failover",
-            "virtio_net",
-        ];
+        let expected = ["virtio", "virtio_ring", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net"];
         assert_eq!(names, expected);
         assert_eq!(selected[0].condition, Condition::Always);
         assert_eq!(selected[4].condition, Condition::VirtioDevice(VIRTIO_NET));
@@ -374,18 +310,12 @@ mod tests {
     fn what_is_missing_is_named() {
         let (_directory, library) = library(&[("virtio_mmio", "")], "kernel/fs/ext4/ext4.ko\n");
         let error = library.select().unwrap_err();
-        assert!(
-            matches!(&error, BuildError::ModuleMissing { module, .. } if module == "virtio_blk"),
-            "{error}"
-        );
+        assert!(matches!(&error, BuildError::ModuleMissing { module, .. } if module == "virtio_blk"), "{error}");
     }
 
     #[test]
     fn cycles_end() {
-        let (_directory, library) = library(
-            &[("virtio_mmio", "a"), ("a", "virtio_mmio")],
-            "ext4.ko\nvirtio_blk.ko\n",
-        );
+        let (_directory, library) = library(&[("virtio_mmio", "a"), ("a", "virtio_mmio")], "ext4.ko\nvirtio_blk.ko\n");
         assert!(matches!(library.select(), Err(BuildError::Module { .. })));
     }
 

@@ -71,12 +71,7 @@ pub struct Node {
 
 impl Node {
     fn directory(permissions: u32) -> Node {
-        Node {
-            kind: Kind::Directory,
-            permissions,
-            uid: 0,
-            gid: 0,
-        }
+        Node { kind: Kind::Directory, permissions, uid: 0, gid: 0 }
     }
 }
 
@@ -95,10 +90,7 @@ impl Tree {
     /// there are the builder's, not the guest's.
     pub fn read(root: &Path) -> Result<Tree, BuildError> {
         let metadata = fs::metadata(root).map_err(BuildError::io(root))?;
-        let mut tree = Tree {
-            origin: root.to_path_buf(),
-            ..Tree::default()
-        };
+        let mut tree = Tree { origin: root.to_path_buf(), ..Tree::default() };
         if metadata.is_dir() {
             tree.read_directory(root)?;
         } else {
@@ -107,26 +99,17 @@ impl Tree {
         if tree.nodes.is_empty() {
             return Err(tree.error("it is empty"));
         }
-        for (path, permissions) in [
-            ("dev", 0o755),
-            ("proc", 0o555),
-            ("sys", 0o555),
-            ("run", 0o755),
-            ("tmp", 0o1777),
-            ("root", 0o700),
-        ] {
-            tree.nodes
-                .entry(path.into())
-                .or_insert(Node::directory(permissions));
+        for (path, permissions) in
+            [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777), ("root", 0o700)]
+        {
+            tree.nodes.entry(path.into()).or_insert(Node::directory(permissions));
         }
         Ok(tree)
     }
 
     /// All entries, sorted by path.
     pub fn nodes(&self) -> impl Iterator<Item = (&[u8], &Node)> {
-        self.nodes
-            .iter()
-            .map(|(path, node)| (path.as_slice(), node))
+        self.nodes.iter().map(|(path, node)| (path.as_slice(), node))
     }
 
     /// Number of entries.
@@ -140,26 +123,13 @@ impl Tree {
     }
 
     /// Copies a file's content to a file of the host.
-    pub(crate) fn copy_to(
-        &self,
-        source: &Source,
-        len: u64,
-        target: &Path,
-    ) -> Result<(), BuildError> {
+    pub(crate) fn copy_to(&self, source: &Source, len: u64, target: &Path) -> Result<(), BuildError> {
         match (source, &self.spool) {
-            (Source::Host(path), _) => fs::copy(path, target)
-                .map(drop)
-                .map_err(BuildError::io(path)),
+            (Source::Host(path), _) => fs::copy(path, target).map(drop).map_err(BuildError::io(path)),
             (Source::Spool { offset }, Some(spool)) => {
                 let mut output = File::create(target).map_err(BuildError::io(target))?;
-                let mut part = SpoolPart {
-                    spool,
-                    offset: *offset,
-                    end: offset + len,
-                };
-                io::copy(&mut part, &mut output)
-                    .map(drop)
-                    .map_err(BuildError::io(target))
+                let mut part = SpoolPart { spool, offset: *offset, end: offset + len };
+                io::copy(&mut part, &mut output).map(drop).map_err(BuildError::io(target))
             }
             (Source::Spool { .. }, None) => Err(self.error("its contents are gone")),
         }
@@ -201,13 +171,8 @@ impl Tree {
             for entry in fs::read_dir(&directory).map_err(BuildError::io(&directory))? {
                 let entry = entry.map_err(BuildError::io(&directory))?;
                 let name = entry.file_name().into_vec();
-                let path = if prefix.is_empty() {
-                    name
-                } else {
-                    [&prefix[..], b"/", &name].concat()
-                };
-                let metadata =
-                    fs::symlink_metadata(entry.path()).map_err(BuildError::io(entry.path()))?;
+                let path = if prefix.is_empty() { name } else { [&prefix[..], b"/", &name].concat() };
+                let metadata = fs::symlink_metadata(entry.path()).map_err(BuildError::io(entry.path()))?;
                 if metadata.is_dir() {
                     pending.push((entry.path(), path.clone()));
                 }
@@ -219,22 +184,12 @@ impl Tree {
         for (path, host, metadata) in found {
             let mut kind = self.kind_on_host(&host, &metadata)?;
             if matches!(kind, Kind::File { .. }) && metadata.nlink() > 1 {
-                let first = hard_links
-                    .entry((metadata.dev(), metadata.ino()))
-                    .or_insert_with(|| path.clone());
+                let first = hard_links.entry((metadata.dev(), metadata.ino())).or_insert_with(|| path.clone());
                 if *first != path {
                     kind = Kind::HardLink(first.clone());
                 }
             }
-            self.insert(
-                path,
-                Node {
-                    kind,
-                    permissions: metadata.mode() & 0o7777,
-                    uid: 0,
-                    gid: 0,
-                },
-            )?;
+            self.insert(path, Node { kind, permissions: metadata.mode() & 0o7777, uid: 0, gid: 0 })?;
         }
         Ok(())
     }
@@ -244,25 +199,14 @@ impl Tree {
         Ok(if kind.is_dir() {
             Kind::Directory
         } else if kind.is_file() {
-            Kind::File {
-                source: Source::Host(host.to_path_buf()),
-                len: metadata.len(),
-            }
+            Kind::File { source: Source::Host(host.to_path_buf()), len: metadata.len() }
         } else if kind.is_symlink() {
-            Kind::Symlink(
-                fs::read_link(host)
-                    .map_err(BuildError::io(host))?
-                    .into_os_string()
-                    .into_vec(),
-            )
+            Kind::Symlink(fs::read_link(host).map_err(BuildError::io(host))?.into_os_string().into_vec())
         } else if kind.is_fifo() {
             Kind::Fifo
         } else {
             let reason = "sockets and device nodes are not copied from directories; remove it, or use a tar archive";
-            return Err(BuildError::Root {
-                path: host.to_path_buf(),
-                reason: reason.to_string(),
-            });
+            return Err(BuildError::Root { path: host.to_path_buf(), reason: reason.to_string() });
         })
     }
 
@@ -276,11 +220,7 @@ impl Tree {
             path: path.to_path_buf(),
             reason: format!("not a usable tar archive: {error}"),
         };
-        let mut archive = tar::Archive::new(SpoolPart {
-            spool: &spool,
-            offset: 0,
-            end,
-        });
+        let mut archive = tar::Archive::new(SpoolPart { spool: &spool, offset: 0, end });
         for entry in archive.entries().map_err(damaged)? {
             let entry = entry.map_err(damaged)?;
             if let Some((path, node)) = self.archive_node(&entry, end).map_err(damaged)? {
@@ -313,11 +253,7 @@ impl Tree {
     }
 
     /// What an entry of the archive becomes; `None` for what is no file (headers of extensions, the root itself).
-    fn archive_node<R: Read>(
-        &self,
-        entry: &tar::Entry<R>,
-        end: u64,
-    ) -> io::Result<Option<(Vec<u8>, Node)>> {
+    fn archive_node<R: Read>(&self, entry: &tar::Entry<R>, end: u64) -> io::Result<Option<(Vec<u8>, Node)>> {
         use tar::EntryType;
         let invalid = |reason: &str| {
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
@@ -331,40 +267,24 @@ impl Tree {
         if path.is_empty() {
             return Ok(None);
         }
-        let link = || {
-            entry
-                .link_name_bytes()
-                .map(|name| name.into_owned())
-                .ok_or_else(|| invalid("has no target"))
-        };
+        let link = || entry.link_name_bytes().map(|name| name.into_owned()).ok_or_else(|| invalid("has no target"));
         let header = entry.header();
         let device = || -> io::Result<(u32, u32)> {
             let missing = || invalid("has no device number");
-            Ok((
-                header.device_major()?.ok_or_else(missing)?,
-                header.device_minor()?.ok_or_else(missing)?,
-            ))
+            Ok((header.device_major()?.ok_or_else(missing)?, header.device_minor()?.ok_or_else(missing)?))
         };
         let kind = match header.entry_type() {
             EntryType::Directory => Kind::Directory,
             EntryType::Regular | EntryType::Continuous => {
                 let (offset, len) = (entry.raw_file_position(), entry.size());
-                if offset
-                    .checked_add(len)
-                    .is_none_or(|file_end| file_end > end)
-                {
+                if offset.checked_add(len).is_none_or(|file_end| file_end > end) {
                     return Err(invalid("reaches beyond the archive: it is truncated"));
                 }
-                Kind::File {
-                    source: Source::Spool { offset },
-                    len,
-                }
+                Kind::File { source: Source::Spool { offset }, len }
             }
             EntryType::Symlink => Kind::Symlink(link()?),
             EntryType::Link => Kind::HardLink(components(&link()?).join(&b'/')),
-            EntryType::Char => {
-                device().map(|(major, minor)| Kind::CharacterDevice(major, minor))?
-            }
+            EntryType::Char => device().map(|(major, minor)| Kind::CharacterDevice(major, minor))?,
             EntryType::Block => device().map(|(major, minor)| Kind::BlockDevice(major, minor))?,
             EntryType::Fifo => Kind::Fifo,
             EntryType::XGlobalHeader => return Ok(None),
@@ -372,15 +292,7 @@ impl Tree {
         };
         let id = |value: io::Result<u64>| value.map(|id| u32::try_from(id).unwrap_or(u32::MAX));
         let permissions = header.mode()? & 0o7777;
-        Ok(Some((
-            path,
-            Node {
-                kind,
-                permissions,
-                uid: id(header.uid())?,
-                gid: id(header.gid())?,
-            },
-        )))
+        Ok(Some((path, Node { kind, permissions, uid: id(header.uid())?, gid: id(header.gid())? })))
     }
 
     /// Adds an entry, replacing one of the same path, and its parents where they are missing.
@@ -389,48 +301,27 @@ impl Tree {
             path: self.origin.join(std::ffi::OsStr::from_bytes(&path)),
             reason: reason.to_string(),
         };
-        if path
-            .iter()
-            .any(|&byte| byte == b'\n' || byte == b'\r' || byte == 0)
-        {
+        if path.iter().any(|&byte| byte == b'\n' || byte == b'\r' || byte == 0) {
             return Err(bad("line ends are not supported in file names"));
         }
-        if path
-            .split(|&byte| byte == b'/')
-            .any(|part| part.len() > 255)
-        {
+        if path.split(|&byte| byte == b'/').any(|part| part.len() > 255) {
             return Err(bad("a file name is longer than 255 bytes"));
         }
         if let Kind::Symlink(target) = &node.kind
-            && (target.is_empty()
-                || target.len() > 4095
-                || target.iter().any(|&byte| b"\n\r\0".contains(&byte)))
+            && (target.is_empty() || target.len() > 4095 || target.iter().any(|&byte| b"\n\r\0".contains(&byte)))
         {
-            return Err(bad(
-                "the symbolic link's target is empty, too long or has line ends",
-            ));
+            return Err(bad("the symbolic link's target is empty, too long or has line ends"));
         }
         if self.nodes.len() >= MAX_ENTRIES {
             return Err(bad("there are too many files"));
         }
-        for at in path
-            .iter()
-            .enumerate()
-            .filter(|(_, byte)| **byte == b'/')
-            .map(|(at, _)| at)
-        {
-            let parent = self
-                .nodes
-                .entry(path[..at].to_vec())
-                .or_insert(Node::directory(0o755));
+        for at in path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at) {
+            let parent = self.nodes.entry(path[..at].to_vec()).or_insert(Node::directory(0o755));
             if parent.kind != Kind::Directory {
                 return Err(bad("its parent is not a directory"));
             }
         }
-        let was_directory = self
-            .nodes
-            .get(&path)
-            .is_some_and(|old| old.kind == Kind::Directory);
+        let was_directory = self.nodes.get(&path).is_some_and(|old| old.kind == Kind::Directory);
         if was_directory && node.kind != Kind::Directory {
             return Err(bad("a directory of the same name is there as well"));
         }
@@ -455,26 +346,13 @@ impl Tree {
                 Some(Kind::HardLink(earlier)) => earlier.clone(),
                 _ => target,
             };
-            let Some(node) = self
-                .nodes
-                .get(&target)
-                .filter(|node| matches!(node.kind, Kind::File { .. }))
-            else {
+            let Some(node) = self.nodes.get(&target).filter(|node| matches!(node.kind, Kind::File { .. })) else {
                 let name = String::from_utf8_lossy(&path).into_owned();
-                return Err(self.error(&format!(
-                    "{name} is a hard link to a file that is not there"
-                )));
+                return Err(self.error(&format!("{name} is a hard link to a file that is not there")));
             };
             let node = node.clone();
-            let (first, second) = if path < target {
-                (path, target)
-            } else {
-                (target, path)
-            };
-            let link = Node {
-                kind: Kind::HardLink(first.clone()),
-                ..node.clone()
-            };
+            let (first, second) = if path < target { (path, target) } else { (target, path) };
+            let link = Node { kind: Kind::HardLink(first.clone()), ..node.clone() };
             self.nodes.insert(first, node);
             self.nodes.insert(second, link);
         }
@@ -482,10 +360,7 @@ impl Tree {
     }
 
     fn error(&self, reason: &str) -> BuildError {
-        BuildError::Root {
-            path: self.origin.clone(),
-            reason: reason.to_string(),
-        }
+        BuildError::Root { path: self.origin.clone(), reason: reason.to_string() }
     }
 }
 
@@ -507,8 +382,5 @@ impl Read for SpoolPart<'_> {
 
 /// The parts of a path but empty ones and `.`.
 fn components(path: &[u8]) -> Vec<Vec<u8>> {
-    path.split(|&byte| byte == b'/')
-        .filter(|part| !part.is_empty() && *part != b".")
-        .map(<[u8]>::to_vec)
-        .collect()
+    path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").map(<[u8]>::to_vec).collect()
 }

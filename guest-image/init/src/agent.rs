@@ -12,10 +12,7 @@ const CHANNEL: &str = "/dev/hvc0";
 
 /// Says that the guest is up; a machine without the channel is none the wiser.
 pub fn announce() {
-    let channel = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK)
-        .open(CHANNEL);
+    let channel = OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(CHANNEL);
     if let Ok(mut channel) = channel {
         let _ = channel.write_all(b"orrery-agent 1 ready\n");
     }

@@ -51,29 +51,20 @@ pub struct Config {
 impl Config {
     /// Reads and checks the configuration.
     pub fn load(path: &str) -> Result<Config, Failure> {
-        let bytes = fs::read(path).map_err(|error| Failure::Config {
-            reason: format!("{path}: {error}"),
-        })?;
+        let bytes = fs::read(path).map_err(|error| Failure::Config { reason: format!("{path}: {error}") })?;
         Config::parse(&bytes).map_err(|reason| Failure::Config { reason })
     }
 
     /// Parses the record sequence.
     pub fn parse(bytes: &[u8]) -> Result<Config, String> {
-        let mut config = Config {
-            working_directory: "/".into(),
-            host_name: "orrery".into(),
-            ..Config::default()
-        };
+        let mut config = Config { working_directory: "/".into(), host_name: "orrery".into(), ..Config::default() };
         let mut versioned = false;
         let Some(body) = bytes.strip_suffix(&[0]) else {
             return Err("it does not end with a complete record".into());
         };
         for record in body.split(|&byte| byte == 0) {
             let Some(equals) = record.iter().position(|&byte| byte == b'=') else {
-                return Err(format!(
-                    "record without '=': {}",
-                    String::from_utf8_lossy(record)
-                ));
+                return Err(format!("record without '=': {}", String::from_utf8_lossy(record)));
             };
             let (key, value) = (&record[..equals], &record[equals + 1..]);
             if !versioned && key != b"version" {
@@ -82,10 +73,7 @@ impl Config {
             match key {
                 b"version" if value == b"1" => versioned = true,
                 b"version" => {
-                    return Err(format!(
-                        "version {} is not 1",
-                        String::from_utf8_lossy(value)
-                    ));
+                    return Err(format!("version {} is not 1", String::from_utf8_lossy(value)));
                 }
                 b"module" => config.modules.push(parse_module(&text(value)?)?),
                 b"root" => config.root = Some(text(value)?),
@@ -104,20 +92,15 @@ impl Config {
 }
 
 fn text(value: &[u8]) -> Result<String, String> {
-    String::from_utf8(value.to_vec())
-        .map_err(|_| "a value that must be text is not UTF-8".to_string())
+    String::from_utf8(value.to_vec()).map_err(|_| "a value that must be text is not UTF-8".to_string())
 }
 
 fn parse_variable(value: &[u8]) -> Result<(OsString, OsString), String> {
     match value.iter().position(|&byte| byte == b'=') {
-        Some(equals) if equals > 0 => Ok((
-            OsString::from_vec(value[..equals].to_vec()),
-            OsString::from_vec(value[equals + 1..].to_vec()),
-        )),
-        _ => Err(format!(
-            "environment entry {} is not NAME=VALUE",
-            String::from_utf8_lossy(value)
-        )),
+        Some(equals) if equals > 0 => {
+            Ok((OsString::from_vec(value[..equals].to_vec()), OsString::from_vec(value[equals + 1..].to_vec())))
+        }
+        _ => Err(format!("environment entry {} is not NAME=VALUE", String::from_utf8_lossy(value))),
     }
 }
 
@@ -125,19 +108,14 @@ fn parse_module(value: &str) -> Result<Module, String> {
     let Some((condition, path)) = value.split_once(' ') else {
         return Err(format!("module record {value} is not CONDITION PATH"));
     };
-    let number = |hex: &str| {
-        u32::from_str_radix(hex, 16).map_err(|_| format!("bad number in condition {condition}"))
-    };
+    let number = |hex: &str| u32::from_str_radix(hex, 16).map_err(|_| format!("bad number in condition {condition}"));
     let condition = match condition.split_once(':') {
         None if condition == "always" => Condition::Always,
         Some(("pci", vendor)) => Condition::PciVendor(number(vendor)?),
         Some(("virtio", id)) => Condition::VirtioDevice(number(id)?),
         _ => return Err(format!("unknown module condition {condition}")),
     };
-    Ok(Module {
-        condition,
-        path: path.to_string(),
-    })
+    Ok(Module { condition, path: path.to_string() })
 }
 
 #[cfg(test)]

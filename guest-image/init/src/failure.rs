@@ -80,10 +80,7 @@ impl fmt::Display for Failure {
                 write!(f, "kernel module {name} does not load: {error}")
             }
             Failure::RootDisk { device } => {
-                write!(
-                    f,
-                    "no root disk: {device} did not appear (does the machine have a virtio block device?)"
-                )
+                write!(f, "no root disk: {device} did not appear (does the machine have a virtio block device?)")
             }
             Failure::Mount { what, error } => write!(f, "cannot mount {what}: {error}"),
             Failure::SwitchRoot { step, error } => {

@@ -25,9 +25,7 @@ const CONFIG_PATH: &str = "/etc/orrery/init.conf";
 
 fn main() {
     if sys::process_id() != 1 {
-        eprintln!(
-            "orrery-init: this is the first process of an Orrery guest; it does nothing elsewhere"
-        );
+        eprintln!("orrery-init: this is the first process of an Orrery guest; it does nothing elsewhere");
         std::process::exit(2);
     }
     let code = match boot() {

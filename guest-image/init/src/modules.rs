@@ -21,12 +21,7 @@ pub fn load(modules: &[Module]) -> Result<(), Failure> {
             // An optional accelerator whose processor feature is missing.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
             Err(error) => {
-                let name = module
-                    .path
-                    .rsplit('/')
-                    .next()
-                    .unwrap_or(&module.path)
-                    .to_string();
+                let name = module.path.rsplit('/').next().unwrap_or(&module.path).to_string();
                 return Err(Failure::Module { name, error });
             }
         }

@@ -19,11 +19,9 @@ const NO_DEVICES: libc::c_ulong = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_N
 
 /// Mounts `/dev`, `/proc` and `/sys` in the initramfs.
 pub fn kernel_file_systems() -> Result<(), Failure> {
-    for (kind, target, flags) in [
-        ("devtmpfs", "/dev", libc::MS_NOSUID),
-        ("proc", "/proc", NO_DEVICES),
-        ("sysfs", "/sys", NO_DEVICES),
-    ] {
+    for (kind, target, flags) in
+        [("devtmpfs", "/dev", libc::MS_NOSUID), ("proc", "/proc", NO_DEVICES), ("sysfs", "/sys", NO_DEVICES)]
+    {
         let _ = fs::create_dir(target);
         sys::mount(kind, target, kind, flags, "").map_err(|error| mount_failure(kind, error))?;
     }
@@ -40,8 +38,7 @@ pub fn switch_to_root(device: &str) -> Result<(), Failure> {
     for directory in ["/dev", "/proc", "/sys"] {
         let target = format!("{NEW_ROOT}{directory}");
         let _ = fs::create_dir(&target);
-        sys::mount(directory, &target, "", libc::MS_MOVE, "")
-            .map_err(|error| mount_failure(&target, error))?;
+        sys::mount(directory, &target, "", libc::MS_MOVE, "").map_err(|error| mount_failure(&target, error))?;
     }
     let step = |step| move |error| Failure::SwitchRoot { step, error };
     std::env::set_current_dir(NEW_ROOT).map_err(step("chdir"))?;
@@ -56,33 +53,10 @@ pub fn switch_to_root(device: &str) -> Result<(), Failure> {
 pub fn runtime_file_systems() {
     let _ = fs::create_dir("/dev/pts");
     let _ = fs::create_dir("/dev/shm");
-    let _ = sys::mount(
-        "devpts",
-        "/dev/pts",
-        "devpts",
-        libc::MS_NOSUID | libc::MS_NOEXEC,
-        "mode=620,ptmxmode=666",
-    );
-    let _ = sys::mount(
-        "tmpfs",
-        "/dev/shm",
-        "tmpfs",
-        libc::MS_NOSUID | libc::MS_NODEV,
-        "mode=1777",
-    );
-    let _ = sys::mount(
-        "tmpfs",
-        "/run",
-        "tmpfs",
-        libc::MS_NOSUID | libc::MS_NODEV,
-        "mode=755",
-    );
-    for (link, target) in [
-        ("fd", "/proc/self/fd"),
-        ("stdin", "fd/0"),
-        ("stdout", "fd/1"),
-        ("stderr", "fd/2"),
-    ] {
+    let _ = sys::mount("devpts", "/dev/pts", "devpts", libc::MS_NOSUID | libc::MS_NOEXEC, "mode=620,ptmxmode=666");
+    let _ = sys::mount("tmpfs", "/dev/shm", "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=1777");
+    let _ = sys::mount("tmpfs", "/run", "tmpfs", libc::MS_NOSUID | libc::MS_NODEV, "mode=755");
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(link));
     }
 }
@@ -103,14 +77,9 @@ fn wait_for(device: &str) -> Result<(), Failure> {
         }
         thread::sleep(ROOT_DISK_INTERVAL);
     }
-    Err(Failure::RootDisk {
-        device: device.to_string(),
-    })
+    Err(Failure::RootDisk { device: device.to_string() })
 }
 
 fn mount_failure(what: &str, error: io::Error) -> Failure {
-    Failure::Mount {
-        what: what.to_string(),
-        error,
-    }
+    Failure::Mount { what: what.to_string(), error }
 }

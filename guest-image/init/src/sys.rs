@@ -10,11 +10,7 @@ use crate::failure::Failure;
 
 /// Turns the C convention (-1 and errno) into a result.
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
-    if result == -1 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 fn c_string(text: &str) -> io::Result<CString> {
@@ -27,29 +23,11 @@ pub fn process_id() -> i32 {
 }
 
 /// `mount(2)`.
-pub fn mount(
-    source: &str,
-    target: &str,
-    kind: &str,
-    flags: libc::c_ulong,
-    options: &str,
-) -> io::Result<()> {
-    let (source, target, kind, options) = (
-        c_string(source)?,
-        c_string(target)?,
-        c_string(kind)?,
-        c_string(options)?,
-    );
+pub fn mount(source: &str, target: &str, kind: &str, flags: libc::c_ulong, options: &str) -> io::Result<()> {
+    let (source, target, kind, options) = (c_string(source)?, c_string(target)?, c_string(kind)?, c_string(options)?);
     // SAFETY: all four pointers are to NUL-terminated strings that outlive the call.
-    let result = unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target.as_ptr(),
-            kind.as_ptr(),
-            flags,
-            options.as_ptr().cast(),
-        )
-    };
+    let result =
+        unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) };
     check(result.into()).map(drop)
 }
 
@@ -73,8 +51,7 @@ pub fn open_console() {
 /// Loads a kernel module from its file, `finit_module(2)`.
 pub fn load_module(file: &File) -> io::Result<()> {
     // SAFETY: an open descriptor, an empty NUL-terminated parameter string, no flags.
-    let result =
-        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
     check(result).map(drop)
 }
 
@@ -82,12 +59,7 @@ pub fn load_module(file: &File) -> io::Result<()> {
 pub fn set_host_name(name: &str) -> Result<(), Failure> {
     // SAFETY: pointer and length describe the string.
     let result = unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) };
-    check(result.into())
-        .map(drop)
-        .map_err(|error| Failure::Network {
-            step: "sethostname",
-            error,
-        })
+    check(result.into()).map(drop).map_err(|error| Failure::Network { step: "sethostname", error })
 }
 
 /// Sets the loopback interface up, by `SIOCSIFFLAGS` of netdevice(7).
@@ -103,8 +75,7 @@ pub fn bring_up_loopback() -> Result<(), Failure> {
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the request is a valid ifreq that outlives the call; the socket was opened above and is closed once.
     let result = unsafe {
-        let result =
-            check(libc::ioctl(socket, libc::SIOCSIFFLAGS as _, ptr::from_ref(&request)).into());
+        let result = check(libc::ioctl(socket, libc::SIOCSIFFLAGS as _, ptr::from_ref(&request)).into());
         libc::close(socket);
         result
     };
@@ -157,9 +128,7 @@ pub fn write_port(port: u16, value: u8) -> io::Result<()> {
     // SAFETY: a plain system call that grants access to this one port.
     check(unsafe { libc::ioperm(port.into(), 1, 1) }.into())?;
     // SAFETY: access was granted just above; the instruction touches no memory and no flags.
-    unsafe {
-        std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
     Ok(())
 }
 

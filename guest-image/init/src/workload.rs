@@ -11,14 +11,8 @@ use crate::sys;
 /// Runs the entry command to its end and returns its exit code, or 128 plus the number of the signal that ended
 /// it. Orphans are reaped meanwhile.
 pub fn run(config: &Config) -> Result<u8, Failure> {
-    let (program, arguments) = config
-        .command
-        .split_first()
-        .expect("parsing refuses an empty command");
-    let failure = |error| Failure::Exec {
-        command: program.to_string_lossy().into_owned(),
-        error,
-    };
+    let (program, arguments) = config.command.split_first().expect("parsing refuses an empty command");
+    let failure = |error| Failure::Exec { command: program.to_string_lossy().into_owned(), error };
     let mut command = Command::new(program);
     command
         .args(arguments)
