@@ -23,7 +23,7 @@ pub mod address {
     /// First byte that is not conventional memory.
     pub const CONVENTIONAL_END: u64 = 0x9_FC00;
     /// Firmware tables live from here to 1 MiB.
-    pub const FIRMWARE: u64 = 0xE_0000;
+    pub const FIRMWARE: u64 = orrery_devices::layout::ACPI_START;
     /// Kernels are loaded here or higher.
     pub const HIGH_MEMORY: u64 = 0x10_0000;
 }

@@ -122,6 +122,7 @@ pub fn hash_cpu(hasher: &mut blake3::Hasher, state: &CpuState) {
         mtrr_fixed,
         tsc_offset,
         tsc_adjust,
+        spec_ctrl,
         cpl,
         interrupt_shadow,
         nmi_blocked,
@@ -164,6 +165,8 @@ pub fn hash_cpu(hasher: &mut blake3::Hasher, state: &CpuState) {
     mtrr_variable.iter().chain(mtrr_fixed).for_each(|v| word(*v));
     word(*tsc_offset);
     word(*tsc_adjust);
+    word(*spec_ctrl);
+    word(*spec_ctrl);
     word(u64::from(*cpl) | u64::from(*interrupt_shadow) << 8 | u64::from(*nmi_blocked) << 16 | u64::from(*halted) << 24);
     hasher.update(&fpu.0);
 }

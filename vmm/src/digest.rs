@@ -6,7 +6,8 @@
 //! constructs memory contents on purpose.
 
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 type Lanes = [u64; 4];
 
@@ -109,7 +110,8 @@ pub fn read_page(memory: &GuestMemory, page: u64, content: &mut [u8; PAGE_SIZE a
 pub fn take_device_dirty(memory: &GuestMemory) -> Vec<u64> {
     let mut pages = Vec::new();
     for region in memory.iter() {
-        let bitmap = region.bitmap();
+        let mapping: &MmapRegion<AtomicBitmap> = region;
+        let bitmap = mapping.bitmap();
         let first = region.start_addr().0 / PAGE_SIZE;
         for (word_index, word) in bitmap.get_and_reset().into_iter().enumerate() {
             let mut rest = word;

@@ -5,12 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
 use orrery_cpu::memory::GuestMemory;
+use orrery_devices::layout::ram_ranges;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
-
-/// End of low RAM: the window for memory-mapped devices starts here.
-pub const LOW_RAM_END: u64 = 0xC000_0000;
-/// Where RAM beyond [`LOW_RAM_END`] continues.
-pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 
 /// RAM could not be had from the host.
 #[derive(Debug, thiserror::Error)]
@@ -35,21 +31,12 @@ pub enum RamError {
     },
 }
 
-/// The (start, length) ranges of RAM of a machine with `bytes` of memory.
-pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
-    if bytes <= LOW_RAM_END {
-        vec![(0, bytes)]
-    } else {
-        vec![(0, LOW_RAM_END), (HIGH_RAM_START, bytes - LOW_RAM_END)]
-    }
-}
-
 /// Creates zeroed guest RAM of `bytes`, a multiple of 4096.
 pub fn create(bytes: u64) -> Result<GuestMemory, RamError> {
     let file = memory_file(bytes).map_err(|source| RamError::Create { bytes, source })?;
     let mut regions = Vec::new();
     let mut offset = 0;
-    for (start, len) in ranges(bytes) {
+    for (start, len) in ram_ranges(bytes) {
         let failed = |reason: String| RamError::Map { start, bytes: len, reason };
         let file = file.try_clone().map_err(|e| failed(e.to_string()))?;
         let region =
@@ -89,12 +76,6 @@ pub fn size(memory: &GuestMemory) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ram_above_three_gib_continues_at_four() {
-        assert_eq!(ranges(1 << 30), vec![(0, 1 << 30)]);
-        assert_eq!(ranges(5 << 30), vec![(0, 3 << 30), (4 << 30, 2 << 30)]);
-    }
 
     #[test]
     fn created_ram_has_the_size_asked_for() {

@@ -5,7 +5,10 @@
 //! stops there, and going on from there is the same as never having stopped.
 
 pub mod board;
+mod bus;
+mod devices;
 mod hash;
+mod virtio;
 
 use std::collections::VecDeque;
 
@@ -145,7 +148,7 @@ impl Machine {
             rsdp: Some(rsdp),
         };
         let entry = boot::load(&memory, &kernel)?;
-        let mut engine = Engine::new(memory.clone(), board::model_features(config), engine)?;
+        let mut engine = Engine::new(memory.clone(), devices::model_features(config), engine)?;
         *engine.state_mut() = boot_state(&entry);
         let mut machine = Machine {
             digest: MemoryDigest::zeroed(&memory),
@@ -261,7 +264,7 @@ impl Machine {
             {
                 return Err(ForeignInputs { expected: expected.0, actual: icount.0 });
             }
-            self.board.input(now, input.channel, &input.data);
+            self.board.input(icount, input.channel, &input.data);
             self.entered.push(Input {
                 icount: icount.0,
                 virtual_ns: now.0,
@@ -269,7 +272,7 @@ impl Machine {
                 data: input.data,
             });
         }
-        self.board.deliver_events(now);
+        self.board.deliver_events(icount);
         if self.board.devices_touched_memory() {
             self.note_device_writes();
         }
