@@ -1,0 +1,3 @@
+module orrery/bench
+
+go 1.19

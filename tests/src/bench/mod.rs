@@ -1,0 +1,14 @@
+//! The benchmark: the same binaries natively, in QEMU and in Orrery, timed from outside.
+//!
+//! [`lines`] says what is measured, [`prepare`] builds programs and images, [`platform`] knows how a program is
+//! started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the time, [`schedule`] interleaves the
+//! rounds, [`figures`] is the table and the file, [`compare`] says which lines moved between two files.
+//! `docs/benchmarks.md` explains how to read the result.
+
+pub mod compare;
+pub mod figures;
+pub mod lines;
+pub mod platform;
+pub mod prepare;
+pub mod schedule;
+pub mod session;

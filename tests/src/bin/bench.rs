@@ -1,0 +1,94 @@
+//! The benchmark's command line: see `docs/benchmarks.md`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Parser;
+use orrery_tests::bench::platform::{Hypervisors, Platform};
+use orrery_tests::bench::schedule::{self, Schedule};
+use orrery_tests::bench::{lines, prepare};
+use orrery_tests::workshop;
+
+/// Times the same programs natively, in QEMU and in Orrery.
+///
+/// Exit code 0: every session came to its end and all results are equal. 1: some did not.
+#[derive(Parser, Debug)]
+#[command(
+    name = "bench",
+    max_term_width = 100,
+    after_help = "Examples:
+  bench                              everything, three rounds
+  bench --only go-fib --rounds 1     one line, once
+  bench --only jvm --skip qemu       all lines of the JVM, natively and in Orrery
+  bench --list                       what the lines measure"
+)]
+struct Arguments {
+    /// Run only this line, or the lines that start so (repeatable)
+    #[arg(long, value_name = "LINE")]
+    only: Vec<String>,
+    /// How often everything runs; the table shows medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Leave out a platform: native, qemu or soft (repeatable)
+    #[arg(long, value_name = "PLATFORM")]
+    skip: Vec<Platform>,
+    /// Longest time of one program on one platform, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+    /// The orrery command [default: target/release/orrery]
+    #[arg(long, value_name = "FILE")]
+    orrery: Option<PathBuf>,
+    /// The QEMU command
+    #[arg(long, value_name = "FILE", default_value = "qemu-system-x86_64")]
+    qemu: PathBuf,
+    /// Where programs, images and transcripts are kept [default: target/bench]
+    #[arg(long, value_name = "DIR")]
+    directory: Option<PathBuf>,
+    /// Where the figures go [default: target/bench.json]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Build programs and images, and stop
+    #[arg(long)]
+    prepare: bool,
+    /// Show the lines, and stop
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let lines = lines::select(&arguments.only)?;
+    if arguments.list {
+        lines.iter().for_each(|line| println!("{:<18} {}", line.name, line.about));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let directory = arguments.directory.unwrap_or_else(|| workshop::target().join("bench"));
+    let output = arguments.output.unwrap_or_else(|| workshop::target().join("bench.json"));
+    let prepared = prepare::prepare(&lines, &directory)?;
+    if arguments.prepare {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let hypervisors = Hypervisors {
+        qemu: arguments.qemu,
+        orrery: arguments.orrery.unwrap_or_else(|| workshop::target().join("release/orrery")),
+        runs: directory.join("runs"),
+    };
+    let skipped = |platform: &Platform| arguments.skip.contains(platform);
+    let schedule = Schedule {
+        lines,
+        platforms: Platform::ALL.into_iter().filter(|platform| !skipped(platform)).collect(),
+        rounds: arguments.rounds,
+        limit: Duration::from_secs(arguments.timeout),
+    };
+    hypervisors.check(&schedule.platforms)?;
+    let figures = schedule::run(&schedule, &prepared, &hypervisors, &directory)?;
+    figures.write(&output)?;
+    print!("{}", figures.table());
+    println!("raw figures: {}", output.display());
+    for failure in &figures.failures {
+        eprintln!("bench: {failure}");
+    }
+    Ok(if figures.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

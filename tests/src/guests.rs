@@ -1,0 +1,1 @@
+//! Small guests, one per behaviour.
