@@ -28,6 +28,17 @@ pub mod op {
     pub const STORE: u8 = 0x89;
 }
 
+/// A host address: base and perhaps index register, and a displacement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operand {
+    pub base: u8,
+    pub index: Option<u8>,
+    pub disp: i32,
+}
+
+/// `[RCX]`, where every single translation leaves its host address.
+pub const POINTER: Operand = Operand { base: host::RCX, index: None, disp: 0 };
+
 /// Condition codes as in the low nibble of Jcc.
 pub mod cc {
     pub const NE: u8 = 0x5;
@@ -180,34 +191,53 @@ impl Assembler {
         }
     }
 
-    /// `mov dst, [base]` with size 8 or 4 (zero-extending); `base` is RCX or RAX.
-    pub fn load(&mut self, size: usize, dst: u8, base: u8) {
-        debug_assert!(base < 4);
-        match size {
-            8 => {
-                self.rex(true, dst, 0, base);
-                self.put(&[0x8B, (dst & 7) << 3 | base]);
-            }
-            4 => {
-                self.rex(false, dst, 0, base);
-                self.put(&[0x8B, (dst & 7) << 3 | base]);
-            }
-            2 => {
-                self.rex(false, dst, 0, base);
-                self.put(&[0x0F, 0xB7, (dst & 7) << 3 | base]);
-            }
-            _ => unreachable!("loads of 2, 4 or 8 bytes"),
+    /// ModRM, SIB and displacement of `[base + index + disp]`.
+    fn memory(&mut self, reg: u8, base: u8, index: Option<u8>, disp: i32) {
+        let sib = index.is_some() || base & 7 == 4;
+        let mode = if disp == 0 && base & 7 != 5 {
+            0
+        } else if disp as i8 as i32 == disp {
+            1
+        } else {
+            2
+        };
+        self.bytes.push(mode << 6 | (reg & 7) << 3 | if sib { 4 } else { base & 7 });
+        if sib {
+            self.bytes.push((index.unwrap_or(4) & 7) << 3 | base & 7);
+        }
+        match mode {
+            1 => self.bytes.push(disp as u8),
+            2 => self.imm32(disp as u32),
+            _ => {}
         }
     }
 
-    /// `mov [base], src` with size 8, 4 or 2; `base` is RCX or RAX.
-    pub fn store(&mut self, size: usize, base: u8, src: u8) {
-        debug_assert!(base < 4);
-        if size == 2 {
-            self.bytes.push(0x66);
-        }
-        self.rex(size == 8, src, 0, base);
-        self.put(&[0x89, (src & 7) << 3 | base]);
+    /// `mov dst, [at]` with size 8 or 4 (zero-extending).
+    pub fn load(&mut self, size: usize, dst: u8, at: Operand) {
+        self.rex(size == 8, dst, at.index.unwrap_or(0), at.base);
+        self.bytes.push(op::LOAD);
+        self.memory(dst, at.base, at.index, at.disp);
+    }
+
+    /// `mov [at], src` with size 8 or 4.
+    pub fn store(&mut self, size: usize, at: Operand, src: u8) {
+        self.rex(size == 8, src, at.index.unwrap_or(0), at.base);
+        self.bytes.push(op::STORE);
+        self.memory(src, at.base, at.index, at.disp);
+    }
+
+    /// `mov [at], imm32` with size 8 (sign-extended) or 4.
+    pub fn store_imm(&mut self, size: usize, at: Operand, value: u32) {
+        self.rex(size == 8, 0, at.index.unwrap_or(0), at.base);
+        self.bytes.push(0xC7);
+        self.memory(0, at.base, at.index, at.disp);
+        self.imm32(value);
+    }
+
+    /// `sub dst, src` (64-bit)
+    pub fn sub(&mut self, dst: u8, src: u8) {
+        self.rex(true, src, 0, dst);
+        self.put(&[0x29, 0xC0 | (src & 7) << 3 | dst & 7]);
     }
 
     /// `shr reg32, count`
@@ -359,10 +389,12 @@ mod tests {
             (text(|a| a.lea(true, RCX, Some(RBP), Some((RBX, 2)), 0)), "lea rcx,[rbp+rbx*2]"),
             (text(|a| a.sub_imm(R15, 5)), "sub r15,5"),
             (text(|a| a.cmp_imm(RCX, 4088)), "cmp rcx,0FF8h"),
-            (text(|a| a.load(8, R13, RCX)), "mov r13,[rcx]"),
-            (text(|a| a.load(2, RDX, RCX)), "movzx edx,word ptr [rcx]"),
-            (text(|a| a.store(2, RCX, R12)), "mov [rcx],r12w"),
-            (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu ymmword ptr gs:[400h],ymm9"),
+            (text(|a| a.load(8, R13, POINTER)), "mov r13,[rcx]"),
+            (text(|a| a.load(4, RDX, Operand { base: RSP, index: Some(RCX), disp: 8 })), "mov edx,[rsp+rcx+8]"),
+            (text(|a| a.store(8, Operand { base: R13, index: Some(RCX), disp: 0 }, R12)), "mov [r13+rcx],r12"),
+            (text(|a| a.store_imm(8, POINTER, 7)), "mov qword ptr [rcx],7"),
+            (text(|a| a.sub(RCX, R12)), "sub rcx,r12"),
+            (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
             (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
             (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),

@@ -62,8 +62,12 @@ pub struct VcpuBlock {
     pub slow_address: u64,
     pub slow_site: u32,
     pub fault_signal: u32,
+    /// Nonzero if the machine waits for the guest to accept interrupts.
+    pub window_wanted: u32,
     pub slow_resume: u64,
     pub temporary: [u64; 8],
+    /// Distances from guest to host addresses for the groups of the running block.
+    pub distance: [u64; super::groups::GROUPS_MAX],
     pub fault_rip: u64,
     pub fault_flags: u64,
     pub fault_address: u64,
@@ -97,6 +101,9 @@ pub mod field {
             + offset_of!(crate::state::Segment, base) as u32
     }
     pub const RIP: u32 = offset!(state) + offset_of!(CpuState, rip) as u32;
+    pub const RFLAGS: u32 = offset!(state) + offset_of!(CpuState, rflags) as u32;
+    pub const KERNEL_GS_BASE: u32 = offset!(state) + offset_of!(CpuState, kernel_gs_base) as u32;
+    pub const WINDOW_WANTED: u32 = offset!(window_wanted);
     pub const FLAGS: u32 = offset!(flags);
     pub const EXIT_ARGUMENT: u32 = offset!(exit_argument);
     pub const BUDGET: u32 = offset!(budget);
@@ -110,6 +117,9 @@ pub mod field {
     pub const JUMP_HOST: u32 = offset!(jump_host);
     pub const fn temporary(index: u32) -> u32 {
         offset!(temporary) + 8 * index
+    }
+    pub const fn distance(group: usize) -> u32 {
+        offset!(distance) + 8 * group as u32
     }
     pub const fn ymm(index: u8) -> u32 {
         offset!(ymm) + 32 * index as u32

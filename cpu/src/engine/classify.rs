@@ -34,6 +34,18 @@ pub enum Treatment {
     IndirectCall,
     /// Near RET.
     Return,
+    /// CLI.
+    ClearInterrupt,
+    /// STI, followed by another instruction of the block.
+    SetInterrupt,
+    /// CLD or STD.
+    Direction,
+    /// SWAPGS.
+    SwapGs,
+    /// PUSHFQ.
+    PushFlags,
+    /// CLAC or STAC: the next instruction has another access class.
+    AccessFlag,
     /// Executed by `system::execute`; ends the block.
     Emulate,
 }
@@ -42,7 +54,7 @@ impl Treatment {
     /// No instruction follows this one in its block.
     pub fn ends_block(self) -> bool {
         use Treatment::*;
-        matches!(self, Jump | Branch | CountBranch | Call | IndirectJump | IndirectCall | Return | Emulate)
+        matches!(self, AccessFlag | Jump | Branch | CountBranch | Call | IndirectJump | IndirectCall | Return | Emulate)
     }
 }
 
@@ -145,6 +157,15 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         FlowControl::Next => {}
         FlowControl::Interrupt | FlowControl::Exception | FlowControl::XbeginXabortXend => return Treatment::Emulate,
         _ => return near_branch(ins, mode),
+    }
+    match ins.mnemonic() {
+        Mnemonic::Cld | Mnemonic::Std => return Treatment::Direction,
+        Mnemonic::Pushfq if mode.is_64bit() => return Treatment::PushFlags,
+        Mnemonic::Cli if mode.ring0() => return Treatment::ClearInterrupt,
+        Mnemonic::Sti if mode.ring0() => return Treatment::SetInterrupt,
+        Mnemonic::Swapgs if mode.ring0() && mode.is_64bit() => return Treatment::SwapGs,
+        Mnemonic::Clac | Mnemonic::Stac if mode.ring0() => return Treatment::AccessFlag,
+        _ => {}
     }
     if must_emulate(ins) {
         return Treatment::Emulate;

@@ -38,6 +38,8 @@ pub struct Block {
     valid: bool,
     /// Made for one purpose: neither linked to nor found for ordinary execution.
     special: bool,
+    /// How often a group of accesses crossed a page, and the icount when that count began.
+    crossings: (u32, u64),
 }
 
 /// A page of code at a linear address in a mode; blocks and instruction TLBs refer to it by index.
@@ -83,6 +85,12 @@ pub struct Core {
     pub blocks: Vec<Block>,
     pub pending: Pending,
     pub commit: Option<Commit>,
+    /// DR6 bits of data breakpoints that the current instruction has hit.
+    pub debug_hits: u64,
+    /// Pages that began to be watched; blocks must not keep translations across a change.
+    pub watched: u64,
+    /// Blocks whose groups crossed pages too often: their starts are translated without groups.
+    ungrouped: FastMap<u64, ()>,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
     pub tlb_mask: u32,
@@ -97,10 +105,9 @@ pub struct Core {
     /// Instructions of the running block that are counted in the budget but have not retired.
     pub unretired_now: u64,
     bus: Option<*mut (dyn Bus + 'static)>,
-    window_wanted: bool,
     config: EngineConfig,
     chaos: Option<Chaos>,
-    features: ModelFeatures,
+    pub features: ModelFeatures,
 }
 
 // SAFETY: the block and all pointers into code memory are owned by this value; `bus` is set only inside `run`.
@@ -133,6 +140,9 @@ impl Core {
             blocks: Vec::new(),
             pending: Pending::None,
             commit: None,
+            debug_hits: 0,
+            watched: 0,
+            ungrouped: FastMap::default(),
             used: Default::default(),
             itlb_used: Default::default(),
             tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
@@ -146,7 +156,6 @@ impl Core {
             limit: 0,
             unretired_now: 0,
             bus: None,
-            window_wanted: false,
             config,
             chaos,
             features,
@@ -212,7 +221,8 @@ impl Core {
     }
 
     pub fn request_interrupt_window(&mut self, wanted: bool) {
-        self.window_wanted = wanted;
+        // SAFETY: translated code is not running.
+        unsafe { (*self.block).window_wanted = wanted as u32 };
     }
 
     // Code -----------------------------------------------------------------------------------------------------
@@ -223,6 +233,7 @@ impl Core {
         self.translator.clear();
         self.blocks.clear();
         self.by_start.clear();
+        self.ungrouped.clear();
         self.specials.clear();
         self.code_pages.clear();
         self.code_page_index.clear();
@@ -256,6 +267,25 @@ impl Core {
         }
         if block.special {
             self.specials.retain(|_, other| *other != index);
+        }
+    }
+
+    /// A group of accesses of the block crossed a page: if that happens often, it is better translated without.
+    pub fn crossing(&mut self, index: u32) {
+        const OFTEN: u32 = 32;
+        const INSTRUCTIONS_BETWEEN: u64 = 1000;
+        let now = self.now().0;
+        let block = &mut self.blocks[index as usize];
+        block.crossings.0 += 1;
+        if block.crossings.0 < OFTEN {
+            return;
+        }
+        let rare = now - block.crossings.1 > u64::from(OFTEN) * INSTRUCTIONS_BETWEEN;
+        block.crossings = (0, now);
+        if !rare {
+            let start = u64::from(block.identity) << 12 | block.rip & 0xFFF;
+            self.ungrouped.insert(start, ());
+            self.kill(index);
         }
     }
 
@@ -381,12 +411,14 @@ impl Core {
             None => self.config.max_block_instructions,
         };
         let index = self.blocks.len() as u32;
+        let start = u64::from(identity) << 12 | rip & 0xFFF;
         let mut request = Request {
             rip,
             bytes,
             mode,
             max_instructions: special.map_or(longest.clamp(1, MAX_INSTRUCTIONS), |s| s.max_instructions as u32),
             careful: special.is_some_and(|s| s.careful),
+            grouping: self.config.grouping && !self.ungrouped.contains_key(&start),
             isolated: special.is_some(),
             block: index,
             page_identity: identity,
@@ -435,8 +467,8 @@ impl Core {
             lookup_stub: placed.lookup_stub,
             valid: true,
             special: special.is_some(),
+            crossings: (0, self.now().0),
         });
-        let start = u64::from(identity) << 12 | rip & 0xFFF;
         match special {
             None => self.by_start.insert(start, index),
             Some(s) => self.specials.insert((start, s.max_instructions, s.careful), index),
@@ -513,13 +545,30 @@ impl Core {
             if self.state().halted {
                 return Stop::Halted;
             }
-            if self.window_wanted && self.can_interrupt() {
+            // SAFETY: translated code is not running.
+            let window_wanted = unsafe { (*self.block).window_wanted != 0 };
+            if window_wanted && self.can_interrupt() {
                 return Stop::InterruptWindow;
             }
             self.upset();
+            let debug = self.debug_active();
             let state = self.state_mut();
             let trap = state.rflags & rflags::TF != 0;
-            let alone = std::mem::take(&mut state.interrupt_shadow) || trap || careful;
+            // RF lasts until an instruction retires. A fault before that pushes it set whatever it was.
+            let resume = state.rflags & rflags::RF != 0;
+            state.rflags &= !rflags::RF;
+            let alone = std::mem::take(&mut state.interrupt_shadow) || trap || careful || debug;
+            careful |= debug;
+            if debug && !resume {
+                let hits = self.instruction_breakpoint();
+                if hits != 0 {
+                    if let Some(stop) = self.raise(Exception::Debug { dr6: hits }) {
+                        return stop;
+                    }
+                    careful = false;
+                    continue;
+                }
+            }
             let special = if alone {
                 Some(Special { max_instructions: 1, careful })
             } else if short {
@@ -623,11 +672,16 @@ impl Core {
                     SiteKind::Memory { .. } | SiteKind::Fault { .. } => unreachable!("these leave by other doors"),
                 },
             }
-            if trap && self.now() > before {
-                if let Some(stop) = self.raise(Exception::Debug { dr6: 1 << 14 }) {
+            if (trap || debug) && self.now() > before {
+                let step = if trap { 1 << 14 } else { 0 };
+                let dr6 = std::mem::take(&mut self.debug_hits) | step;
+                if dr6 != 0
+                    && let Some(stop) = self.raise(Exception::Debug { dr6 })
+                {
                     return stop;
                 }
             }
+            self.debug_hits = 0;
         }
     }
 
@@ -786,7 +840,6 @@ impl Core {
                 Some(Stop::Halted)
             }
             Err(ExecError::Exception(exception)) => self.raise(exception),
-            Err(ExecError::TripleFault) => Some(Stop::TripleFault),
             Err(ExecError::Unsupported(what)) => {
                 let mut bytes = [0u8; 15];
                 let len = instruction.len();
@@ -808,7 +861,6 @@ impl Core {
         if instruction.is_invalid() || !classify::in_model(instruction) {
             return Err(Exception::InvalidOpcode);
         }
-        let _ = self.features;
         let state = self.state();
         let (ts, em) = (state.cr0 & CR0_TS != 0, state.cr0 & CR0_EM != 0);
         match classify::unit(instruction) {
@@ -865,7 +917,12 @@ unsafe extern "sysv64" fn memory_slow(core: *mut Core, linear: u64, site: u32) -
     // SAFETY: the address was put into the block by `new`, the core is boxed and alive while its code runs, and
     // `enter` holds no reference meanwhile.
     let core = unsafe { &mut *core };
-    core.unretired_now = core.translator.sites[site as usize].unretired as u64;
+    let record = core.translator.sites[site as usize];
+    core.unretired_now = record.unretired as u64;
+    if let SiteKind::Memory { resume, .. } = record.kind {
+        // SAFETY: translated code is suspended in the thunk that will read this.
+        unsafe { (*core.block).slow_resume = resume };
+    }
     let pointer = core.slow_access(linear, site);
     core.unretired_now = 0;
     pointer.unwrap_or(std::ptr::null_mut())

@@ -5,6 +5,7 @@ use super::core::Core;
 use crate::Icount;
 use crate::bus::Bus;
 use crate::exception::Exception;
+use crate::model::ModelFeatures;
 use crate::state::CpuState;
 use crate::system::{Flush, Privilege, System};
 
@@ -62,7 +63,7 @@ impl System for Core {
     fn flush(&mut self, what: Flush) {
         match what {
             Flush::All => self.flush_tlbs(true),
-            Flush::NonGlobal => self.flush_tlbs(false),
+            Flush::NonGlobal | Flush::AddressSpace { .. } => self.flush_tlbs(false),
             Flush::Page(linear) => self.flush_page(linear),
         }
     }
@@ -73,5 +74,9 @@ impl System for Core {
 
     fn now(&self) -> Icount {
         Core::now(self)
+    }
+
+    fn features(&self) -> &ModelFeatures {
+        &self.features
     }
 }

@@ -129,10 +129,13 @@ impl Core {
             let shift = 12 + 9 * (level - 1);
             let base = (linear >> (shift + 9) << (shift + 9)) & !PAGE_MASK | level;
             let page = (entry / PAGE_SIZE) as usize;
-            self.pages.mark_dirty(page as u64);
+            if translation.updated & 1 << i != 0 {
+                self.pages.mark_dirty(page as u64);
+            }
             self.pages.table_writes[page] = 0;
             if self.pages.flags[page] & IS_TABLE == 0 {
                 self.pages.flags[page] |= IS_TABLE;
+                self.watched += 1;
                 self.pages.table_base[page] = base;
                 self.flush_writes();
             } else if self.pages.table_base[page] != base {
@@ -169,7 +172,7 @@ impl Core {
         linear: u64,
         len: u64,
         intent: Intent,
-        running: Option<u32>,
+        running: bool,
     ) -> Result<Target, Exception> {
         let translation = self.walk(linear, intent.write, false, intent.class)?;
         let page_gpa = translation.gpa & !PAGE_MASK;
@@ -182,7 +185,7 @@ impl Core {
             self.pages.mark_dirty(page);
             let flags = self.pages.flags[page as usize];
             if flags != 0 {
-                if running.is_some_and(|block| self.disturbs(page, offset, len, block)) {
+                if running && self.disturbs(page, offset, len) {
                     return Ok(Target::Disturbs);
                 }
                 self.watched_write(page, offset, len, flags);
@@ -224,10 +227,11 @@ impl Core {
                 self.flush_page(((linear << 16) as i64 >> 16) as u64);
             } else {
                 self.flush_tlbs(true);
+                break;
             }
         }
         let writes = &mut self.pages.table_writes[page as usize];
-        *writes = writes.saturating_add(1);
+        *writes = writes.saturating_add(1 + (len / 8) as u16);
         if *writes > TABLE_WRITES_MAX {
             self.flush_tlbs(true);
             self.pages.flags[page as usize] &= !IS_TABLE;
@@ -236,23 +240,16 @@ impl Core {
 
     /// True if a write to watched RAM would change what the running block executes, so that the instruction has
     /// to be executed alone.
-    fn disturbs(&self, page: u64, offset: u64, len: u64, block: u32) -> bool {
+    fn disturbs(&self, page: u64, offset: u64, len: u64) -> bool {
         let flags = self.pages.flags[page as usize];
         if flags & HAS_CODE != 0 && self.pages.hits_code(page as u32, offset as u32, len as u32) {
             return true;
         }
         if flags & IS_TABLE != 0 {
-            let base = self.pages.table_base[page as usize];
             let old = self.memory.read_u64(page * PAGE_SIZE + (offset & !7)).unwrap_or(0);
             let old_last = self.memory.read_u64(page * PAGE_SIZE + ((offset + len - 1) & !7)).unwrap_or(0);
-            if (old | old_last) & 1 != 0 {
-                if base == MANY_BASES || base & 7 != 1 {
-                    return true;
-                }
-                let linear = (base & !PAGE_MASK) + (offset & !7) / 8 * PAGE_SIZE;
-                let running = self.blocks[block as usize].rip & 0xFFFF_FFFF_FFFF & !PAGE_MASK;
-                return (linear & 0xFFFF_FFFF_FFFF).abs_diff(running) <= PAGE_SIZE;
-            }
+            // The running block may hold a translation that came from a present entry.
+            return (old | old_last) & 1 != 0;
         }
         false
     }
@@ -262,12 +259,24 @@ impl Core {
     /// Host address for the access of site `site` at `linear`, or None with `self.pending` set.
     pub fn slow_access(&mut self, linear: u64, site: u32) -> Option<*mut u8> {
         let site = self.translator.sites[site as usize];
-        let SiteKind::Memory { size, read, write, class, careful, .. } = site.kind else {
+        let SiteKind::Memory { size, read, write, class, careful, first, .. } = site.kind else {
             unreachable!("only memory sites take the slow path")
         };
         let size = size as u64;
         let intent = Intent { read, write, class };
-        match self.resolve(linear, size, intent, careful, site.block) {
+        if careful {
+            self.watch(linear, size, write);
+        }
+        let watched = self.watched;
+        let mut found = match first {
+            None => self.resolve(linear, size, intent, careful),
+            Some((offset, len)) => self.resolve_group(linear, size, offset as u64, len as u64, intent, site.block),
+        };
+        if watched != self.watched && !careful && found.is_ok() {
+            // A page is watched from now on that the running block may hold a translation of.
+            found = Ok(None);
+        }
+        match found {
             Ok(Some(pointer)) => Some(pointer),
             Ok(None) => {
                 self.pending = Pending::Careful;
@@ -287,7 +296,6 @@ impl Core {
         size: u64,
         intent: Intent,
         careful: bool,
-        block: u32,
     ) -> Result<Option<*mut u8>, Exception> {
         let wide = self.state().is_64bit();
         if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(size - 1))) {
@@ -295,7 +303,7 @@ impl Core {
         }
         let in_first = PAGE_SIZE - (linear & PAGE_MASK);
         if size <= in_first {
-            return match self.page_target(linear, size, intent, (!careful).then_some(block))? {
+            return match self.page_target(linear, size, intent, !careful)? {
                 Target::Ram(pointer) => Ok(Some(pointer)),
                 Target::Disturbs => Ok(None),
                 Target::Mmio(_) if !careful => Ok(None),
@@ -304,13 +312,20 @@ impl Core {
         }
         // The operand spans two pages: both are checked before anything happens.
         let second = linear.wrapping_add(in_first) & if wide { u64::MAX } else { u32::MAX as u64 };
-        if intent.write && !careful {
-            self.walk(linear, true, false, intent.class)?;
-            self.walk(second, true, false, intent.class)?;
-            return Ok(None);
-        }
         self.walk(linear, intent.write, false, intent.class)?;
         self.walk(second, intent.write, false, intent.class)?;
+        let running = !careful;
+        let low = self.page_target(linear, in_first, intent, running)?;
+        let high = self.page_target(second, size - in_first, intent, running)?;
+        if let (Target::Ram(low), Target::Ram(high)) = (&low, &high)
+            && low.wrapping_add(in_first as usize) == *high
+        {
+            return Ok(Some(*low));
+        }
+        let memory_mapped = matches!(low, Target::Mmio(_)) || matches!(high, Target::Mmio(_));
+        if (intent.write || memory_mapped) && !careful {
+            return Ok(None);
+        }
         let start = (linear & 63) as usize;
         let mut data = [0u8; 64];
         self.read_linear(linear, &mut data[..size as usize], intent.class)?;
@@ -321,6 +336,37 @@ impl Core {
             self.commit = Some(Commit { linear, size: size as usize, class: intent.class, start });
         }
         Ok(Some(pointer))
+    }
+
+    /// Host address of the range of a group, if it lies in one ordinary page. Only the access at `offset` in it
+    /// happens now: it alone decides about faults and the page tables' accessed and dirty bits.
+    fn resolve_group(
+        &mut self,
+        linear: u64,
+        span: u64,
+        offset: u64,
+        len: u64,
+        intent: Intent,
+        block: u32,
+    ) -> Result<Option<*mut u8>, Exception> {
+        let first = linear.wrapping_add(offset);
+        if (linear & PAGE_MASK) + span > PAGE_SIZE {
+            self.crossing(block);
+            return Ok(None);
+        }
+        if !is_canonical(first) {
+            return Err(Exception::GP0);
+        }
+        match self.page_target(first, len, intent, true)? {
+            Target::Ram(pointer) => {
+                let page = self.walk(first, intent.write, false, intent.class)?.gpa / PAGE_SIZE;
+                if intent.write && self.pages.flags[page as usize] != 0 {
+                    return Ok(None);
+                }
+                Ok(Some(pointer.wrapping_sub(offset as usize)))
+            }
+            Target::Mmio(_) | Target::Disturbs => Ok(None),
+        }
     }
 
     fn bounce(&mut self, write: bool) -> &mut [u8; 128] {
@@ -393,7 +439,7 @@ impl Core {
             let piece = (PAGE_SIZE - (at & PAGE_MASK)).min((len - done) as u64) as usize;
             let target = match self.probe(at, piece as u64, intent.write, intent.class) {
                 Some(pointer) => Target::Ram(pointer),
-                None => self.page_target(at, piece as u64, intent, None)?,
+                None => self.page_target(at, piece as u64, intent, false)?,
             };
             each(self, target, done, piece);
             done += piece;
@@ -403,6 +449,7 @@ impl Core {
 
     /// Reads guest memory at a linear address; at most one page long.
     pub fn read_linear(&mut self, linear: u64, data: &mut [u8], class: Class) -> Result<(), Exception> {
+        self.watch(linear, data.len() as u64, false);
         if let Some(pointer) = self.probe(linear, data.len() as u64, false, class) {
             // SAFETY: the TLB entry covers the range.
             unsafe { std::ptr::copy_nonoverlapping(pointer, data.as_mut_ptr(), data.len()) };
@@ -424,6 +471,7 @@ impl Core {
 
     /// Writes guest memory at a linear address; at most one page long.
     pub fn write_linear(&mut self, linear: u64, data: &[u8], class: Class) -> Result<(), Exception> {
+        self.watch(linear, data.len() as u64, true);
         if let Some(pointer) = self.probe(linear, data.len() as u64, true, class) {
             // SAFETY: the TLB entry covers the range.
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), pointer, data.len()) };
@@ -445,6 +493,7 @@ impl Core {
 
     /// Host address for `len` bytes of one page in bulk, or None for memory-mapped I/O.
     pub fn bulk(&mut self, linear: u64, len: usize, write: bool, class: Class) -> Result<Option<*mut u8>, Exception> {
+        self.watch(linear, len as u64, write);
         debug_assert!((linear & PAGE_MASK) + len as u64 <= PAGE_SIZE);
         if let Some(pointer) = self.probe(linear, len as u64, write, class) {
             return Ok(Some(pointer));
@@ -452,7 +501,7 @@ impl Core {
         if self.state().is_64bit() && !is_canonical(linear) {
             return Err(Exception::GP0);
         }
-        match self.page_target(linear, len as u64, Intent { read: !write, write, class }, None)? {
+        match self.page_target(linear, len as u64, Intent { read: !write, write, class }, false)? {
             Target::Ram(pointer) => Ok(Some(pointer)),
             Target::Mmio(_) | Target::Disturbs => Ok(None),
         }

@@ -9,8 +9,10 @@ mod block;
 mod classify;
 mod code;
 mod core;
+mod debug;
 mod emulation;
 mod fpu;
+mod groups;
 mod hash;
 mod mmu;
 mod mode;
@@ -33,6 +35,8 @@ pub struct EngineConfig {
     pub tlb_bits: u32,
     /// Lead branches straight to their targets' translations.
     pub chaining: bool,
+    /// Translate nearby accesses of a block together.
+    pub grouping: bool,
     /// Longest block, 1..=64 instructions.
     pub max_block_instructions: u32,
     /// Host memory reserved for translated code, in bytes.
@@ -46,6 +50,7 @@ impl Default for EngineConfig {
         EngineConfig {
             tlb_bits: 12,
             chaining: true,
+            grouping: true,
             max_block_instructions: 64,
             code_cache_bytes: 512 << 20,
             chaos_seed: None,

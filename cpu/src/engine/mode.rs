@@ -14,12 +14,16 @@ impl Mode {
     const SSE: u16 = 1 << 5;
     const AVX: u16 = 1 << 6;
     const FLAT: u16 = 1 << 7;
+    const RING0: u16 = 1 << 8;
 
     /// The mode of the current state.
     pub fn of(state: &CpuState) -> Mode {
         let class = class(state);
         let mut mode = class as u16;
         let code = &state.seg[seg::CS];
+        if state.cpl == 0 {
+            mode |= Mode::RING0;
+        }
         if state.is_64bit() {
             mode |= Mode::CODE64 | Mode::FLAT;
         } else {
@@ -74,6 +78,11 @@ impl Mode {
     /// CS, DS, ES and SS span the whole address space from 0.
     pub fn is_flat(self) -> bool {
         self.0 & Mode::FLAT != 0
+    }
+
+    /// CPL 0.
+    pub fn ring0(self) -> bool {
+        self.0 & Mode::RING0 != 0
     }
 
     /// x87 and MMX instructions may execute.

@@ -5,12 +5,14 @@
 //! and RCX are free, all other guest registers are at home (`registers`). At every site that can leave in the
 //! middle of a block the state is that before the instruction, so that it can be executed again.
 
-use super::assembler::{Assembler, cc, host, op};
+use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, field};
 use super::classify::{self, Treatment, Unit};
+use super::groups::{Plan, Which, needs_pointer};
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
 use super::thunks::Thunks;
+use crate::state::{rflags, seg};
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
@@ -26,7 +28,16 @@ pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 #[derive(Clone, Copy, Debug)]
 pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` continues behind the check with the host address in RCX.
-    Memory { size: u8, read: bool, write: bool, class: Class, careful: bool, resume: u64 },
+    /// For a group, `first` is the access that happens now: its offset in the range, and its size.
+    Memory {
+        size: u16,
+        read: bool,
+        write: bool,
+        class: Class,
+        careful: bool,
+        first: Option<(u16, u8)>,
+        resume: u64,
+    },
     /// A direct branch whose rel32 at `patch` may be led to the target's translation.
     Link { target: u64, patch: u64 },
     /// The budget does not cover the block.
@@ -61,6 +72,8 @@ pub struct Request<'a> {
     pub max_instructions: u32,
     /// Every memory access goes to Rust first.
     pub careful: bool,
+    /// Nearby accesses share a translation.
+    pub grouping: bool,
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
     pub block: u32,
@@ -112,6 +125,7 @@ pub struct Translator {
     info: InstructionInfoFactory,
     instructions: Vec<(Instruction, Treatment)>,
     cold: Vec<Cold>,
+    plan: Plan,
     pub sites: Vec<Site>,
     /// Instructions for the emulation, by index.
     pub emulated: Vec<Instruction>,
@@ -125,6 +139,7 @@ pub struct Translator {
     tlb_mask: u32,
     count: u32,
     index: u32,
+    position: usize,
     ip: u64,
     /// Host address of the last guest instruction emitted.
     last_native: u64,
@@ -156,6 +171,7 @@ impl Translator {
             info: InstructionInfoFactory::new(),
             instructions: Vec::new(),
             cold: Vec::new(),
+            plan: Plan::default(),
             sites: Vec::new(),
             emulated: Vec::new(),
             faults: Vec::new(),
@@ -167,6 +183,7 @@ impl Translator {
             tlb_mask: 0,
             count: 0,
             index: 0,
+            position: 0,
             ip: 0,
             last_native: 0,
         }
@@ -194,6 +211,11 @@ impl Translator {
         self.index = 0;
         self.ip = request.rip;
         self.a.start(origin);
+        if request.grouping && !request.careful && request.mode.is_64bit() {
+            self.plan.make(&list, &mut self.info);
+        } else {
+            self.plan.clear();
+        }
 
         let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
@@ -212,7 +234,8 @@ impl Translator {
             self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
         }
 
-        for (ins, treatment) in &list {
+        for (position, (ins, treatment)) in list.iter().enumerate() {
+            self.position = position;
             self.ip = ins.ip();
             self.instruction(ins, *treatment);
             self.index += 1;
@@ -266,11 +289,24 @@ impl Translator {
                 }
             }
             let treatment = classify::treatment(&ins, request.mode);
+            if let Some((_, last)) = self.instructions.last_mut()
+                && *last == Treatment::SetInterrupt
+                && treatment == Treatment::Emulate
+            {
+                // Between STI and this one the run may stop: STI must leave its shadow in the state.
+                *last = Treatment::Emulate;
+                break;
+            }
             self.instructions.push((ins, treatment));
             len = decoder.position() as u32;
             if treatment.ends_block() || request.second_page.is_some() {
                 break;
             }
+        }
+        if let Some((_, last)) = self.instructions.last_mut()
+            && *last == Treatment::SetInterrupt
+        {
+            *last = Treatment::Emulate;
         }
         Ok(len)
     }
@@ -368,8 +404,8 @@ impl Translator {
 
     fn add_segment_base(&mut self, ins: &Instruction) {
         let segment = match ins.memory_segment() {
-            Register::FS => crate::state::seg::FS,
-            Register::GS => crate::state::seg::GS,
+            Register::FS => seg::FS,
+            Register::GS => seg::GS,
             _ => return,
         };
         self.clobber_flags();
@@ -378,9 +414,14 @@ impl Translator {
 
     /// Turns the linear address in RCX into a host address in RCX. Uses RAX and the flags, which are in the slot.
     fn lookup(&mut self, size: usize, read: bool, write: bool) {
+        self.lookup_range(size, read, write, None);
+    }
+
+    fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<(u16, u8)>) {
         debug_assert!(self.flags == Flags::Slot || self.careful);
         let class = self.mode.class();
-        let kind = SiteKind::Memory { size: size as u8, read, write, class, careful: self.careful, resume: 0 };
+        let kind =
+            SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
         let site = self.site(kind, self.unretired());
         if self.careful {
             self.a.mov_imm(host::RAX, site as u64);
@@ -402,18 +443,57 @@ impl Translator {
         }
     }
 
-    /// Host address of the instruction's memory operand into RCX.
-    fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) {
+    /// The host address of an access at `offset` from its base register, by the translation of its group: the
+    /// distance between guest and host addresses goes to RCX.
+    fn grouped(&mut self, index: usize, offset: i32) -> Operand {
+        let group = self.plan.groups[index];
+        let base = HOME[group.base as usize].expect("only registers with a home are grouped");
+        if group.ready {
+            self.a.load_gs(host::RCX, field::distance(index));
+        } else {
+            self.clobber_flags();
+            self.a.lea(true, host::RCX, Some(base), None, group.start());
+            self.lookup_range(
+                group.span(),
+                group.first_read,
+                group.write,
+                Some((group.first_offset(), group.first_size)),
+            );
+            self.a.sub(host::RCX, base);
+            self.a.store_gs(host::RCX, field::distance(index));
+            self.plan.groups[index].ready = true;
+        }
+        Operand { base, index: Some(host::RCX), disp: offset - group.start() }
+    }
+
+    /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
+    fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) -> Operand {
+        if let Some(index) = self.plan.group(self.position, Which::Operand) {
+            return self.grouped(index, ins.memory_displacement64() as i32);
+        }
         self.clobber_flags();
         self.address(ins, 0);
         self.lookup(size, read, write);
+        POINTER
     }
 
-    /// Host address of stack memory at RSP + `offset` into RCX.
-    fn stack(&mut self, offset: i32, size: usize, write: bool) {
+    /// Host address of stack memory at RSP + `offset`.
+    fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
+        if let Some(index) = self.plan.group(self.position, Which::Stack) {
+            return self.grouped(index, offset);
+        }
         self.clobber_flags();
         self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RSP), None, offset);
         self.lookup(size, !write, write);
+        POINTER
+    }
+
+    /// An operand as a plain pointer in RCX.
+    fn pointer(&mut self, operand: Operand) {
+        if operand != POINTER {
+            let index = operand.index.map(|i| (i, 1));
+            self.a.lea(true, host::RCX, Some(operand.base), index, operand.disp);
+        }
     }
 
     fn adjust_rsp(&mut self, by: i32) {
@@ -458,11 +538,26 @@ impl Translator {
             }
             Treatment::Return => {
                 let word = self.word();
-                self.stack(0, word, false);
-                self.a.load(word, host::RCX, host::RCX);
+                let at = self.stack(0, word, false);
+                self.a.load(word, host::RCX, at);
                 let extra = if ins.op_count() == 1 { ins.immediate16() as i32 } else { 0 };
                 self.adjust_rsp(word as i32 + extra);
                 self.indirect();
+            }
+            Treatment::ClearInterrupt => self.system_flag(rflags::IF, false),
+            Treatment::SetInterrupt => self.set_interrupt(ins),
+            Treatment::Direction => self.system_flag(rflags::DF, ins.mnemonic() == Mnemonic::Std),
+            Treatment::SwapGs => {
+                let base = field::segment_base(seg::GS);
+                self.a.load_gs(host::RAX, base);
+                self.a.load_gs(host::RCX, field::KERNEL_GS_BASE);
+                self.a.store_gs(host::RCX, base);
+                self.a.store_gs(host::RAX, field::KERNEL_GS_BASE);
+            }
+            Treatment::PushFlags => self.push_flags(),
+            Treatment::AccessFlag => {
+                self.system_flag(rflags::AC, ins.mnemonic() == Mnemonic::Stac);
+                self.link(ins.next_ip());
             }
             Treatment::Emulate => {
                 self.save_flags();
@@ -555,8 +650,8 @@ impl Translator {
     fn branch_target(&mut self, ins: &Instruction) {
         let word = self.word();
         if ins.op0_kind() == OpKind::Memory {
-            self.operand(ins, word, true, false);
-            self.a.load(word, host::RCX, host::RCX);
+            let at = self.operand(ins, word, true, false);
+            self.a.load(word, host::RCX, at);
         } else {
             let guest = gpr_number(ins.op0_register()).expect("an indirect branch takes a general register");
             self.fetch(host::RCX, guest);
@@ -624,7 +719,7 @@ impl Translator {
         let mut out = *ins;
         out.set_has_lock_prefix(false);
         out.set_op1_register(sized(offset_register, host::RAX));
-        set_memory(&mut out, host::RCX);
+        set_memory(&mut out, POINTER);
         self.encode(ins, &out);
         self.flags = Flags::Host;
     }
@@ -635,17 +730,17 @@ impl Translator {
         match ins.op0_kind() {
             OpKind::Register => {
                 let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
-                self.stack(down, word, true);
+                let at = self.stack(down, word, true);
                 let value = self.held(guest, host::RAX);
-                self.a.store(word, host::RCX, value);
+                self.a.store(word, at, value);
             }
             OpKind::Memory => {
-                self.operand(ins, word, true, false);
-                self.a.load(word, host::RAX, host::RCX);
+                let from = self.operand(ins, word, true, false);
+                self.a.load(word, host::RAX, from);
                 self.a.store_gs(host::RAX, field::temporary(1));
-                self.stack(down, word, true);
+                let to = self.stack(down, word, true);
                 self.a.load_gs(host::RAX, field::temporary(1));
-                self.a.store(word, host::RCX, host::RAX);
+                self.a.store(word, to, host::RAX);
             }
             _ => {
                 self.push_constant(ins.immediate(0));
@@ -657,55 +752,101 @@ impl Translator {
 
     fn push_constant(&mut self, value: u64) {
         let word = self.word();
-        self.stack(-(word as i32), word, true);
+        let at = self.stack(-(word as i32), word, true);
         if word == 4 || value as i64 == value as i32 as i64 {
-            if word == 8 {
-                self.a.put(&[0x48]);
-            }
-            self.a.put(&[0xC7, 0x01]); // mov [rcx], imm32
-            self.a.put(&(value as u32).to_le_bytes());
+            self.a.store_imm(word, at, value as u32);
         } else {
             self.a.mov_imm(host::RAX, value);
-            self.a.store(8, host::RCX, host::RAX);
+            self.a.store(8, at, host::RAX);
         }
         self.adjust_rsp(-(word as i32));
     }
 
     fn pop(&mut self, ins: &Instruction) {
         let word = self.word();
-        self.stack(0, word, false);
+        let at = self.stack(0, word, false);
         if ins.op0_kind() == OpKind::Register {
             let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
             match HOME[guest as usize] {
                 Some(host::RSP) => {
-                    self.a.load(word, host::RSP, host::RCX);
+                    self.a.load(word, host::RSP, at);
                     return;
                 }
-                Some(home) => self.a.load(word, home, host::RCX),
+                Some(home) => self.a.load(word, home, at),
                 None => {
-                    self.a.load(word, host::RAX, host::RCX);
+                    self.a.load(word, host::RAX, at);
                     self.a.store_gs(host::RAX, field::gpr(guest));
                 }
             }
         } else {
-            self.a.load(word, host::RAX, host::RCX);
+            self.a.load(word, host::RAX, at);
             self.a.store_gs(host::RAX, field::temporary(1));
             // An address based on RSP uses its value after the pop.
+            self.clobber_flags();
             self.address(ins, word as i32);
             self.lookup(word, false, true);
             self.a.load_gs(host::RAX, field::temporary(1));
-            self.a.store(word, host::RCX, host::RAX);
+            self.a.store(word, POINTER, host::RAX);
         }
         self.adjust_rsp(word as i32);
     }
 
     fn leave_frame(&mut self) {
         let word = self.word();
-        self.clobber_flags();
-        self.a.lea(word == 8, host::RCX, Some(host::RBP), None, 0);
-        self.lookup(word, true, false);
+        let at = if let Some(index) = self.plan.group(self.position, Which::Stack) {
+            self.grouped(index, 0)
+        } else {
+            self.clobber_flags();
+            self.a.lea(word == 8, host::RCX, Some(host::RBP), None, 0);
+            self.lookup(word, true, false);
+            POINTER
+        };
+        // RSP is a function of the old RBP, which the load replaces.
         self.a.lea(word == 8, host::RSP, Some(host::RBP), None, word as i32);
-        self.a.load(word, host::RBP, host::RCX);
+        self.a.load(word, host::RBP, at);
+    }
+
+    /// Sets or clears one flag of RFLAGS that is not a status flag.
+    fn system_flag(&mut self, flag: u64, set: bool) {
+        self.clobber_flags();
+        // and/or dword gs:[RFLAGS], imm32
+        self.a.put(&[0x65, 0x81, if set { 0x0C } else { 0x24 }, 0x25]);
+        self.a.put(&field::RFLAGS.to_le_bytes());
+        let value = if set { flag as u32 } else { !(flag as u32) };
+        self.a.put(&value.to_le_bytes());
+    }
+
+    /// STI in the middle of a block: nothing can come between it and the next instruction, so that its shadow is
+    /// only needed when an interrupt waits for it.
+    fn set_interrupt(&mut self, ins: &Instruction) {
+        self.clobber_flags();
+        self.a.cmp_gs_imm32(field::WINDOW_WANTED, 0);
+        self.emulated.push(*ins);
+        let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
+        let site = self.site(kind, self.unretired());
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Leave { patch, site });
+        self.system_flag(rflags::IF, true);
+    }
+
+    fn push_flags(&mut self) {
+        let at = self.stack(-8, 8, true);
+        // The image needs the host's flags, and RCX is part of the address: build the image in RAX, piece by piece into a temporary.
+        self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+        self.a.put(&[0x0F, 0xB6, 0xC4]); // movzx eax, ah
+        self.a.and32(host::RAX, 0xD5);
+        self.a.store_gs(host::RAX, field::temporary(1));
+        self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+        self.a.and32(host::RAX, 1);
+        self.a.put(&[0xC1, 0xE0, 11]); // shl eax, 11
+        self.a.gs_op(true, op::ADD, host::RAX, field::temporary(1));
+        self.a.store_gs(host::RAX, field::temporary(1));
+        self.a.load_gs(host::RAX, field::RFLAGS);
+        // VM and RF are not pushed.
+        self.a.and32(host::RAX, !(rflags::STATUS | rflags::RF | rflags::VM) as u32);
+        self.a.gs_op(true, op::ADD, host::RAX, field::temporary(1));
+        self.a.store(8, at, host::RAX);
+        self.adjust_rsp(-8);
     }
 
     /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
@@ -733,13 +874,21 @@ impl Translator {
             self.high_byte(ins);
             return;
         }
+        if self.move_register(ins) {
+            return;
+        }
         let use_of = Use::of(self.info.info(ins), ins);
         let mut out = *ins;
         out.set_code(classify::free_accumulator(ins.code()));
         out.set_has_lock_prefix(false);
 
+        let mut at = POINTER;
         if let Some((_, access)) = use_of.memory {
-            self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+            at = self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+            if needs_pointer(ins) {
+                self.pointer(at);
+                at = POINTER;
+            }
         }
         let needs_flags = use_of.flags_in;
         if needs_flags {
@@ -749,12 +898,12 @@ impl Translator {
         let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
         let mut scratch = Scratch { rax: !pin_rax, rcx: !pin_rcx && use_of.memory.is_none(), taken: use_of.gprs, borrowed: [0; 3], borrowed_count: 0 };
         if use_of.memory.is_some() {
-            let mut address = host::RCX;
             if pin_rcx {
-                address = self.take(&mut scratch);
-                self.a.mov(address, host::RCX);
+                self.pointer(at);
+                at = Operand { base: self.take(&mut scratch), ..POINTER };
+                self.a.mov(at.base, host::RCX);
             }
-            set_memory(&mut out, address);
+            set_memory(&mut out, at);
         }
         if pin_rax {
             self.fetch(host::RAX, 0);
@@ -828,6 +977,35 @@ impl Translator {
         }
     }
 
+    /// MOV between general registers of 32 or 64 bits: straight to or from the vCPU block if one lives there.
+    fn move_register(&mut self, ins: &Instruction) -> bool {
+        if ins.mnemonic() != Mnemonic::Mov
+            || ins.op0_kind() != OpKind::Register
+            || ins.op1_kind() != OpKind::Register
+            || ins.op0_register().size() < 4
+        {
+            return false;
+        }
+        let (Some(dst), Some(src)) = (gpr_number(ins.op0_register()), gpr_number(ins.op1_register())) else {
+            return false;
+        };
+        let wide = ins.op0_register().size() == 8;
+        match (HOME[dst as usize], HOME[src as usize]) {
+            (Some(to), Some(from)) if wide => self.a.mov(to, from),
+            (Some(to), Some(from)) => self.a.mov32(to, from),
+            (Some(to), None) => self.a.gs_op(wide, op::LOAD, to, field::gpr(src)),
+            (None, Some(from)) if wide => self.a.store_gs(from, field::gpr(dst)),
+            (None, from) => {
+                match from {
+                    Some(from) => self.a.mov32(host::RAX, from),
+                    None => self.a.gs_op(wide, op::LOAD, host::RAX, field::gpr(src)),
+                }
+                self.a.store_gs(host::RAX, field::gpr(dst));
+            }
+        }
+        true
+    }
+
     /// A scratch register for one instruction: RAX or RCX if free, else another one, borrowed.
     fn take(&mut self, scratch: &mut Scratch) -> u8 {
         if scratch.rax {
@@ -855,8 +1033,9 @@ impl Translator {
         out.set_has_lock_prefix(false);
         let memory = use_of.memory;
         if let Some((_, access)) = memory {
-            self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
-            set_memory(&mut out, host::RCX);
+            let at = self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+            self.pointer(at);
+            set_memory(&mut out, POINTER);
         }
         if use_of.flags_in {
             self.need_flags();
@@ -976,12 +1155,16 @@ fn conditional_result(ins: &Instruction) -> bool {
     matches!(ins.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr)
 }
 
-/// Makes `[address]` the memory operand, with a host register as base and nothing else.
-fn set_memory(out: &mut Instruction, address: u8) {
+/// Makes a host address the memory operand.
+fn set_memory(out: &mut Instruction, at: Operand) {
     out.set_segment_prefix(Register::None);
-    out.set_memory_base(Register::RAX + address as u32);
-    out.set_memory_index(Register::None);
+    out.set_memory_base(Register::RAX + at.base as u32);
+    out.set_memory_index(at.index.map_or(Register::None, |index| Register::RAX + index as u32));
     out.set_memory_index_scale(1);
-    out.set_memory_displacement64(0);
-    out.set_memory_displ_size(0);
+    out.set_memory_displacement64(at.disp as i64 as u64);
+    out.set_memory_displ_size(match at.disp {
+        0 => 0,
+        disp if disp as i8 as i32 == disp => 1,
+        _ => 8,
+    });
 }

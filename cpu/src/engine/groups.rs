@@ -1,0 +1,240 @@
+//! Finds memory accesses of a block that can share one address translation: same base register, same value of it
+//! but for known changes of RSP, offsets that are near each other.
+//!
+//! The first access of a group is translated for the whole range; if the range lies in one page, the others need
+//! no check of their own, because they touch a page that the first one has just touched in the same way. A group
+//! is therefore either of reads, or begins with a write.
+
+use super::classify::Treatment;
+use super::registers::{HOME, gpr_number};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+/// Widest range of a group, in bytes.
+const SPAN_MAX: i32 = 512;
+/// Most groups of a block: slots in the vCPU block.
+pub const GROUPS_MAX: usize = 16;
+const RSP: usize = 4;
+const RBP: usize = 5;
+
+/// Accesses that share a translation. Offsets are relative to the base register at the group's first access.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// Guest number of the base register.
+    pub base: u8,
+    pub write: bool,
+    /// Lowest offset and one past the highest, relative to the base register when the version began.
+    min: i32,
+    max: i32,
+    /// Known change of the base register between the version's beginning and the first access.
+    bias: i32,
+    pub count: u32,
+    /// First access: its lowest offset in the version, its size, and how it is meant.
+    first: i32,
+    pub first_size: u8,
+    pub first_read: bool,
+    /// The translation has been emitted.
+    pub ready: bool,
+}
+
+impl Group {
+    /// Offset of the range from the base register at the first access.
+    pub fn start(&self) -> i32 {
+        self.min - self.bias
+    }
+    /// Length of the range in bytes.
+    pub fn span(&self) -> usize {
+        (self.max - self.min) as usize
+    }
+    /// Offset of the first access in the range.
+    pub fn first_offset(&self) -> u16 {
+        (self.first - self.min) as u16
+    }
+}
+
+/// The plan for one block.
+#[derive(Default)]
+pub struct Plan {
+    pub groups: Vec<Group>,
+    /// For every instruction: the group of its memory operand and of its stack access.
+    assigned: Vec<[Option<u8>; 2]>,
+    open: [[Option<u8>; 2]; 16],
+    rsp: i32,
+}
+
+/// Which access of an instruction is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Which {
+    Operand = 0,
+    Stack = 1,
+}
+
+impl Plan {
+    /// No groups at all.
+    pub fn clear(&mut self) {
+        self.groups.clear();
+        self.assigned.clear();
+    }
+
+    /// The group of an access, if it shares its translation with another.
+    pub fn group(&self, instruction: usize, which: Which) -> Option<usize> {
+        let index = self.assigned.get(instruction)?[which as usize]? as usize;
+        (self.groups[index].count > 1).then_some(index)
+    }
+
+    /// Plans a block of 64-bit code.
+    pub fn make(&mut self, list: &[(Instruction, Treatment)], info: &mut InstructionInfoFactory) {
+        self.clear();
+        self.open = Default::default();
+        self.rsp = 0;
+        for (i, (ins, treatment)) in list.iter().enumerate() {
+            self.assigned.push([None; 2]);
+            self.accesses(i, ins, *treatment, info);
+            self.changes(ins, *treatment, info);
+        }
+    }
+
+    fn accesses(&mut self, i: usize, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
+        use Treatment::*;
+        match treatment {
+            Plain => {
+                let Some(op) = (0..ins.op_count()).find(|op| ins.op_kind(*op) == OpKind::Memory) else { return };
+                let access = info.info(ins).op_access(op);
+                let size = ins.memory_size().size();
+                self.operand(i, ins, size, reads(access), writes(access));
+            }
+            Push => {
+                if ins.op0_kind() == OpKind::Memory {
+                    self.operand(i, ins, 8, true, false);
+                }
+                self.access(i, Which::Stack, RSP, -8, 8, false, true);
+            }
+            Pop => self.access(i, Which::Stack, RSP, 0, 8, true, false),
+            Leave => self.access(i, Which::Stack, RBP, 0, 8, true, false),
+            Return => self.access(i, Which::Stack, RSP, 0, 8, true, false),
+            Call | PushFlags => self.access(i, Which::Stack, RSP, -8, 8, false, true),
+            IndirectJump | IndirectCall => {
+                if ins.op0_kind() == OpKind::Memory {
+                    self.operand(i, ins, 8, true, false);
+                }
+                if treatment == IndirectCall {
+                    self.access(i, Which::Stack, RSP, -8, 8, false, true);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn operand(&mut self, i: usize, ins: &Instruction, size: usize, read: bool, write: bool) {
+        let base = ins.memory_base();
+        let plain = base.is_gpr64()
+            && ins.memory_index() == Register::None
+            && !matches!(ins.memory_segment(), Register::FS | Register::GS)
+            && (read || write);
+        if !plain {
+            return;
+        }
+        let guest = gpr_number(base).expect("a general register") as usize;
+        let offset = ins.memory_displacement64() as i64;
+        if HOME[guest].is_some() && offset.abs() < 1 << 24 {
+            self.access(i, Which::Operand, guest, offset as i32, size as i32, read, write);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn access(&mut self, i: usize, which: Which, base: usize, offset: i32, size: i32, read: bool, write: bool) {
+        let bias = if base == RSP { self.rsp } else { 0 };
+        let (low, high) = (offset + bias, offset + bias + size);
+        // A read may use a group that began with a write, not the other way round.
+        let candidates = if write { [self.open[base][1], None] } else { [self.open[base][1], self.open[base][0]] };
+        for index in candidates.into_iter().flatten() {
+            let group = &mut self.groups[index as usize];
+            let (min, max) = (group.min.min(low), group.max.max(high));
+            if max - min <= SPAN_MAX {
+                group.min = min;
+                group.max = max;
+                group.count += 1;
+                self.assigned[i][which as usize] = Some(index);
+                return;
+            }
+        }
+        if self.groups.len() == GROUPS_MAX {
+            return;
+        }
+        let index = self.groups.len() as u8;
+        self.groups.push(Group {
+            base: base as u8,
+            write,
+            min: low,
+            max: high,
+            bias,
+            count: 1,
+            first: low,
+            first_size: size as u8,
+            first_read: read,
+            ready: false,
+        });
+        self.open[base][write as usize] = Some(index);
+        self.assigned[i][which as usize] = Some(index);
+    }
+
+    fn changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
+        let mut rsp_known = true;
+        match treatment {
+            Treatment::Push | Treatment::PushFlags => self.rsp -= 8,
+            Treatment::Pop if ins.op0_register() != Register::RSP => self.rsp += 8,
+            _ => match known_rsp_change(ins) {
+                Some(change) => self.rsp += change,
+                None => rsp_known = false,
+            },
+        }
+        if self.rsp.abs() > 1 << 24 {
+            rsp_known = false;
+        }
+        for used in info.info(ins).used_registers() {
+            if let Some(guest) = gpr_number(used.register())
+                && writes(used.access())
+            {
+                if guest as usize == RSP && rsp_known {
+                    continue;
+                }
+                self.open[guest as usize] = [None; 2];
+                if guest as usize == RSP {
+                    self.rsp = 0;
+                }
+            }
+        }
+    }
+}
+
+/// ADD, SUB or LEA of RSP by a constant.
+fn known_rsp_change(ins: &Instruction) -> Option<i32> {
+    let immediate = |sign: i64| {
+        let value = (ins.immediate(1) as i64).checked_mul(sign)?;
+        (value.abs() < 1 << 24).then_some(value as i32)
+    };
+    if ins.op_count() != 2 || ins.op0_kind() != OpKind::Register || ins.op0_register() != Register::RSP {
+        return None;
+    }
+    match ins.code() {
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => immediate(1),
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => immediate(-1),
+        Code::Lea_r64_m if ins.memory_base() == Register::RSP && ins.memory_index() == Register::None => {
+            let change = ins.memory_displacement64() as i64;
+            (change.abs() < 1 << 24).then_some(change as i32)
+        }
+        _ => None,
+    }
+}
+
+fn reads(access: OpAccess) -> bool {
+    matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+}
+
+/// Instructions whose memory operand must be reached through a plain pointer.
+pub fn needs_pointer(ins: &Instruction) -> bool {
+    matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b)
+}
