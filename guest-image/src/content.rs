@@ -4,6 +4,7 @@
 //! a chunk of zeroes costs neither time nor memory nor room in the file, and no declared size is believed before
 //! the bytes for it have been seen.
 
+use std::fmt;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,15 +20,21 @@ const ZSTD_LEVEL: i32 = 3;
 
 /// Immutable bytes, shared by cloning. The pages are the host's: those never written by the image (zeroes) take no
 /// memory.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Content {
     bytes: Arc<Bytes>,
 }
 
-#[derive(Debug)]
 enum Bytes {
     Heap(Vec<u8>),
     Mapped(Mmap),
+}
+
+/// Only the length: contents are far too long to print.
+impl fmt::Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Content({} bytes)", self.len())
+    }
 }
 
 impl Deref for Content {

@@ -148,6 +148,8 @@ fn script(tree: &Tree, contents: &Path) -> Result<Vec<u8>, BuildError> {
                 let number = index.to_string();
                 match source {
                     crate::tree::Source::Host(host) => {
+                        // debugfs would complain about a number: what cannot be read is better found here.
+                        File::open(host).map_err(BuildError::io(host))?;
                         let host = std::path::absolute(host).map_err(BuildError::io(host))?;
                         std::os::unix::fs::symlink(&host, contents.join(&number)).map_err(BuildError::io(contents))?;
                     }

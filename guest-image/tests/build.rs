@@ -250,6 +250,21 @@ fn kernels_that_cannot_boot_are_named() {
 }
 
 #[test]
+fn the_size_that_the_error_asks_for_suffices() {
+    let fixture = Fixture::new();
+    executable(&fixture.path("root/bin/tool"), b"#!");
+    for index in 0..600u32 {
+        let content: Vec<u8> = (0..40_000u32).map(|at| (at.wrapping_mul(index + 1) >> 5) as u8).collect();
+        fs::write(fixture.path(&format!("root/a file with quite a long name, number {index}")), content).unwrap();
+    }
+    let error = fixture.failure(|options| options.disk_size_mib = Some(2));
+    let BuildError::DiskTooSmall { needed_mib, disk_mib: 2 } = error else { panic!("{error}") };
+    let options = BuildOptions { disk_size_mib: Some(needed_mib), ..fixture.options("root") };
+    let image = build(&options, |_| {}).unwrap();
+    assert_eq!(image.disks()[0].len() as u64, needed_mib << 20);
+}
+
+#[test]
 fn progress_tells_every_step() {
     let fixture = Fixture::new();
     write_root(&fixture.path("root"), ["plain"].into_iter());
