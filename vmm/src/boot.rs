@@ -112,7 +112,9 @@ pub enum BootError {
         reason: String,
     },
     /// The kernel does not fit.
-    #[error("the kernel needs memory from {start:#x} to {end:#x} and RAM there ends at {ram_end:#x}; give more --memory")]
+    #[error(
+        "the kernel needs memory from {start:#x} to {end:#x} and RAM there ends at {ram_end:#x}; give more --memory"
+    )]
     KernelTooLarge {
         /// First byte it occupies.
         start: u64,
@@ -122,7 +124,9 @@ pub enum BootError {
         ram_end: u64,
     },
     /// The initramfs does not fit.
-    #[error("an initramfs of {bytes} bytes does not fit between the kernel's end {kernel_end:#x} and {top:#x}; give more --memory")]
+    #[error(
+        "an initramfs of {bytes} bytes does not fit between the kernel's end {kernel_end:#x} and {top:#x}; give more --memory"
+    )]
     InitramfsTooLarge {
         /// Its size.
         bytes: u64,
@@ -155,7 +159,11 @@ pub fn load(memory: &GuestMemory, boot: &Kernel) -> Result<Entry, BootError> {
     if boot.kernel.is_empty() {
         return Err(BootError::NoKernel);
     }
-    let loaded = if boot.kernel.starts_with(b"\x7fELF") { load_elf(memory, boot.kernel)? } else { load_bzimage(memory, boot.kernel)? };
+    let loaded = if boot.kernel.starts_with(b"\x7fELF") {
+        load_elf(memory, boot.kernel)?
+    } else {
+        load_bzimage(memory, boot.kernel)?
+    };
     let limit = match loaded.header {
         Some(header) if header.cmdline_size > 0 => (header.cmdline_size as usize).min(COMMAND_LINE_MAX * 8),
         _ => COMMAND_LINE_MAX - 1,

@@ -167,7 +167,9 @@ pub fn hash_cpu(hasher: &mut blake3::Hasher, state: &CpuState) {
     word(*tsc_adjust);
     word(*spec_ctrl);
     word(*spec_ctrl);
-    word(u64::from(*cpl) | u64::from(*interrupt_shadow) << 8 | u64::from(*nmi_blocked) << 16 | u64::from(*halted) << 24);
+    word(
+        u64::from(*cpl) | u64::from(*interrupt_shadow) << 8 | u64::from(*nmi_blocked) << 16 | u64::from(*halted) << 24,
+    );
     hasher.update(&fpu.0);
 }
 

@@ -74,7 +74,18 @@ fn features() -> Vec<Finding> {
         }};
     }
     let needed = missing!(
-        "avx", "avx2", "bmi1", "bmi2", "fma", "f16c", "movbe", "lzcnt", "popcnt", "sse4.2", "cmpxchg16b", "xsave"
+        "avx",
+        "avx2",
+        "bmi1",
+        "bmi2",
+        "fma",
+        "f16c",
+        "movbe",
+        "lzcnt",
+        "popcnt",
+        "sse4.2",
+        "cmpxchg16b",
+        "xsave"
     );
     let crypto = missing!("aes", "pclmulqdq", "sha");
     let mut findings = Vec::new();

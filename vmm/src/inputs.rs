@@ -146,8 +146,7 @@ mod tests {
 
     #[test]
     fn written_inputs_read_back() {
-        let input =
-            Input { icount: 5, virtual_ns: 9, channel: InputChannel::Console, data: b"ls\n\xFF".to_vec() };
+        let input = Input { icount: 5, virtual_ns: 9, channel: InputChannel::Console, data: b"ls\n\xFF".to_vec() };
         let text = format!("{HEADER}\n{}\n", serde_json::to_string(&input).unwrap());
         assert_eq!(parse(&text, "x").unwrap(), vec![input]);
     }

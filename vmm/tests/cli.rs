@@ -50,7 +50,7 @@ fn console_on_stdout_summary_on_stderr_and_the_guests_code() {
     let manifest = read_manifest(&directory.path().join("runs/guest-1-001")).unwrap();
     assert_eq!(manifest.outcome.unwrap().ended, Ended::PowerOff { code: 3 });
     let console = fs::read_to_string(directory.path().join("runs/guest-1-001/console.log")).unwrap();
-    assert_eq!(console, "3 3 hello\\n\n");
+    assert_eq!(console, "2 2 hello\\n\n");
 }
 
 #[test]

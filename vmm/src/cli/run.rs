@@ -14,9 +14,9 @@ use crate::chain::Hash;
 use crate::config::Seed;
 use crate::inputs;
 use crate::machine::{Machine, MachineError};
+use crate::run::RunDirectory;
 use crate::run::manifest::{Ended, ImageReference};
 use crate::run::recorder::{Origin, RecordError, Recorder, RecorderOptions, Summary};
-use crate::run::RunDirectory;
 
 pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     let image = open_image(&arguments.image)?;
@@ -44,8 +44,7 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
         until_time: arguments.until_virtual.map(VirtualNs),
     };
     let take_input = !arguments.no_input && arguments.inputs.is_none();
-    let mut console =
-        Console::connect(!arguments.quiet, take_input).map_err(|e| Failure::new(exit::HOST, e))?;
+    let mut console = Console::connect(!arguments.quiet, take_input).map_err(|e| Failure::new(exit::HOST, e))?;
     let mut recorder = Recorder::new(machine, origin, options, Some(directory)).map_err(record_failure)?;
     let summary = recorder.run(&mut console);
     console.finish();
@@ -89,10 +88,9 @@ pub(super) fn engine_config(arguments: &EngineArgs) -> EngineConfig {
 
 pub(super) fn record_failure(error: RecordError) -> Failure {
     match error {
-        RecordError::Store(error) => Failure::new(
-            exit::STORE,
-            format!("{error}; the run stopped, and its manifest does not call it complete"),
-        ),
+        RecordError::Store(error) => {
+            Failure::new(exit::STORE, format!("{error}; the run stopped, and its manifest does not call it complete"))
+        }
         RecordError::Inputs(error) => Failure::new(exit::INPUTS, error),
     }
 }

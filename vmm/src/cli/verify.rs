@@ -178,7 +178,10 @@ fn print(report: &Report, arguments: &VerifyArgs) {
             let end = last.ended.as_ref().map(ToString::to_string).unwrap_or_default();
             say!(
                 "equal: {} runs, {} epochs, icount {}, state {} ({end})",
-                report.runs, report.epochs, last.icount, last.state
+                report.runs,
+                report.epochs,
+                last.icount,
+                last.state
             );
         }
         return;

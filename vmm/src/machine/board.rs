@@ -7,7 +7,9 @@ use orrery_cpu::Icount;
 use orrery_cpu::memory::GuestMemory;
 use orrery_devices::lapic::MsrError;
 use orrery_devices::{Context, Device, Effect, VirtualNs};
+use orrery_devices::{acpi, layout};
 use orrery_guest_image::Content;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::MachineError;
 use super::devices::Devices;
@@ -90,7 +92,16 @@ impl Board {
 
     /// Puts the ACPI tables into RAM; returns the address of the root pointer.
     pub(super) fn write_firmware_tables(&mut self) -> Result<u64, MachineError> {
-        Ok(0)
+        let slots: Vec<u8> = (0..self.devices.virtio.len() as u8).collect();
+        let tables = acpi::tables(&slots);
+        let failed = |reason: String| MachineError::Devices { reason };
+        if tables.len() as u64 > layout::ACPI_LEN {
+            return Err(failed(format!("ACPI tables of {} bytes do not fit their place", tables.len())));
+        }
+        self.memory
+            .write_slice(&tables, GuestAddress(layout::ACPI_START))
+            .map_err(|e| failed(format!("ACPI tables: {e}")))?;
+        Ok(layout::ACPI_START)
     }
 
     /// The engine is about to run until virtual time `bound`.
@@ -135,7 +146,19 @@ impl Board {
                 self.backlog.extend(data);
                 self.offer_input();
             }
-            InputChannel::Agent => {}
+            InputChannel::Agent => self.agent_input(data),
+        }
+    }
+
+    fn agent_input(&mut self, data: &[u8]) {
+        let now = self.clock.now(self.icount);
+        for slot in 0..self.devices.virtio.len() {
+            let mut ctx = Context { now, memory: &self.memory, effects: &mut self.effects };
+            if self.devices.virtio[slot].agent_input(&mut ctx, data) {
+                self.touched_memory = true;
+                self.apply(Devices::virtio(slot as u8));
+                return;
+            }
         }
     }
 

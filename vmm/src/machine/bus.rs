@@ -12,6 +12,9 @@ const SERIAL_END: u16 = layout::SERIAL_PORT + layout::SERIAL_PORTS;
 const CMOS_END: u16 = layout::CMOS_PORT + layout::CMOS_PORTS;
 const POWER_END: u16 = layout::POWER_PORT + layout::POWER_PORTS;
 
+/// The one register of a virtio device whose write makes it read and write RAM (virtio 1.2, 4.2.2).
+const VIRTIO_QUEUE_NOTIFY: u64 = 0x050;
+
 /// Whose port it is, and the offset in its window.
 fn port_owner(port: u16) -> Option<(DeviceId, u64)> {
     let (id, start) = match port {
@@ -76,7 +79,7 @@ impl Bus for Board {
     fn mmio_write(&mut self, now: Icount, gpa: u64, data: &[u8]) {
         if let Some((id, offset)) = Board::mmio_owner(gpa) {
             self.access(now, id, |device, ctx| device.write(ctx, offset, data));
-            if Devices::is_virtio(id) {
+            if Devices::is_virtio(id) && offset == VIRTIO_QUEUE_NOTIFY {
                 self.note_virtio_access();
             }
         }

@@ -150,6 +150,7 @@ impl Machine {
         let entry = boot::load(&memory, &kernel)?;
         let mut engine = Engine::new(memory.clone(), devices::model_features(config), engine)?;
         *engine.state_mut() = boot_state(&entry);
+        engine.state_replaced();
         let mut machine = Machine {
             digest: MemoryDigest::zeroed(&memory),
             device_dirty: Vec::new(),
@@ -265,12 +266,7 @@ impl Machine {
                 return Err(ForeignInputs { expected: expected.0, actual: icount.0 });
             }
             self.board.input(icount, input.channel, &input.data);
-            self.entered.push(Input {
-                icount: icount.0,
-                virtual_ns: now.0,
-                channel: input.channel,
-                data: input.data,
-            });
+            self.entered.push(Input { icount: icount.0, virtual_ns: now.0, channel: input.channel, data: input.data });
         }
         self.board.deliver_events(icount);
         if self.board.devices_touched_memory() {
@@ -359,9 +355,8 @@ fn boot_state(entry: &boot::Entry) -> CpuState {
 /// The registers as text, for people.
 pub fn registers(state: &CpuState) -> String {
     use std::fmt::Write;
-    const NAMES: [&str; 16] = [
-        "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-    ];
+    const NAMES: [&str; 16] =
+        ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
     let mut text = format!("rip {:016x} rflags {:08x} cpl {}\n", state.rip, state.rflags, state.cpl);
     for (index, (name, value)) in NAMES.iter().zip(state.gpr).enumerate() {
         let end = if index % 4 == 3 { '\n' } else { ' ' };

@@ -1,17 +1,89 @@
-//! The virtio devices of a machine, in their slots.
+//! The virtio devices of a machine, in their slots: entropy, agent console, network card, then the disks.
 
-use orrery_devices::Device;
+use std::sync::Arc;
+
+use orrery_devices::{Block, Console, Context, CowDisk, Device, Entropy, Latency, Net, VirtioMmio, layout};
 use orrery_guest_image::Content;
 
 use super::MachineError;
+use super::board::encode;
 use crate::config::Seed;
 
+/// How long a disk takes for a request: a fast solid-state drive.
+const DISK_LATENCY: Latency = Latency { base_ns: 20_000, jitter_ns: 20_000 };
+/// Address of the network card: locally administered.
+const MAC: [u8; 6] = [0x02, b'o', b'r', b'r', 0, 1];
+/// Slots before the first disk.
+const FIXED_SLOTS: usize = 3;
+
 /// One slot.
-pub(super) struct VirtioSlot;
+pub(super) enum VirtioSlot {
+    Entropy(VirtioMmio<Entropy>),
+    Agent(VirtioMmio<Console>),
+    Net(VirtioMmio<Net>),
+    Disk(Box<VirtioMmio<Block>>),
+}
 
 impl VirtioSlot {
-    pub fn device(&mut self) -> &mut dyn Device { unreachable!() }
-    pub fn name(&self) -> &'static str { "" }
-    pub fn state(&self) -> Vec<u8> { Vec::new() }
+    /// The device with its registers.
+    pub fn device(&mut self) -> &mut dyn Device {
+        match self {
+            VirtioSlot::Entropy(device) => device,
+            VirtioSlot::Agent(device) => device,
+            VirtioSlot::Net(device) => device,
+            VirtioSlot::Disk(device) => device.as_mut(),
+        }
+    }
+
+    /// What it is, for people and for the state's hash.
+    pub fn name(&self) -> &'static str {
+        match self {
+            VirtioSlot::Entropy(_) => "virtio entropy",
+            VirtioSlot::Agent(_) => "virtio console",
+            VirtioSlot::Net(_) => "virtio net",
+            VirtioSlot::Disk(_) => "virtio block",
+        }
+    }
+
+    /// Its serialised state.
+    pub fn state(&self) -> Vec<u8> {
+        match self {
+            VirtioSlot::Entropy(device) => encode(device),
+            VirtioSlot::Agent(device) => encode(device),
+            VirtioSlot::Net(device) => encode(device),
+            VirtioSlot::Disk(device) => encode(device),
+        }
+    }
+
+    /// Bytes for the guest's agent; true if this is its channel.
+    pub fn agent_input(&mut self, ctx: &mut Context, data: &[u8]) -> bool {
+        match self {
+            VirtioSlot::Agent(device) => {
+                device.agent_input(ctx, data);
+                true
+            }
+            _ => false,
+        }
+    }
 }
-pub(super) fn slots(_seed: Seed, _disks: &[Content]) -> Result<Vec<VirtioSlot>, MachineError> { Ok(Vec::new()) }
+
+/// The devices at power-on.
+pub(super) fn slots(seed: Seed, disks: &[Content]) -> Result<Vec<VirtioSlot>, MachineError> {
+    let most = usize::from(layout::VIRTIO_SLOTS_MAX) - FIXED_SLOTS;
+    if disks.len() > most {
+        let reason = format!("the image has {} disks and a machine has room for {most}", disks.len());
+        return Err(MachineError::Devices { reason });
+    }
+    let mut slots = vec![
+        VirtioSlot::Entropy(VirtioMmio::new(0, Entropy::new(seed.0))),
+        VirtioSlot::Agent(VirtioMmio::new(1, Console::new())),
+        VirtioSlot::Net(VirtioMmio::new(2, Net::new(MAC))),
+    ];
+    for (index, disk) in disks.iter().enumerate() {
+        let slot = (FIXED_SLOTS + index) as u8;
+        let disk = CowDisk::new(Arc::new(disk.clone()), false);
+        let block = Block::new(disk, &format!("disk{index}"), DISK_LATENCY, seed.0);
+        slots.push(VirtioSlot::Disk(Box::new(VirtioMmio::new(slot, block))));
+    }
+    Ok(slots)
+}
