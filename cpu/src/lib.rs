@@ -7,9 +7,13 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 pub mod bus;
+pub mod engine;
 pub mod exception;
 pub mod memory;
+pub mod model;
+pub mod paging;
 pub mod state;
+pub mod system;
 
 pub use bus::Bus;
 pub use exception::Exception;

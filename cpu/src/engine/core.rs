@@ -406,9 +406,11 @@ impl Core {
         let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE).expect("code pages are RAM");
         // SAFETY: the page is mapped RAM; the guest does not run while it is read.
         let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), PAGE_SIZE as usize - offset) };
-        let longest = match &mut self.chaos {
-            Some(chaos) => chaos.below(self.config.max_block_instructions as u64) as u32 + 1,
-            None => self.config.max_block_instructions,
+        let (longest, grouping) = match &mut self.chaos {
+            Some(chaos) => {
+                (chaos.below(self.config.max_block_instructions as u64) as u32 + 1, chaos.below(2) == 0)
+            }
+            None => (self.config.max_block_instructions, true),
         };
         let index = self.blocks.len() as u32;
         let start = u64::from(identity) << 12 | rip & 0xFFF;
@@ -418,7 +420,7 @@ impl Core {
             mode,
             max_instructions: special.map_or(longest.clamp(1, MAX_INSTRUCTIONS), |s| s.max_instructions as u32),
             careful: special.is_some_and(|s| s.careful),
-            grouping: self.config.grouping && !self.ungrouped.contains_key(&start),
+            grouping: grouping && self.config.grouping && !self.ungrouped.contains_key(&start),
             isolated: special.is_some(),
             block: index,
             page_identity: identity,
@@ -780,6 +782,9 @@ impl Core {
         match (signal, unit) {
             (libc::SIGFPE, Unit::Integer) => Exception::DivideError,
             (libc::SIGFPE, Unit::X87) => Exception::FloatingPoint,
+            (libc::SIGFPE, _) if self.state().cr4 & crate::state::control::CR4_OSXMMEXCPT == 0 => {
+                Exception::InvalidOpcode
+            }
             (libc::SIGFPE, _) => Exception::Simd,
             (libc::SIGSEGV, _) if address == 0 => Exception::GP0,
             (libc::SIGILL, _) => Exception::InvalidOpcode,
