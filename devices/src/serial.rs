@@ -1,0 +1,389 @@
+//! The serial console: a 16550A (National Semiconductor PC16550D datasheet) at COM1.
+//!
+//! Transmission takes no virtual time: a byte written to the THR leaves at once as [`Effect::Output`] on channel
+//! "console", and the transmitter is empty again. The receive FIFO holds 16 bytes; what arrives beyond that waits
+//! in a bounded queue, so that no input is lost to an overrun.
+
+use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Context, Device, Effect, VirtualNs, answer_byte, layout};
+
+/// The channel of the bytes that the guest sends.
+pub const CHANNEL: &str = "console";
+/// Most bytes of input that wait to be read by the guest.
+pub const INPUT_MAX: usize = 64 * 1024;
+/// Size of the receive FIFO, in bytes.
+const FIFO_LEN: usize = 16;
+/// Four characters of ten bits at 115200 baud: when a partly filled FIFO raises its timeout interrupt.
+const TIMEOUT_NS: u64 = 347_000;
+/// The token of that timeout.
+const TIMEOUT_TOKEN: u32 = 0;
+
+mod ier {
+    pub const RECEIVED: u8 = 1;
+    pub const TRANSMITTER_EMPTY: u8 = 2;
+    pub const MODEM_STATUS: u8 = 8;
+    pub const WRITABLE: u8 = 0x0F;
+}
+
+mod iir {
+    pub const NONE: u8 = 0x01;
+    pub const MODEM_STATUS: u8 = 0x00;
+    pub const TRANSMITTER_EMPTY: u8 = 0x02;
+    pub const RECEIVED: u8 = 0x04;
+    pub const TIMEOUT: u8 = 0x0C;
+    pub const FIFO_ENABLED: u8 = 0xC0;
+}
+
+mod fcr {
+    pub const ENABLE: u8 = 1;
+    pub const CLEAR_RECEIVE: u8 = 2;
+}
+
+mod lcr {
+    pub const DIVISOR_LATCH: u8 = 0x80;
+}
+
+mod lsr {
+    pub const DATA_READY: u8 = 0x01;
+    pub const TRANSMITTER_EMPTY: u8 = 0x60;
+}
+
+mod mcr {
+    pub const DTR: u8 = 0x01;
+    pub const RTS: u8 = 0x02;
+    pub const OUT1: u8 = 0x04;
+    pub const OUT2: u8 = 0x08;
+    pub const LOOPBACK: u8 = 0x10;
+    pub const WRITABLE: u8 = 0x1F;
+}
+
+mod msr {
+    pub const CTS: u8 = 0x10;
+    pub const DSR: u8 = 0x20;
+    pub const RI: u8 = 0x40;
+    pub const DCD: u8 = 0x80;
+}
+
+/// The 16550A.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Serial {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    fifo_control: u8,
+    line_control: u8,
+    modem_control: u8,
+    /// Modem lines and, in the low half, which of them changed since the last read.
+    modem_status: u8,
+    scratch: u8,
+    /// The transmitter-empty interrupt is pending: set when the THR empties or the interrupt is enabled, cleared by
+    /// reading it from the IIR.
+    transmitter_interrupt: bool,
+    timed_out: bool,
+    /// Received bytes: the receive FIFO is the first 16 (or the first, with FIFOs off).
+    received: VecDeque<u8>,
+    line: bool,
+}
+
+impl Default for Serial {
+    fn default() -> Serial {
+        Serial::new()
+    }
+}
+
+impl Serial {
+    /// A serial port at power-on with a peer that is always ready.
+    pub fn new() -> Serial {
+        Serial {
+            divisor: [12, 0],
+            interrupt_enable: 0,
+            fifo_control: 0,
+            line_control: 3,
+            modem_control: 0,
+            modem_status: msr::CTS | msr::DSR | msr::DCD,
+            scratch: 0,
+            transmitter_interrupt: false,
+            timed_out: false,
+            received: VecDeque::new(),
+            line: false,
+        }
+    }
+
+    /// Bytes from outside arrive. Takes as many as fit into the queue and says how many. In loopback mode the
+    /// receiver is disconnected and takes none.
+    pub fn input(&mut self, ctx: &mut Context, bytes: &[u8]) -> usize {
+        if self.loopback() {
+            return 0;
+        }
+        let count = bytes.len().min(INPUT_MAX.saturating_sub(self.received.len()));
+        self.received.extend(&bytes[..count]);
+        self.receive_changed(ctx);
+        self.update_line(ctx);
+        count
+    }
+
+    fn loopback(&self) -> bool {
+        self.modem_control & mcr::LOOPBACK != 0
+    }
+
+    fn fifo_enabled(&self) -> bool {
+        self.fifo_control & fcr::ENABLE != 0
+    }
+
+    fn divisor_latch(&self) -> bool {
+        self.line_control & lcr::DIVISOR_LATCH != 0
+    }
+
+    /// Number of bytes in the FIFO that raise the received-data interrupt.
+    fn trigger_level(&self) -> usize {
+        match (self.fifo_enabled(), self.fifo_control >> 6) {
+            (false, _) | (true, 0) => 1,
+            (true, 1) => 4,
+            (true, 2) => 8,
+            (true, _) => 14,
+        }
+    }
+
+    /// The receive FIFO was filled or drained: the timeout of a partly filled one starts over.
+    fn receive_changed(&mut self, ctx: &mut Context) {
+        self.timed_out = false;
+        let partly = self.fifo_enabled() && !self.received.is_empty() && self.received.len() < self.trigger_level();
+        ctx.effects.push(if partly {
+            Effect::Wake { token: TIMEOUT_TOKEN, at: VirtualNs(ctx.now.0.saturating_add(TIMEOUT_NS)) }
+        } else {
+            Effect::Cancel { token: TIMEOUT_TOKEN }
+        });
+    }
+
+    /// The pending interrupt of highest priority, as the IIR shows it (datasheet, table III).
+    fn pending(&self) -> u8 {
+        let enabled = |bit| self.interrupt_enable & bit != 0;
+        if enabled(ier::RECEIVED) && self.received.len() >= self.trigger_level() {
+            iir::RECEIVED
+        } else if enabled(ier::RECEIVED) && self.timed_out {
+            iir::TIMEOUT
+        } else if enabled(ier::TRANSMITTER_EMPTY) && self.transmitter_interrupt {
+            iir::TRANSMITTER_EMPTY
+        } else if enabled(ier::MODEM_STATUS) && self.modem_status & 0x0F != 0 {
+            iir::MODEM_STATUS
+        } else {
+            iir::NONE
+        }
+    }
+
+    /// Drives the interrupt line. OUT2 gates it, as on every PC; in loopback mode it is disconnected.
+    fn update_line(&mut self, ctx: &mut Context) {
+        let gate = self.modem_control & mcr::OUT2 != 0 && !self.loopback();
+        let level = gate && self.pending() != iir::NONE;
+        if level != self.line {
+            self.line = level;
+            ctx.effects.push(Effect::Line { gsi: layout::SERIAL_GSI, level });
+        }
+    }
+
+    /// The modem lines: the peer's, or in loopback mode our own.
+    fn update_modem_lines(&mut self) {
+        let lines = if self.loopback() {
+            [(mcr::RTS, msr::CTS), (mcr::DTR, msr::DSR), (mcr::OUT1, msr::RI), (mcr::OUT2, msr::DCD)]
+                .iter()
+                .filter(|(control, _)| self.modem_control & control != 0)
+                .fold(0, |lines, (_, status)| lines | status)
+        } else {
+            msr::CTS | msr::DSR | msr::DCD
+        };
+        let changed = (lines ^ self.modem_status) & 0xF0;
+        // The ring indicator's delta bit reports only its trailing edge.
+        let rose = lines & msr::RI;
+        self.modem_status = lines | self.modem_status & 0x0F | (changed & !rose) >> 4;
+    }
+
+    fn transmit(&mut self, ctx: &mut Context, byte: u8) {
+        if self.loopback() {
+            if self.received.len() < INPUT_MAX {
+                self.received.push_back(byte);
+                self.receive_changed(ctx);
+            }
+        } else {
+            ctx.effects.push(Effect::Output { channel: CHANNEL, bytes: vec![byte] });
+        }
+        self.transmitter_interrupt = true;
+    }
+
+    fn read_register(&mut self, ctx: &mut Context, offset: u64) -> u8 {
+        match offset {
+            0 | 1 if self.divisor_latch() => self.divisor[offset as usize],
+            0 => {
+                let byte = self.received.pop_front().unwrap_or(0);
+                self.receive_changed(ctx);
+                byte
+            }
+            1 => self.interrupt_enable,
+            2 => {
+                let pending = self.pending();
+                if pending == iir::TRANSMITTER_EMPTY {
+                    self.transmitter_interrupt = false;
+                }
+                pending | if self.fifo_enabled() { iir::FIFO_ENABLED } else { 0 }
+            }
+            3 => self.line_control,
+            4 => self.modem_control,
+            5 => lsr::TRANSMITTER_EMPTY | if self.received.is_empty() { 0 } else { lsr::DATA_READY },
+            6 => {
+                let status = self.modem_status;
+                self.modem_status &= 0xF0;
+                status
+            }
+            7 => self.scratch,
+            _ => 0xFF,
+        }
+    }
+
+    fn write_register(&mut self, ctx: &mut Context, offset: u64, value: u8) {
+        match offset {
+            0 | 1 if self.divisor_latch() => self.divisor[offset as usize] = value,
+            0 => self.transmit(ctx, value),
+            1 => {
+                let enabled = value & !self.interrupt_enable;
+                self.interrupt_enable = value & ier::WRITABLE;
+                if enabled & ier::TRANSMITTER_EMPTY != 0 {
+                    self.transmitter_interrupt = true;
+                }
+            }
+            2 => {
+                // Turning the FIFOs on or off clears them; so does the bit for it.
+                let switched = (value ^ self.fifo_control) & fcr::ENABLE != 0;
+                self.fifo_control = if value & fcr::ENABLE != 0 { value & 0xC9 } else { 0 };
+                if value & fcr::CLEAR_RECEIVE != 0 || switched {
+                    let in_fifo = FIFO_LEN.min(self.received.len());
+                    self.received.drain(..in_fifo);
+                }
+                self.receive_changed(ctx);
+            }
+            3 => self.line_control = value,
+            4 => {
+                self.modem_control = value & mcr::WRITABLE;
+                self.update_modem_lines();
+            }
+            7 => self.scratch = value,
+            _ => {}
+        }
+    }
+}
+
+impl Device for Serial {
+    fn read(&mut self, ctx: &mut Context, offset: u64, data: &mut [u8]) {
+        let value = self.read_register(ctx, offset);
+        self.update_line(ctx);
+        answer_byte(data, value);
+    }
+
+    fn write(&mut self, ctx: &mut Context, offset: u64, data: &[u8]) {
+        // A wider access reaches consecutive registers, as it does on an 8-bit bus.
+        for (index, byte) in data.iter().enumerate() {
+            self.write_register(ctx, offset.saturating_add(index as u64), *byte);
+        }
+        self.update_line(ctx);
+    }
+
+    fn event(&mut self, ctx: &mut Context, token: u32) {
+        if token == TIMEOUT_TOKEN && self.fifo_enabled() && !self.received.is_empty() {
+            self.timed_out = true;
+            self.update_line(ctx);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Bench, assert_round_trip, fuzz, steps};
+    use proptest::prelude::*;
+
+    fn lines(effects: Vec<Effect>) -> Vec<bool> {
+        let level = |effect| if let Effect::Line { level, .. } = effect { Some(level) } else { None };
+        effects.into_iter().filter_map(level).collect()
+    }
+
+    #[test]
+    fn bytes_leave_in_order() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        for byte in b"hi" {
+            assert_eq!(bench.read(&mut serial, 5, 1) & 0x60, 0x60);
+            bench.write(&mut serial, 0, 1, u64::from(*byte));
+        }
+        let output = |byte: u8| Effect::Output { channel: CHANNEL, bytes: vec![byte] };
+        assert_eq!(bench.take(), vec![output(b'h'), output(b'i')]);
+    }
+
+    /// The steps of Linux's autoconfig that tell a 16550A from its ancestors.
+    #[test]
+    fn a_driver_finds_a_16550a() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 1, 1, 0);
+        assert_eq!(bench.read(&mut serial, 1, 1) & 0x0F, 0);
+        bench.write(&mut serial, 1, 1, 0x0F);
+        assert_eq!(bench.read(&mut serial, 1, 1) & 0x0F, 0x0F);
+        bench.write(&mut serial, 4, 1, 0x1A);
+        assert_eq!(bench.read(&mut serial, 6, 1) & 0xF0, 0x90);
+        bench.write(&mut serial, 4, 1, 0);
+        bench.write(&mut serial, 2, 1, 1);
+        assert_eq!(bench.read(&mut serial, 2, 1) >> 6, 3);
+        bench.write(&mut serial, 2, 1, 0);
+        assert_eq!(bench.read(&mut serial, 2, 1) >> 6, 0);
+        bench.write(&mut serial, 7, 1, 0x5A);
+        assert_eq!(bench.read(&mut serial, 7, 1), 0x5A);
+    }
+
+    #[test]
+    fn the_transmitter_interrupt_comes_back_when_enabled_again() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 4, 1, 0x08);
+        for _ in 0..2 {
+            bench.write(&mut serial, 1, 1, 2);
+            assert_eq!(bench.read(&mut serial, 2, 1), 2);
+            assert_eq!(bench.read(&mut serial, 2, 1), 1);
+            bench.write(&mut serial, 1, 1, 0);
+        }
+        assert_eq!(lines(bench.take()), vec![true, false, true, false]);
+    }
+
+    #[test]
+    fn received_bytes_interrupt_at_the_trigger_level_or_after_a_while() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 4, 1, 0x08);
+        bench.write(&mut serial, 2, 1, 0x81);
+        bench.write(&mut serial, 1, 1, 1);
+        assert_eq!(serial.input(&mut bench.context(), b"abc"), 3);
+        assert_eq!(bench.read(&mut serial, 2, 1), 0xC1);
+        bench.now = bench.wake(TIMEOUT_TOKEN).unwrap();
+        bench.event(&mut serial, TIMEOUT_TOKEN);
+        assert_eq!(bench.read(&mut serial, 2, 1), 0xCC);
+        for byte in b"abc" {
+            assert_eq!(bench.read(&mut serial, 5, 1), 0x61);
+            assert_eq!(bench.read(&mut serial, 0, 1), u64::from(*byte));
+        }
+        assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        assert_eq!(serial.input(&mut bench.context(), b"12345678"), 8);
+        assert_eq!(bench.read(&mut serial, 2, 1), 0xC4);
+    }
+
+    #[test]
+    fn the_queue_of_input_is_bounded() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        assert_eq!(serial.input(&mut bench.context(), &vec![0; INPUT_MAX + 10]), INPUT_MAX);
+        assert_eq!(serial.input(&mut bench.context(), b"x"), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_panics(steps in steps(10), bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let (mut bench, mut serial) = (Bench::new(), Serial::new());
+            serial.input(&mut bench.context(), &bytes);
+            let mut twin = assert_round_trip(&serial);
+            prop_assert_eq!(fuzz(&mut serial, &steps), fuzz(&mut twin, &steps));
+            assert_round_trip(&serial);
+        }
+    }
+}
