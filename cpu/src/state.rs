@@ -202,6 +202,8 @@ pub struct CpuState {
     /// Guest TSC = machine TSC + this.
     pub tsc_offset: u64,
     pub tsc_adjust: u64,
+    /// IA32_SPEC_CTRL: kept for the guest to read back; the model does not speculate.
+    pub spec_ctrl: u64,
     /// Current privilege level, 0..=3.
     pub cpl: u8,
     /// Interrupts are inhibited for the next instruction (after STI, MOV SS, POP SS).
