@@ -23,7 +23,7 @@ static INIT: &[u8] = include_bytes!(env!("ORRERY_INIT"));
 ///
 /// - `console=ttyS0 quiet`: the console shows the workload, and the kernel only when something is wrong.
 /// - `panic=-1`: a kernel panic resets the machine at once, which ends the run.
-/// - `nokaslr`: addresses are those of `System.map`.
+/// - `nokaslr`: kernel addresses are those of its symbol table.
 /// - `mitigations=off`: what side channels could leak is a function of the run's arguments anyway, and the
 ///   workarounds cost a good deal.
 /// - `tsc=reliable no_timer_check`: the TSC is virtual time; there is nothing to check it against.
