@@ -32,35 +32,15 @@ pub struct Region {
 }
 
 /// Where cases put their instructions.
-pub const CODE: Region = Region {
-    start: 0x1000_0000,
-    pages: 4,
-    rights: Rights::Code,
-};
+pub const CODE: Region = Region { start: 0x1000_0000, pages: 4, rights: Rights::Code };
 /// Ordinary operands.
-pub const DATA: Region = Region {
-    start: 0x2000_0000,
-    pages: 4,
-    rights: Rights::Data,
-};
+pub const DATA: Region = Region { start: 0x2000_0000, pages: 4, rights: Rights::Data };
 /// Directly after [`DATA`], so that operands can straddle the two.
-pub const READ_ONLY: Region = Region {
-    start: 0x2000_4000,
-    pages: 1,
-    rights: Rights::ReadOnly,
-};
+pub const READ_ONLY: Region = Region { start: 0x2000_4000, pages: 1, rights: Rights::ReadOnly };
 /// Directly after [`READ_ONLY`]; behind it nothing is mapped.
-pub const TAIL: Region = Region {
-    start: 0x2000_5000,
-    pages: 1,
-    rights: Rights::Data,
-};
+pub const TAIL: Region = Region { start: 0x2000_5000, pages: 1, rights: Rights::Data };
 /// The stack, with nothing mapped on either side.
-pub const STACK: Region = Region {
-    start: 0x3000_0000,
-    pages: 2,
-    rights: Rights::Data,
-};
+pub const STACK: Region = Region { start: 0x3000_0000, pages: 2, rights: Rights::Data };
 /// All regions.
 pub const REGIONS: [Region; 5] = [CODE, DATA, READ_ONLY, TAIL, STACK];
 /// Pages of all regions together.
@@ -68,9 +48,7 @@ pub const PAGES: usize = 12;
 
 /// Linear addresses of all pages, in the order of [`REGIONS`].
 pub fn pages() -> impl Iterator<Item = (u64, Rights)> {
-    REGIONS
-        .iter()
-        .flat_map(|r| (0..r.pages).map(|i| (r.start + i * PAGE, r.rights)))
+    REGIONS.iter().flat_map(|r| (0..r.pages).map(|i| (r.start + i * PAGE, r.rights)))
 }
 
 /// Registers that user-mode code can see.
@@ -95,13 +73,7 @@ impl Default for Registers {
         fpu.0[24..28].copy_from_slice(&0x1F80u32.to_le_bytes());
         fpu.0[28..32].copy_from_slice(&0xFFFFu32.to_le_bytes());
         fpu.0[512] = 7;
-        Registers {
-            gpr: [0; 16],
-            rip: CODE.start,
-            rflags: 0x202,
-            fs_gs_base: [0; 2],
-            fpu,
-        }
+        Registers { gpr: [0; 16], rip: CODE.start, rflags: 0x202, fs_gs_base: [0; 2], fpu }
     }
 }
 
@@ -118,6 +90,8 @@ pub struct Case {
     pub pokes: Vec<(u64, Vec<u8>)>,
     /// The instructions of `code` in order, except for the INT3s.
     pub instructions: Vec<Instruction>,
+    /// Memory that need not agree afterwards, as (address, length): where the host stores its own addresses.
+    pub ignored_memory: Vec<(u64, u64)>,
     /// Bits of RFLAGS that nobody may look at afterwards.
     pub undefined_flags: u64,
 }

@@ -12,9 +12,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use orrery_cpu::state::{XSAVE_SIZE, XsaveImage};
 
-use crate::case::{
-    Case, Ending, Executor, Outcome, PAGE, PAGES, REGIONS, Refusal, Registers, Rights, pages,
-};
+use crate::case::{Case, Ending, Executor, Outcome, PAGE, PAGES, REGIONS, Refusal, Registers, Rights, pages};
 
 /// Everything the two naked functions touch, at offsets they know.
 #[repr(C, align(64))]
@@ -61,13 +59,7 @@ static RUNNER: Mutex<()> = Mutex::new(());
 // SAFETY: Context is made of integers; all zeros is a value of it.
 static CONTEXT: Shared = Shared(UnsafeCell::new(unsafe { std::mem::zeroed() }));
 
-const SIGNALS: [i32; 5] = [
-    libc::SIGSEGV,
-    libc::SIGBUS,
-    libc::SIGFPE,
-    libc::SIGILL,
-    libc::SIGTRAP,
-];
+const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 const ALTERNATE_STACK_SIZE: usize = 256 << 10;
 const USER_CS: u64 = 0x33;
 const USER_SS: u64 = 0x2B;
@@ -77,6 +69,9 @@ const TF: u64 = 1 << 8;
 #[unsafe(naked)]
 unsafe extern "C" fn enter(context: *mut Context) {
     naked_asm!(
+        // IRETQ refuses to work with NT set.
+        "push 0x202",
+        "popfq",
         "push rbx",
         "push rbp",
         "push r12",
@@ -127,19 +122,16 @@ unsafe extern "C" fn enter(context: *mut Context) {
 /// Where the signal handler's return goes: restores what `enter` saved and returns from it.
 #[unsafe(naked)]
 unsafe extern "C" fn leave() {
-    naked_asm!(
-        "fninit", "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx", "ret",
-    )
+    naked_asm!("fninit", "push 0x202", "popfq", "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx", "ret",)
 }
 
 /// The signal handler: puts the host's FS and GS bases back before any compiled code runs.
 #[unsafe(naked)]
-unsafe extern "C" fn on_signal(
-    _signal: i32,
-    _info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
-) {
+unsafe extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     naked_asm!(
+        // The kernel leaves AC as the case had it.
+        "push 0x202",
+        "popfq",
         "lea rcx, [rip + {context}]",
         "cmp qword ptr [rcx + {running}], 0",
         "je {record}",
@@ -192,11 +184,7 @@ const GREGS: [libc::c_int; 16] = [
 ];
 
 /// Copies the signal frame into the context and redirects it to [`leave`]; returns 1 to go on with the case instead.
-unsafe extern "C" fn record(
-    signal: i32,
-    _info: *mut libc::siginfo_t,
-    frame: *mut libc::c_void,
-) -> u32 {
+unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mut libc::c_void) -> u32 {
     // SAFETY: the kernel passes a complete ucontext with an XSAVE area (checked by its magic number) to a
     // SA_SIGINFO handler; the context is ours, see `Shared`.
     unsafe {
@@ -212,8 +200,10 @@ unsafe extern "C" fn record(
         let vector = machine.gregs[libc::REG_TRAPNO as usize] as u64;
         let rip = machine.gregs[libc::REG_RIP as usize] as u64;
         if vector == 1 && context.stepping != 0 {
-            // A REP string instruction traps after every iteration, with RIP still on it.
-            if rip != context.last_rip {
+            // A REP string instruction traps after every iteration, with RIP still on it; a loop of one
+            // instruction does too, but retires every time.
+            let opcode = (rip as *const u8).read();
+            if rip != context.last_rip || (0xE0..=0xE2).contains(&opcode) {
                 context.steps += 1;
                 context.last_rip = rip;
             }
@@ -255,9 +245,7 @@ pub struct Native {
 impl Native {
     /// Maps the regions of [`crate::case`] into this process.
     pub fn new() -> Native {
-        let only_one = RUNNER
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let only_one = RUNNER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let pristine = crate::case::pristine_memory();
         for region in REGIONS {
             // SAFETY: a fresh anonymous mapping; NOREPLACE keeps it from covering anything of this process.
@@ -266,26 +254,15 @@ impl Native {
                     region.start as *mut libc::c_void,
                     (region.pages * PAGE) as usize,
                     libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE
-                        | libc::MAP_ANONYMOUS
-                        | libc::MAP_FIXED_NOREPLACE
-                        | libc::MAP_POPULATE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | libc::MAP_POPULATE,
                     -1,
                     0,
                 )
             };
-            assert_eq!(
-                at as u64, region.start,
-                "linear {:#x} is taken in this process",
-                region.start
-            );
+            assert_eq!(at as u64, region.start, "linear {:#x} is taken in this process", region.start);
         }
-        let native = Native {
-            _only_one: only_one,
-            alternate_stack: vec![0; ALTERNATE_STACK_SIZE],
-            pristine,
-            count: false,
-        };
+        let native =
+            Native { _only_one: only_one, alternate_stack: vec![0; ALTERNATE_STACK_SIZE], pristine, count: false };
         native.restore_memory(true);
         for region in REGIONS {
             let protection = match region.rights {
@@ -295,11 +272,7 @@ impl Native {
             };
             // SAFETY: the mapping made above.
             let done = unsafe {
-                libc::mprotect(
-                    region.start as *mut libc::c_void,
-                    (region.pages * PAGE) as usize,
-                    protection,
-                )
+                libc::mprotect(region.start as *mut libc::c_void, (region.pages * PAGE) as usize, protection)
             };
             assert_eq!(done, 0, "mprotect of the test regions");
         }
@@ -349,14 +322,16 @@ impl Drop for Native {
     fn drop(&mut self) {
         for region in REGIONS {
             // SAFETY: our own mapping, used by nobody else.
-            unsafe {
-                libc::munmap(
-                    region.start as *mut libc::c_void,
-                    (region.pages * PAGE) as usize,
-                )
-            };
+            unsafe { libc::munmap(region.start as *mut libc::c_void, (region.pages * PAGE) as usize) };
         }
     }
+}
+
+/// Gives compiled code the floating-point environment it expects, after a panic in the middle of a guest.
+pub fn reset_floating_point() {
+    let mxcsr: u32 = 0x1F80;
+    // SAFETY: the default environment of the System V ABI.
+    unsafe { std::arch::asm!("fninit", "ldmxcsr [{}]", in(reg) &mxcsr, options(nostack)) };
 }
 
 /// Brings an XSAVE image to the form of `CpuState`: all components present, nothing of the host's addresses.
@@ -386,17 +361,13 @@ fn normalised(area: &[u8; XSAVE_SIZE]) -> XsaveImage {
 impl Executor for Native {
     fn run(&mut self, case: &Case) -> Result<Outcome, Refusal> {
         self.restore_memory(false);
-        for (address, bytes) in case
-            .pokes
-            .iter()
-            .map(|(a, b)| (*a, b.as_slice()))
-            .chain([(case.registers.rip, case.code.as_slice())])
+        for (address, bytes) in
+            case.pokes.iter().map(|(a, b)| (*a, b.as_slice())).chain([(case.registers.rip, case.code.as_slice())])
         {
             for (offset, byte) in bytes.iter().enumerate() {
                 let at = address.wrapping_add(offset as u64);
-                let writable = REGIONS.iter().any(|r| {
-                    r.rights != Rights::ReadOnly && at.wrapping_sub(r.start) < r.pages * PAGE
-                });
+                let writable =
+                    REGIONS.iter().any(|r| r.rights != Rights::ReadOnly && at.wrapping_sub(r.start) < r.pages * PAGE);
                 if writable {
                     // SAFETY: inside a writable mapping of ours.
                     unsafe { (at as *mut u8).write(*byte) };
@@ -404,18 +375,13 @@ impl Executor for Native {
             }
         }
         let stepping = self.count;
+        assert_eq!(case.registers.rflags & 0x44000, 0, "NT and AC");
         let r = &case.registers;
         // SAFETY: RUNNER is held, so nobody else uses the context; no signal of ours is on its way.
         let context = unsafe { &mut *CONTEXT.0.get() };
         context.fpu = r.fpu.0;
         context.gpr = r.gpr;
-        context.frame = [
-            r.rip,
-            USER_CS,
-            r.rflags | if stepping { TF } else { 0 },
-            r.gpr[4],
-            USER_SS,
-        ];
+        context.frame = [r.rip, USER_CS, r.rflags | if stepping { TF } else { 0 }, r.gpr[4], USER_SS];
         context.fs_base = r.fs_gs_base[0];
         context.gs_base = r.fs_gs_base[1];
         context.stepping = stepping as u64;
@@ -439,11 +405,7 @@ impl Executor for Native {
             },
             ending: Ending {
                 vector,
-                error_code: if matches!(vector, 8 | 10..=14 | 17) {
-                    captured.error_code as u32
-                } else {
-                    0
-                },
+                error_code: if matches!(vector, 8 | 10..=14 | 17) { captured.error_code as u32 } else { 0 },
                 address: if vector == 14 { captured.address } else { 0 },
             },
             retired: stepping.then_some(context.steps + (vector == 3) as u64),
@@ -451,14 +413,10 @@ impl Executor for Native {
     }
 
     fn page(&self, linear: u64) -> &[u8] {
-        assert!(
-            pages().any(|(page, _)| page == linear & !(PAGE - 1)),
-            "{linear:#x} is not a test page"
-        );
+        assert!(pages().any(|(page, _)| page == linear & !(PAGE - 1)), "{linear:#x} is not a test page");
         // SAFETY: a readable page of our mappings, which live as long as self; nothing runs meanwhile.
         unsafe { std::slice::from_raw_parts((linear & !(PAGE - 1)) as *const u8, PAGE as usize) }
     }
 }
 
-const _: () =
-    assert!(offset_of!(Context, fpu) == 0 && size_of::<Context>() % 64 == 0 && PAGES == 12);
+const _: () = assert!(offset_of!(Context, fpu) == 0 && size_of::<Context>() % 64 == 0 && PAGES == 12);

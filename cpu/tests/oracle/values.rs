@@ -58,11 +58,7 @@ fn moderate_f32(rng: &mut Rng) -> u32 {
 }
 
 fn any_f32(rng: &mut Rng) -> u32 {
-    if rng.one_in(3) {
-        rng.pick(&F32)
-    } else {
-        moderate_f32(rng)
-    }
+    if rng.one_in(3) { rng.pick(&F32) } else { moderate_f32(rng) }
 }
 
 /// An integer near a boundary, small, or a power of two.
@@ -70,18 +66,7 @@ pub fn interesting_integer(rng: &mut Rng) -> u64 {
     match rng.below(6) {
         0 => rng.below(20).wrapping_sub(5),
         1 => (1u64 << rng.below(64)).wrapping_sub(rng.below(3)),
-        2 => rng.pick(&[
-            0x7F,
-            0x80,
-            0xFF,
-            0x7FFF,
-            0x8000,
-            0xFFFF,
-            0x7FFF_FFFF,
-            0x8000_0000,
-            0xFFFF_FFFF,
-            1 << 63,
-        ]),
+        2 => rng.pick(&[0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 63]),
         3 => rng.next() >> rng.below(64),
         4 => (rng.next() as i32) as i64 as u64,
         _ => rng.next(),
@@ -110,14 +95,8 @@ pub fn interesting_f80(rng: &mut Rng) -> [u8; 10] {
         5 => (1 << 63, 0x3FFF),
         6 => (rng.next(), rng.next() as u16),
         7 => (1 << 63 | rng.next(), rng.pick(&[1, 0x8001, 0x7FFE, 0xFFFE])),
-        8 => (
-            1 << 63 | (rng.next() >> 1 << rng.below(63)),
-            0x3FFF + rng.below(70) as u16,
-        ),
-        _ => (
-            1 << 63 | rng.next(),
-            (0x3FFF - 30 + rng.below(60) as u16) | (rng.below(2) as u16) << 15,
-        ),
+        8 => (1 << 63 | (rng.next() >> 1 << rng.below(63)), 0x3FFF + rng.below(70) as u16),
+        _ => (1 << 63 | rng.next(), (0x3FFF - 30 + rng.below(60) as u16) | (rng.below(2) as u16) << 15),
     };
     let mut bytes = [0; 10];
     bytes[..8].copy_from_slice(&significand.to_le_bytes());

@@ -9,46 +9,32 @@ use crate::values::{interesting_f80, interesting_vector};
 
 impl Setup<'_> {
     /// Gives the implicit operands of a single instruction values that let it get somewhere.
-    pub fn adapt(
-        &mut self,
-        instruction: &mut Instruction,
-        linear: Option<u64>,
-        repeats: bool,
-        narrow: bool,
-    ) {
+    pub fn adapt(&mut self, instruction: &mut Instruction, linear: Option<u64>, repeats: bool, narrow: bool) {
         let code = instruction.code();
         let mnemonic = instruction.mnemonic();
         let size = memory_size(code);
+        if self.state_image(instruction, linear) {
+            return;
+        }
         if let Some(linear) = linear
             && self.rng.one_in(2)
         {
             let bytes = match mnemonic {
                 Mnemonic::Fld | Mnemonic::Fbld if size == 10 => interesting_f80(self.rng).to_vec(),
                 Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => {
-                    let value = if self.rng.one_in(8) {
-                        self.rng.next() as u32
-                    } else {
-                        mxcsr(self.rng)
-                    };
+                    let value = if self.rng.one_in(8) { self.rng.next() as u32 } else { mxcsr(self.rng) };
                     value.to_le_bytes().to_vec()
                 }
                 _ => interesting_vector(self.rng).to_vec(),
             };
             self.pokes.push((linear, bytes));
         }
-        let uses_rsi = (0..instruction.op_count()).any(|i| {
-            matches!(
-                instruction.op_kind(i),
-                OpKind::MemorySegRSI | OpKind::MemorySegESI
-            )
-        });
+        let uses_rsi = (0..instruction.op_count())
+            .any(|i| matches!(instruction.op_kind(i), OpKind::MemorySegRSI | OpKind::MemorySegESI));
         let uses_rdi = (0..instruction.op_count()).any(|i| {
             matches!(
                 instruction.op_kind(i),
-                OpKind::MemoryESRDI
-                    | OpKind::MemoryESEDI
-                    | OpKind::MemorySegRDI
-                    | OpKind::MemorySegEDI
+                OpKind::MemoryESRDI | OpKind::MemoryESEDI | OpKind::MemorySegRDI | OpKind::MemorySegEDI
             )
         });
         let upper = if narrow { self.rng.next() << 32 } else { 0 };
@@ -74,8 +60,7 @@ impl Setup<'_> {
         if uses_rsi && uses_rdi && self.rng.one_in(2) {
             // Equal beginnings for CMPS.
             let bytes = vec![self.rng.next() as u8; 48];
-            self.pokes
-                .push((self.registers.gpr[6] & !31, bytes.clone()));
+            self.pokes.push((self.registers.gpr[6] & !31, bytes.clone()));
             self.pokes.push((self.registers.gpr[7] & !31, bytes));
         }
         if repeats {
@@ -96,9 +81,8 @@ impl Setup<'_> {
             {
                 let register = instruction.op1_register();
                 let n = register.full_register().number();
-                let is_base = [instruction.memory_base(), instruction.memory_index()]
-                    .iter()
-                    .any(|r| gpr_number(*r) == Some(n));
+                let is_base =
+                    [instruction.memory_base(), instruction.memory_index()].iter().any(|r| gpr_number(*r) == Some(n));
                 if !is_base && !self.rng.one_in(8) {
                     let bit = self.rng.below(4000) as i64 - 2000;
                     self.set(n, bit as u64);
@@ -107,14 +91,7 @@ impl Setup<'_> {
             Mnemonic::Div | Mnemonic::Idiv if !self.rng.one_in(4) => {
                 let rax = self.registers.gpr[0];
                 let small = self.rng.below(3);
-                self.set(
-                    2,
-                    if mnemonic == Mnemonic::Idiv && rax >> 63 != 0 {
-                        u64::MAX
-                    } else {
-                        small
-                    },
-                );
+                self.set(2, if mnemonic == Mnemonic::Idiv && rax >> 63 != 0 { u64::MAX } else { small });
                 if self.rng.one_in(2) {
                     self.set(0, rax & 0x7F);
                 }
@@ -154,15 +131,12 @@ impl Setup<'_> {
             }
             Mnemonic::Ret => {
                 let back = self.code_address();
-                self.pokes
-                    .push((self.registers.gpr[4], back.to_le_bytes().to_vec()));
+                self.pokes.push((self.registers.gpr[4], back.to_le_bytes().to_vec()));
             }
             Mnemonic::Jmp | Mnemonic::Call if instruction.op0_kind() != OpKind::NearBranch64 => {
                 let destination = self.code_address();
                 match linear {
-                    Some(linear) => self
-                        .pokes
-                        .push((linear, destination.to_le_bytes().to_vec())),
+                    Some(linear) => self.pokes.push((linear, destination.to_le_bytes().to_vec())),
                     None => self.set(instruction.op0_register().number(), destination),
                 }
             }
@@ -172,12 +146,7 @@ impl Setup<'_> {
             | Mnemonic::Jcxz
             | Mnemonic::Jecxz
             | Mnemonic::Jrcxz => {
-                let count = self.rng.below(3)
-                    | if self.rng.one_in(3) {
-                        self.rng.next() << 32
-                    } else {
-                        0
-                    };
+                let count = self.rng.below(3) | if self.rng.one_in(3) { self.rng.next() << 32 } else { 0 };
                 self.set(1, count);
             }
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase if !self.rng.one_in(4) => {
@@ -194,12 +163,12 @@ impl Setup<'_> {
     /// Makes the elements of a gather's index register small.
     fn small_vsib_elements(&mut self, instruction: &Instruction) {
         let register = instruction.memory_index().number();
-        let wide_elements = instruction.code().op_code().op_kinds().iter().any(|k| {
-            matches!(
-                k,
-                OpCodeOperandKind::mem_vsib64x | OpCodeOperandKind::mem_vsib64y
-            )
-        });
+        let wide_elements = instruction
+            .code()
+            .op_code()
+            .op_kinds()
+            .iter()
+            .any(|k| matches!(k, OpCodeOperandKind::mem_vsib64x | OpCodeOperandKind::mem_vsib64y));
         let mut bytes = [0; 32];
         let step = if wide_elements { 8 } else { 4 };
         for chunk in bytes.chunks_exact_mut(step) {

@@ -4,8 +4,9 @@ pub mod codes;
 mod implicit;
 pub mod operands;
 pub mod sequence;
+mod state_images;
 
-use iced_x86::{Code, Encoder, Instruction};
+use iced_x86::{Code, Encoder, Instruction, Mnemonic};
 
 use crate::case::{CODE, Case, DATA, PAGE, Registers, STACK};
 use crate::rng::Rng;
@@ -29,18 +30,21 @@ pub fn rflags_of(bits: u32) -> u64 {
         (B::DF, 1 << 10),
         (B::IF, 1 << 9),
     ];
-    pairs
-        .iter()
-        .filter(|(bit, _)| bits & bit != 0)
-        .map(|(_, flag)| *flag)
-        .sum()
+    pairs.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| *flag).sum()
+}
+
+/// Flags that the manual leaves undefined after the instruction.
+pub fn undefined_flags(instruction: &Instruction) -> u64 {
+    // A rotation through carry by whole turns counts as none for iced, but its count is not 0.
+    let rotation = matches!(instruction.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    let overflow = if rotation { 1 << 11 } else { 0 };
+    rflags_of(instruction.rflags_undefined()) | overflow
 }
 
 fn x87_state(rng: &mut Rng, image: &mut [u8]) {
     let mut control: u16 = 0x37F;
     if rng.one_in(3) {
-        control =
-            (control & !0xF00) | rng.pick(&[0x000, 0x200, 0x300]) | (rng.below(4) as u16) << 10;
+        control = (control & !0xF00) | rng.pick(&[0x000, 0x200, 0x300]) | (rng.below(4) as u16) << 10;
     }
     if rng.one_in(6) {
         control &= !(rng.next() as u16 & 0x3F);
@@ -83,8 +87,7 @@ pub fn registers(rng: &mut Rng) -> Registers {
             _ => interesting_integer(rng),
         };
     }
-    r.gpr[4] = STACK.start + PAGE + (rng.below(0x800)).wrapping_sub(0x400)
-        & if rng.one_in(4) { !0 } else { !15 };
+    r.gpr[4] = STACK.start + PAGE + (rng.below(0x800)).wrapping_sub(0x400) & if rng.one_in(4) { !0 } else { !15 };
     if rng.one_in(40) {
         r.gpr[4] = STACK.start + rng.below(24);
     }
@@ -125,14 +128,9 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
     let rng = &mut Rng::new(seed ^ (code as u64) << 48);
     let mut start = registers(rng);
     start.rip = placement(rng, 12);
-    let mut setup = Setup {
-        rng,
-        registers: start,
-        pokes: Vec::new(),
-        pointers: None,
-    };
+    let mut setup = Setup { rng, registers: start, pokes: Vec::new(), ignored_memory: Vec::new(), pointers: None };
     let mut instruction = setup.build(code)?;
-    let (mut registers, pokes) = (setup.registers, setup.pokes);
+    let (mut registers, pokes, ignored_memory) = (setup.registers, setup.pokes, setup.ignored_memory);
     let mut encoder = Encoder::new(64);
     encoder.encode(&instruction, registers.rip).ok()?;
     let mut bytes = encoder.take_buffer();
@@ -143,29 +141,30 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
     // What was asked for is what the decoder sees.
     let mut decoder = iced_x86::Decoder::with_ip(64, &bytes, registers.rip, 0);
     let decoded = decoder.decode();
-    if decoded.is_invalid()
-        || codes::class(decoded.code()) != codes::class(code)
-        || decoded.len() != bytes.len()
-    {
+    if decoded.is_invalid() || codes::class(decoded.code()) != codes::class(code) || decoded.len() != bytes.len() {
         return None;
     }
     instruction = decoded;
+    // With these prefixes, vendors differ about near branches.
+    let odd = |byte: &u8| matches!(byte, 0x66 | 0xF2 | 0xF3);
+    if codes::is_near_branch(code) && bytes[..bytes.len() - 1].iter().any(odd) {
+        return None;
+    }
     bytes.push(INT3);
     Some(Case {
         seed,
         registers,
         code: bytes,
         pokes,
-        undefined_flags: rflags_of(instruction.rflags_undefined()),
+        ignored_memory,
+        undefined_flags: undefined_flags(&instruction),
         instructions: vec![instruction],
     })
 }
 
 /// Adds a prefix that changes nothing, or makes the instruction another one.
 fn with_idle_prefix(rng: &mut Rng, bytes: Vec<u8>) -> Vec<u8> {
-    let prefix = rng.pick(&[
-        0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0x40, 0x48,
-    ]);
+    let prefix = rng.pick(&[0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0x40, 0x48]);
     let mut longer = vec![prefix];
     longer.extend_from_slice(&bytes);
     longer

@@ -1,7 +1,9 @@
 //! Fills in the operands of an instruction: random registers, immediates and addressing modes, with register
 //! values that make the effective address fall where it was meant to.
 
-use iced_x86::{Code, Instruction, MemoryOperand, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Code, Instruction, MemoryOperand, MemorySize, OpCodeOperandKind, OpKind, Register};
+
+use orrery_cpu::state::XSAVE_SIZE;
 
 use crate::case::{CODE, DATA, PAGE, READ_ONLY, Registers, TAIL};
 use crate::rng::Rng;
@@ -19,8 +21,7 @@ pub struct Pointers {
 impl Pointers {
     /// True if the register must keep its value.
     pub fn protects(&self, register: usize) -> bool {
-        self.bases.iter().any(|(r, _)| *r == register)
-            || self.index.is_some_and(|(r, _)| r == register)
+        self.bases.iter().any(|(r, _)| *r == register) || self.index.is_some_and(|(r, _)| r == register)
     }
 }
 
@@ -32,6 +33,8 @@ pub struct Setup<'a> {
     pub registers: Registers,
     /// Memory before.
     pub pokes: Vec<(u64, Vec<u8>)>,
+    /// See [`crate::case::Case::ignored_memory`].
+    pub ignored_memory: Vec<(u64, u64)>,
     /// None for a single instruction, whose addressing registers may be set at will.
     pub pointers: Option<Pointers>,
 }
@@ -49,13 +52,13 @@ pub fn gpr_number(register: Register) -> Option<usize> {
 /// An address for an operand of `size` bytes, usually one that works.
 pub fn target(rng: &mut Rng, size: u64, faults_wanted: bool) -> u64 {
     let size = size.max(1);
-    let span = DATA.pages * PAGE;
+    let span = DATA.pages * PAGE - size.max(64);
     if !faults_wanted || !rng.one_in(8) {
-        let offset = rng.below(span - 64);
+        let offset = rng.below(span);
         return DATA.start
             + match rng.below(8) {
                 0..=3 => offset & !31,
-                4 => offset & !(size.next_power_of_two().min(64) - 1),
+                4 => offset & !63,
                 5 => {
                     // Straddles two pages of DATA.
                     let page = 1 + rng.below(DATA.pages - 1);
@@ -105,11 +108,7 @@ impl Setup<'_> {
 
     fn vector(&mut self, first: Register) -> Register {
         // Few registers, so that operands coincide and sequences depend on each other.
-        let n = if self.rng.one_in(3) {
-            self.rng.below(16)
-        } else {
-            self.rng.below(4)
-        };
+        let n = if self.rng.one_in(3) { self.rng.below(16) } else { self.rng.below(4) };
         first + n as u32
     }
 
@@ -119,13 +118,7 @@ impl Setup<'_> {
     }
 
     /// Attaches a memory operand of `size` bytes to `instruction` and returns its linear address.
-    fn memory(
-        &mut self,
-        instruction: &mut Instruction,
-        operand: u32,
-        size: u64,
-        vsib: Option<Register>,
-    ) -> u64 {
+    fn memory(&mut self, instruction: &mut Instruction, operand: u32, size: u64, vsib: Option<Register>) -> u64 {
         let rng = &mut *self.rng;
         let mut segment_base = 0;
         let mut segment = Register::None;
@@ -162,18 +155,10 @@ impl Setup<'_> {
             segment_prefix: segment,
         };
         let truncate = |value: u64| {
-            if narrow {
-                u64::from(value as u32)
-            } else {
-                value
-            }
+            if narrow { u64::from(value as u32) } else { value }
         };
         let register = |n: usize| {
-            if narrow {
-                Register::EAX + n as u32
-            } else {
-                gpr64(n)
-            }
+            if narrow { Register::EAX + n as u32 } else { gpr64(n) }
         };
 
         if let Some(index) = vsib {
@@ -237,26 +222,13 @@ impl Setup<'_> {
                 if base == index {
                     let value = offset.wrapping_sub(displacement as u64) / u64::from(scale + 1);
                     self.set(base, value);
-                    offset = value
-                        .wrapping_mul(u64::from(scale) + 1)
-                        .wrapping_add(displacement as u64);
+                    offset = value.wrapping_mul(u64::from(scale) + 1).wrapping_add(displacement as u64);
                 } else {
-                    let count = if rng.one_in(4) {
-                        rng.next()
-                    } else {
-                        rng.below(0x1000).wrapping_sub(0x800)
-                    };
+                    let count = if rng.one_in(4) { rng.next() } else { rng.below(0x1000).wrapping_sub(0x800) };
                     let upper = if narrow { rng.next() << 32 } else { 0 };
                     let scaled = truncate(count).wrapping_mul(u64::from(scale));
                     self.set(index, count);
-                    self.set(
-                        base,
-                        truncate(
-                            offset
-                                .wrapping_sub(displacement as u64)
-                                .wrapping_sub(scaled),
-                        ) | upper,
-                    );
+                    self.set(base, truncate(offset.wrapping_sub(displacement as u64).wrapping_sub(scaled)) | upper);
                 }
             }
             9 => {
@@ -265,9 +237,7 @@ impl Setup<'_> {
                 operand_.displ_size = if narrow { 4 } else { 8 };
                 let value = truncate(offset.wrapping_sub(displacement as u64)) / u64::from(scale);
                 self.set(index, value);
-                offset = value
-                    .wrapping_mul(u64::from(scale))
-                    .wrapping_add(displacement as u64);
+                offset = value.wrapping_mul(u64::from(scale)).wrapping_add(displacement as u64);
             }
             _ => operand_ = absolute(rng, offset, segment),
         }
@@ -277,11 +247,7 @@ impl Setup<'_> {
 
     fn near_target(&mut self) -> u64 {
         let after = self.registers.rip + 20 + self.rng.below(90);
-        if self.rng.one_in(3) {
-            self.registers.rip.wrapping_sub(1 + self.rng.below(90))
-        } else {
-            after
-        }
+        if self.rng.one_in(3) { self.registers.rip.wrapping_sub(16 + self.rng.below(80)) } else { after }
     }
 
     /// An indirect branch's target: code (INT3 wherever nothing else was put), seldom elsewhere.
@@ -291,11 +257,7 @@ impl Setup<'_> {
             1 => self.rng.next() >> 17,
             _ => {
                 let at = CODE.start + self.rng.below(CODE.pages * PAGE);
-                if at.wrapping_sub(self.registers.rip) < 20 {
-                    self.registers.rip + 20
-                } else {
-                    at
-                }
+                if at.wrapping_sub(self.registers.rip) < 20 { self.registers.rip + 20 } else { at }
             }
         }
     }
@@ -338,8 +300,7 @@ impl Setup<'_> {
                 if kind == K::mem_offs {
                     let linear_ = target(self.rng, size, true);
                     linear = Some(linear_);
-                    let operand =
-                        MemoryOperand::with_displ(linear_, if self.rng.one_in(4) { 4 } else { 8 });
+                    let operand = MemoryOperand::with_displ(linear_, if self.rng.one_in(4) { 4 } else { 8 });
                     attach(&mut instruction, i, &operand);
                     continue;
                 }
@@ -351,18 +312,12 @@ impl Setup<'_> {
                 K::r16_or_mem | K::r16_reg | K::r16_rm | K::r16_opcode | K::r16_reg_mem => {
                     Register::AX + self.number(0) as u32
                 }
-                K::r32_or_mem
-                | K::r32_reg
-                | K::r32_rm
-                | K::r32_opcode
-                | K::r32_reg_mem
-                | K::r32_vvvv => Register::EAX + self.number(0) as u32,
-                K::r64_or_mem
-                | K::r64_reg
-                | K::r64_rm
-                | K::r64_opcode
-                | K::r64_reg_mem
-                | K::r64_vvvv => gpr64(self.number(0)),
+                K::r32_or_mem | K::r32_reg | K::r32_rm | K::r32_opcode | K::r32_reg_mem | K::r32_vvvv => {
+                    Register::EAX + self.number(0) as u32
+                }
+                K::r64_or_mem | K::r64_reg | K::r64_rm | K::r64_opcode | K::r64_reg_mem | K::r64_vvvv => {
+                    gpr64(self.number(0))
+                }
                 K::mm_or_mem | K::mm_reg | K::mm_rm => Register::MM0 + self.rng.below(8) as u32,
                 K::xmm_or_mem | K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 | K::xmm_is5 => {
                     self.vector(Register::XMM0)
@@ -371,13 +326,9 @@ impl Setup<'_> {
                     self.vector(Register::YMM0)
                 }
                 K::seg_reg => Register::ES + self.rng.below(6) as u32,
-                K::cr_reg => self.rng.pick(&[
-                    Register::CR0,
-                    Register::CR2,
-                    Register::CR3,
-                    Register::CR4,
-                    Register::CR8,
-                ]),
+                K::cr_reg => {
+                    self.rng.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4, Register::CR8])
+                }
                 K::dr_reg => Register::DR0 + self.rng.below(8) as u32,
                 K::es => Register::ES,
                 K::cs => Register::CS,
@@ -403,11 +354,7 @@ impl Setup<'_> {
             let value = interesting_integer(self.rng);
             match kind {
                 K::imm8 | K::imm4_m2z => {
-                    let kind = if immediates == 0 {
-                        OpKind::Immediate8
-                    } else {
-                        OpKind::Immediate8_2nd
-                    };
+                    let kind = if immediates == 0 { OpKind::Immediate8 } else { OpKind::Immediate8_2nd };
                     instruction.set_op_kind(i, kind);
                     if immediates == 0 {
                         instruction.set_immediate8(value as u8);
@@ -450,46 +397,19 @@ impl Setup<'_> {
                     instruction.set_immediate64(value);
                 }
                 K::seg_rSI => {
-                    instruction.set_op_kind(
-                        i,
-                        if narrow_strings {
-                            OpKind::MemorySegESI
-                        } else {
-                            OpKind::MemorySegRSI
-                        },
-                    );
+                    instruction
+                        .set_op_kind(i, if narrow_strings { OpKind::MemorySegESI } else { OpKind::MemorySegRSI });
                 }
                 K::es_rDI => {
-                    instruction.set_op_kind(
-                        i,
-                        if narrow_strings {
-                            OpKind::MemoryESEDI
-                        } else {
-                            OpKind::MemoryESRDI
-                        },
-                    );
+                    instruction.set_op_kind(i, if narrow_strings { OpKind::MemoryESEDI } else { OpKind::MemoryESRDI });
                 }
                 K::seg_rDI => {
-                    instruction.set_op_kind(
-                        i,
-                        if narrow_strings {
-                            OpKind::MemorySegEDI
-                        } else {
-                            OpKind::MemorySegRDI
-                        },
-                    );
+                    instruction
+                        .set_op_kind(i, if narrow_strings { OpKind::MemorySegEDI } else { OpKind::MemorySegRDI });
                 }
                 K::seg_rBX_al => {
-                    let base = if narrow_strings {
-                        Register::EBX
-                    } else {
-                        Register::RBX
-                    };
-                    attach(
-                        &mut instruction,
-                        i,
-                        &MemoryOperand::with_base_index(base, Register::AL),
-                    );
+                    let base = if narrow_strings { Register::EBX } else { Register::RBX };
+                    attach(&mut instruction, i, &MemoryOperand::with_base_index(base, Register::AL));
                 }
                 K::br64_1 | K::br64_4 => {
                     instruction.set_op_kind(i, OpKind::NearBranch64);
@@ -536,16 +456,13 @@ pub fn set_vector(registers: &mut Registers, number: usize, bytes: &[u8; 32]) {
 
 /// Bytes of the memory operand.
 pub fn memory_size(code: Code) -> u64 {
-    code.op_code().memory_size().size() as u64
+    let size = code.op_code().memory_size();
+    if matches!(size, MemorySize::Xsave | MemorySize::Xsave64) { XSAVE_SIZE as u64 } else { size.size() as u64 }
 }
 
 /// A memory operand without registers, or relative to RIP.
 fn absolute(rng: &mut Rng, offset: u64, segment: Register) -> MemoryOperand {
-    let base = if rng.one_in(3) {
-        Register::None
-    } else {
-        Register::RIP
-    };
+    let base = if rng.one_in(3) { Register::None } else { Register::RIP };
     MemoryOperand {
         base,
         index: Register::None,

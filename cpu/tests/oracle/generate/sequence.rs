@@ -3,14 +3,14 @@
 //! An instruction's `ip` is only a label until the block encoder lays the program out.
 
 use iced_x86::{
-    BlockEncoder, BlockEncoderOptions, Code, FlowControl, Instruction, InstructionBlock,
-    InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, Register,
+    BlockEncoder, BlockEncoderOptions, Code, FlowControl, Instruction, InstructionBlock, InstructionInfoFactory,
+    MemoryOperand, Mnemonic, OpAccess, Register,
 };
 
 use crate::case::{CODE, Case, DATA, PAGE};
 use crate::generate::codes::{self, Class};
 use crate::generate::operands::{Pointers, Setup, gpr_number, gpr64, target};
-use crate::generate::{placement, registers, rflags_of};
+use crate::generate::{placement, registers};
 use crate::rng::Rng;
 
 /// Labels: the instruction with number n has ip LABEL + n.
@@ -119,21 +119,14 @@ impl Program<'_> {
 
     /// True if the instruction leaves pointers, counters and the stack pointer alone.
     fn keeps_order(&mut self, instruction: &Instruction) -> bool {
-        let pointers = self
-            .setup
-            .pointers
-            .as_ref()
-            .expect("sequences have pointers");
+        let pointers = self.setup.pointers.as_ref().expect("sequences have pointers");
         let counters = &self.counters;
         let stack_only = instruction.is_stack_instruction();
         let info = self.info.info(instruction);
         info.used_registers().iter().all(|used| {
             let writes = matches!(
                 used.access(),
-                OpAccess::Write
-                    | OpAccess::CondWrite
-                    | OpAccess::ReadWrite
-                    | OpAccess::ReadCondWrite
+                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
             );
             match gpr_number(used.register()) {
                 Some(4) if writes => stack_only,
@@ -160,7 +153,12 @@ impl Program<'_> {
             if matches!(
                 code.mnemonic(),
                 Int3 | Ud0 | Ud1 | Ud2 | Enter | Leave | Xlatb | Wrfsbase | Wrgsbase | Cmpxchg16b
-            ) || matches!(code.mnemonic(), Maskmovq | Maskmovdqu | Vmaskmovdqu)
+            ) || matches!(code.mnemonic(), Maskmovq | Maskmovdqu | Vmaskmovdqu | Popf | Popfq)
+                || matches!(
+                    code.mnemonic(),
+                    Fnsave | Fnstenv | Fldenv | Frstor | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
+                )
+                || matches!(code.mnemonic(), Xsave | Xsave64 | Xrstor | Xrstor64)
             {
                 continue;
             }
@@ -179,8 +177,7 @@ impl Program<'_> {
             {
                 continue;
             }
-            if !self.keeps_order(&instruction) || super::encode(&instruction, CODE.start).is_none()
-            {
+            if !self.keeps_order(&instruction) || super::encode(&instruction, CODE.start).is_none() {
                 continue;
             }
             self.add(instruction);
@@ -192,17 +189,13 @@ impl Program<'_> {
         let Some(pointers) = self.setup.pointers.clone() else {
             return;
         };
-        if [1, 6, 7]
-            .iter()
-            .any(|n| pointers.protects(*n) || self.counters.contains(n))
-        {
+        if [1, 6, 7].iter().any(|n| pointers.protects(*n) || self.counters.contains(n)) {
             return;
         }
         for register in [6usize, 7] {
             let (base, value) = self.setup.rng.pick(&pointers.bases);
             let to = target(self.setup.rng, 64, false);
-            let operand =
-                MemoryOperand::with_base_displ(gpr64(base), to.wrapping_sub(value) as i64);
+            let operand = MemoryOperand::with_base_displ(gpr64(base), to.wrapping_sub(value) as i64);
             if let Ok(lea) = Instruction::with2(Code::Lea_r64_m, gpr64(register), operand) {
                 self.add(lea);
             }
@@ -262,18 +255,12 @@ impl Program<'_> {
     fn counted_loop(&mut self, depth: u32) {
         let pointers = self.setup.pointers.clone().unwrap_or_default();
         let classic = self.setup.rng.one_in(3);
-        let counter = if classic {
-            1
-        } else {
-            self.setup.rng.below(16) as usize
-        };
+        let counter = if classic { 1 } else { self.setup.rng.below(16) as usize };
         if counter == 4 || pointers.protects(counter) || self.counters.contains(&counter) {
             return;
         }
         let count = 1 + self.setup.rng.below(5) as i32;
-        let Ok(mov) =
-            Instruction::with2(Code::Mov_r32_imm32, Register::EAX + counter as u32, count)
-        else {
+        let Ok(mov) = Instruction::with2(Code::Mov_r32_imm32, Register::EAX + counter as u32, count) else {
             return;
         };
         self.add(mov);
@@ -283,11 +270,8 @@ impl Program<'_> {
         self.some(body, depth + 1);
         self.counters.pop();
         if classic {
-            let code = self.setup.rng.pick(&[
-                Code::Loop_rel8_64_RCX,
-                Code::Loope_rel8_64_RCX,
-                Code::Loopne_rel8_64_RCX,
-            ]);
+            let code =
+                self.setup.rng.pick(&[Code::Loop_rel8_64_RCX, Code::Loope_rel8_64_RCX, Code::Loopne_rel8_64_RCX]);
             if let Ok(back) = Instruction::with_branch(code, top) {
                 self.add(back);
             }
@@ -308,11 +292,7 @@ impl Program<'_> {
         self.some(body, depth + 1);
         if let Ok(ret) = Instruction::with1(Code::Retnq_imm16, 0) {
             let plain = !self.setup.rng.one_in(4);
-            self.add(if plain {
-                Instruction::with(Code::Retnq)
-            } else {
-                ret
-            });
+            self.add(if plain { Instruction::with(Code::Retnq) } else { ret });
         }
         let subroutine = std::mem::replace(&mut self.instructions, outer);
         self.subroutines.push(subroutine);
@@ -389,18 +369,12 @@ impl Program<'_> {
 /// Lays the instructions out at an address: machine code with INT3 at the end of the main line and of everything.
 pub fn assemble(instructions: &[Instruction], at: u64) -> Option<Vec<u8>> {
     let block = InstructionBlock::new(instructions, at);
-    Some(
-        BlockEncoder::encode(64, block, BlockEncoderOptions::NONE)
-            .ok()?
-            .code_buffer,
-    )
+    Some(BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer)
 }
 
 /// Flags that may be undefined after running through the instructions in any order.
 pub fn undefined_flags(instructions: &[Instruction]) -> u64 {
-    instructions
-        .iter()
-        .fold(0, |flags, i| flags | rflags_of(i.rflags_undefined()))
+    instructions.iter().fold(0, |flags, i| flags | super::undefined_flags(i))
 }
 
 /// A case of a few instructions.
@@ -412,8 +386,7 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
     for _ in 0..1 + rng.below(3) {
         let n = rng.below(16) as usize;
         if n != 4 && !pointers.protects(n) {
-            let value =
-                DATA.start + PAGE + rng.below(2 * PAGE) & if rng.one_in(2) { !31 } else { !0 };
+            let value = DATA.start + PAGE + rng.below(2 * PAGE) & if rng.one_in(2) { !31 } else { !0 };
             start.gpr[n] = value;
             pointers.bases.push((n, value));
         }
@@ -431,12 +404,7 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
     let favourites = (0..rng.below(6)).map(|_| rng.pick(codes)).collect();
     let count = 2 + rng.below(14);
     let mut program = Program {
-        setup: Setup {
-            rng,
-            registers: start,
-            pokes: Vec::new(),
-            pointers: Some(pointers),
-        },
+        setup: Setup { rng, registers: start, pokes: Vec::new(), ignored_memory: Vec::new(), pointers: Some(pointers) },
         instructions: Vec::new(),
         subroutines: Vec::new(),
         next_label: 0,
@@ -453,18 +421,9 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
     }
     program.instructions = instructions;
     program.add(Instruction::with(Code::Int3));
-    let Program {
-        setup,
-        instructions,
-        ..
-    } = program;
+    let Program { setup, instructions, .. } = program;
     let Setup { rng, registers, .. } = setup;
-    from_instructions(
-        seed,
-        registers,
-        |length| placement(rng, length),
-        instructions,
-    )
+    from_instructions(seed, registers, |length| placement(rng, length), instructions)
 }
 
 /// Puts a program and its registers together; `place` chooses the address for a length in bytes.
@@ -486,6 +445,7 @@ pub fn from_instructions(
         registers,
         code,
         pokes: Vec::new(),
+        ignored_memory: Vec::new(),
         instructions,
     })
 }
@@ -504,9 +464,7 @@ pub fn without(case: &Case, index: usize) -> Option<Case> {
             if instruction.near_branch64() == removed.ip() {
                 instruction.set_near_branch64(heir);
             }
-        } else if instruction.is_ip_rel_memory_operand()
-            && instruction.memory_displacement64() == removed.ip()
-        {
+        } else if instruction.is_ip_rel_memory_operand() && instruction.memory_displacement64() == removed.ip() {
             instruction.set_memory_displacement64(heir);
         }
     }
