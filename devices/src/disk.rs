@@ -346,8 +346,7 @@ mod tests {
         assert_eq!(back.attach(Arc::clone(&base), Overlay::new()), Err(AttachError::Digest));
         let short: Base = Arc::new(vec![0; 3]);
         assert!(matches!(back.attach(short, Overlay::new()), Err(AttachError::BaseLength { .. })));
-        let overlay: Overlay =
-            postcard::from_bytes(&postcard::to_allocvec(disk.overlay()).unwrap()).unwrap();
+        let overlay: Overlay = postcard::from_bytes(&postcard::to_allocvec(disk.overlay()).unwrap()).unwrap();
         back.attach(base, overlay).unwrap();
         let mut data = [0; 5];
         back.read_at(5_000, &mut data).unwrap();

@@ -78,16 +78,12 @@ pub const fn virtio_window(slot: u8) -> u64 {
 
 /// Interrupt of the virtio device in `slot`: 5, 6, 7, then 9 and up, since 8 is the CMOS clock's.
 pub const fn virtio_gsi(slot: u8) -> u8 {
-    if slot < 3 { 5 + slot } else { 6 + slot }
+    if slot < 3 { 5 + slot } else { slot.saturating_add(6) }
 }
 
 /// The (start, length) ranges of RAM of a machine with `bytes` of memory.
 pub fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
-    if bytes <= LOW_RAM_END {
-        vec![(0, bytes)]
-    } else {
-        vec![(0, LOW_RAM_END), (HIGH_RAM_START, bytes - LOW_RAM_END)]
-    }
+    if bytes <= LOW_RAM_END { vec![(0, bytes)] } else { vec![(0, LOW_RAM_END), (HIGH_RAM_START, bytes - LOW_RAM_END)] }
 }
 
 const _: () = assert!(virtio_window(VIRTIO_SLOTS_MAX) <= IOAPIC_START);

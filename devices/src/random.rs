@@ -85,7 +85,7 @@ mod tests {
         assert_eq!([stream.next_u64(), stream.next_u64()], PINNED);
     }
 
-    const PINNED: [u64; 2] = [0, 0];
+    const PINNED: [u64; 2] = [8_676_342_030_487_265_951, 15_963_827_032_771_817_226];
 
     #[test]
     fn the_stored_form_holds_the_position() {

@@ -203,7 +203,7 @@ impl Cmos {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.b & b::BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.b & b::BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
@@ -214,7 +214,7 @@ impl Cmos {
         if self.b & b::HOURS_24 != 0 {
             return self.encode(hour);
         }
-        let twelve = if hour % 12 == 0 { 12 } else { hour % 12 };
+        let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
         self.encode(twelve) | if hour >= 12 { HOUR_PM } else { 0 }
     }
 

@@ -80,17 +80,15 @@ impl LocalApic {
         match msr {
             MSR_APIC_BASE => Ok(self.apic_base),
             MSR_TSC_DEADLINE => Ok(self.timer.deadline(self.lvt[Lvt::Timer as usize])),
-            MSR_X2APIC_FIRST..=MSR_X2APIC_LAST if self.enabled() && self.x2apic() => {
-                match msr - MSR_X2APIC_FIRST {
-                    register::COMMAND => Ok(self.interrupt_command),
-                    register::ARBITRATION_PRIORITY
-                    | register::END_OF_INTERRUPT
-                    | register::DESTINATION_FORMAT
-                    | register::COMMAND_HIGH
-                    | register::SELF_IPI => Err(MsrError::Absent { msr }),
-                    number => self.read_register(number, now).map(u64::from).ok_or(MsrError::Absent { msr }),
-                }
-            }
+            MSR_X2APIC_FIRST..=MSR_X2APIC_LAST if self.enabled() && self.x2apic() => match msr - MSR_X2APIC_FIRST {
+                register::COMMAND => Ok(self.interrupt_command),
+                register::ARBITRATION_PRIORITY
+                | register::END_OF_INTERRUPT
+                | register::DESTINATION_FORMAT
+                | register::COMMAND_HIGH
+                | register::SELF_IPI => Err(MsrError::Absent { msr }),
+                number => self.read_register(number, now).map(u64::from).ok_or(MsrError::Absent { msr }),
+            },
             _ => Err(MsrError::Absent { msr }),
         }
     }
@@ -103,9 +101,7 @@ impl LocalApic {
                 self.timer.set_deadline(ctx, value, self.lvt[Lvt::Timer as usize]);
                 Ok(())
             }
-            MSR_X2APIC_FIRST..=MSR_X2APIC_LAST if self.enabled() && self.x2apic() => {
-                self.write_x2apic(ctx, msr, value)
-            }
+            MSR_X2APIC_FIRST..=MSR_X2APIC_LAST if self.enabled() && self.x2apic() => self.write_x2apic(ctx, msr, value),
             _ => Err(MsrError::Absent { msr }),
         }
     }

@@ -60,7 +60,7 @@ pub(super) struct Timer {
 impl Timer {
     pub(super) fn new(config: LapicConfig, random: RandomStream) -> Timer {
         Timer {
-            tsc_khz: config.tsc_khz.max(1),
+            tsc_khz: config.tsc_khz,
             latency: config.timer_latency,
             random,
             initial_count: 0,
@@ -162,7 +162,7 @@ impl Timer {
             return;
         }
         self.tsc_deadline = value;
-        let deadline_ns = (u128::from(value) * 1_000_000).div_ceil(u128::from(self.tsc_khz));
+        let deadline_ns = (u128::from(value) * 1_000_000).div_ceil(u128::from(self.tsc_khz.max(1)));
         let deadline_ns = u64::try_from(deadline_ns).unwrap_or(u64::MAX);
         self.wake(ctx, deadline_ns.max(ctx.now.0));
     }

@@ -109,7 +109,7 @@ impl<D: Disk> Block<D> {
             request::READ | request::WRITE => {
                 let offset = pending.sector.checked_mul(SECTOR_LEN);
                 let end = offset.and_then(|offset| offset.checked_add(len));
-                let fits = end.is_some_and(|end| end <= self.disk.len()) && len % SECTOR_LEN == 0;
+                let fits = end.is_some_and(|end| end <= self.disk.len()) && len.is_multiple_of(SECTOR_LEN);
                 match offset {
                     Some(offset) if fits && len <= REQUEST_BYTES_MAX => {
                         self.transfer(memory, pending, offset, pending.kind == request::WRITE)

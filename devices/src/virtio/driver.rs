@@ -100,9 +100,7 @@ impl Driver {
         let ring = queue_base(queue) + 0x800;
         let word = |at: u64, len| crate::value_of(&bench.load(at, len));
         let count = word(ring + 2, 2);
-        (0..count)
-            .map(|index| (word(ring + 4 + 8 * index, 4) as u16, word(ring + 8 + 8 * index, 4) as u32))
-            .collect()
+        (0..count).map(|index| (word(ring + 4 + 8 * index, 4) as u16, word(ring + 8 + 8 * index, 4) as u32)).collect()
     }
 }
 
@@ -129,20 +127,20 @@ fn hostile() -> impl Strategy<Value = Hostile> {
         1 => Just(INDIRECT),
         1 => 0xF_FFF0..0x10_0010u64,
     ];
-    let len = prop_oneof![4 => 0..64u32, 2 => Just(512u32), 1 => 0..0x10_0000u32, 1 => any::<u32>(), 1 => Just(u32::MAX)];
+    let len =
+        prop_oneof![4 => 0..64u32, 2 => Just(512u32), 1 => 0..0x10_0000u32, 1 => any::<u32>(), 1 => Just(u32::MAX)];
     let flags = prop_oneof![4 => 0..4u16, 1 => 0..8u16, 1 => any::<u16>()];
     let descriptor = (address, len, flags, prop_oneof![4 => 0..QUEUE_SIZE, 1 => any::<u16>()]);
     let many = |count| proptest::collection::vec(descriptor.clone(), count);
     let heads = proptest::collection::vec(prop_oneof![4 => 0..QUEUE_SIZE, 1 => any::<u16>()], 1..20);
-    (many(1..64), many(0..64), heads, proptest::option::weighted(0.1, any::<u16>()), steps(0x200)).prop_map(
-        |(descriptors, indirect, heads, index, steps)| Hostile { descriptors, indirect, heads, index, steps },
-    )
+    (many(1..64), many(0..64), heads, proptest::option::weighted(0.1, any::<u16>()), steps(0x200))
+        .prop_map(|(descriptors, indirect, heads, index, steps)| Hostile { descriptors, indirect, heads, index, steps })
 }
 
 impl Hostile {
-    fn attack<T: VirtioDevice + Clone>(&self, device: T) -> Vec<Effect>
+    fn attack<T>(&self, device: T) -> Vec<Effect>
     where
-        T: serde::Serialize + serde::de::DeserializeOwned,
+        T: VirtioDevice + serde::Serialize + serde::de::DeserializeOwned,
     {
         let mut bench = Bench::new();
         let mut device = VirtioMmio::new(0, device);

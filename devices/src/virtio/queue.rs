@@ -95,7 +95,7 @@ pub fn split_front(spans: &mut Vec<Span>, count: u64) -> Option<Vec<Span>> {
             front.push(Span { address: span.address, len: taken });
         }
         if taken < span.len {
-            back.push(Span { address: span.address + u64::from(taken), len: span.len - taken });
+            back.push(Span { address: span.address.wrapping_add(u64::from(taken)), len: span.len - taken });
         }
     }
     *spans = back;

@@ -323,7 +323,7 @@ impl<T: VirtioDevice> Device for VirtioMmio<T> {
             for (index, byte) in data.iter_mut().enumerate() {
                 *byte = start.checked_add(index).and_then(|at| config.get(at)).copied().unwrap_or(0);
             }
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             answer(data, u64::from(self.read_register(offset)));
         } else {
             // Registers are 32 bits wide, aligned (4.2.2.2).
@@ -333,7 +333,7 @@ impl<T: VirtioDevice> Device for VirtioMmio<T> {
 
     fn write(&mut self, ctx: &mut Context, offset: u64, data: &[u8]) {
         // No device here has configuration that the driver may write.
-        if offset < CONFIG && data.len() == 4 && offset % 4 == 0 {
+        if offset < CONFIG && data.len() == 4 && offset.is_multiple_of(4) {
             self.write_register(ctx, offset, value_of(data) as u32);
         }
     }
