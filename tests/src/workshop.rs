@@ -1,6 +1,5 @@
 //! Where things are, and how tools are called: shared by the benchmark and the small guests.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -20,37 +19,15 @@ pub fn target() -> PathBuf {
     workspace().join("target")
 }
 
-/// The Debian kernel package that the images are made with, downloaded if it is not there yet. Of several the one
-/// whose name sorts last.
+/// The Debian kernel package that all images are made with, fetched if it is not there yet.
 pub fn kernel_package() -> Result<PathBuf> {
-    let directory = target().join("packages");
-    if let Some(package) = find_kernel_package(&directory)? {
-        return Ok(package);
+    const NAME: &str = "target/packages/kernel.deb";
+    let package = workspace().join(NAME);
+    if !package.exists() {
+        tool(Command::new("make").arg(NAME).current_dir(workspace()), "make")
+            .context("there is no kernel package for the guests")?;
     }
-    let status = Command::new("make").args(["images"]).current_dir(workspace()).status();
-    if let Some(package) = find_kernel_package(&directory)? {
-        return Ok(package);
-    }
-    let reason = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-    bail!("no kernel package in {}, and `make images` did not get one ({reason})", directory.display())
-}
-
-fn find_kernel_package(directory: &Path) -> Result<Option<PathBuf>> {
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", directory.display())),
-    };
-    let mut packages = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
-        if name.starts_with("linux-image-") && name.contains("-cloud-amd64_") && name.ends_with(".deb") {
-            packages.push(path);
-        }
-    }
-    packages.sort();
-    Ok(packages.pop())
+    Ok(package)
 }
 
 /// Runs a tool to its end; what it printed is in the error if it fails. `package` is the Debian package it is from.

@@ -1,0 +1,3 @@
+module orrery/gorace
+
+go 1.19
