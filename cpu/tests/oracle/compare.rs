@@ -1,5 +1,6 @@
 //! Compares what two executors made of a case, and says so in words.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use iced_x86::{Formatter, IntelFormatter, Mnemonic};
@@ -188,6 +189,17 @@ pub fn describe(case: &Case) -> String {
         u16_at(f, 2),
         f[4]
     );
+    let used: BTreeSet<usize> = case
+        .instructions
+        .iter()
+        .flat_map(|i| (0..i.op_count()).map(|op| i.op_register(op)).chain([i.memory_index()]))
+        .filter(|register| register.is_vector_register())
+        .map(|register| register.number())
+        .collect();
+    for n in used {
+        let (low, high) = (wide(&f[160 + n * 16..][..16]), wide(&f[576 + n * 16..][..16]));
+        let _ = writeln!(text, "  ymm{n}={high:032x}_{low:032x}");
+    }
     for (address, bytes) in &case.pokes {
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         let _ = writeln!(text, "  [{address:#x}] = {hex}");
