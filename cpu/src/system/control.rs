@@ -168,7 +168,7 @@ pub(super) fn umip(state: &CpuState) -> Result<(), ExecError> {
     if state.cpl != 0 && state.cr4 & CR4_UMIP != 0 { Err(GP0) } else { Ok(()) }
 }
 
-/// MOV to and from debug registers. Breakpoints are stored, never armed.
+/// MOV to and from debug registers. The engine looks at them before each instruction.
 pub(super) fn mov_debug(state: &mut CpuState, instr: &Instruction) -> Executed {
     const DR7_GD: u64 = 1 << 13;
     const DR6_BD: u64 = 1 << 13;

@@ -7,7 +7,7 @@
 //! knows no engine and no host. All of it is a pure function of the state, memory and the answers of the bus.
 //!
 //! Not modelled: task switches, virtual-8086 mode, paging outside long mode, call gates, interrupt delivery outside
-//! long mode, alignment checks, hardware breakpoints (the debug registers hold what is written to them).
+//! long mode, alignment checks. Breakpoints and single-stepping are the engine's.
 
 mod arithmetic;
 mod availability;

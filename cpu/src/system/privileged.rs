@@ -7,7 +7,7 @@ use crate::paging::is_canonical;
 use crate::state::{CpuState, control, gpr, rflags, seg};
 use iced_x86::{Instruction, Mnemonic};
 
-/// Flags that POPF and IRET can load at all. RF is not kept: there are no instruction breakpoints.
+/// Flags that POPF, IRET and SYSRET can load at all; IRET loads RF besides.
 pub(super) const LOADABLE_FLAGS: u64 =
     rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
 
@@ -16,7 +16,7 @@ pub(super) fn iopl(state: &CpuState) -> u8 {
     (state.rflags >> 12 & 3) as u8
 }
 
-/// RFLAGS after loading `value` from a `size`-byte image with the rights of the current CPL.
+/// RFLAGS after loading `value` from a `size`-byte image with the rights of the current CPL. RF is clear.
 pub(super) fn loaded_flags(state: &CpuState, value: u64, size: usize) -> u64 {
     let mut writable = LOADABLE_FLAGS & operand::mask(size);
     if state.cpl != 0 {

@@ -327,7 +327,7 @@ pub(super) fn iret(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Syst
     } else {
         None
     };
-    state.rflags = loaded_flags(state, flags, size);
+    state.rflags = loaded_flags(state, flags, size) | flags & operand::mask(size) & rflags::RF;
     if new_stack.is_none() {
         stack.commit(state);
     }
