@@ -57,6 +57,13 @@ impl Setup<'_> {
             };
             self.set(7, at | upper);
         }
+        let compares = matches!(mnemonic, Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq);
+        if compares && uses_rsi {
+            // Processors differ about which of two faults comes first: one operand is there.
+            let at = target(self.rng, 0x1000, false);
+            let register = if instruction.segment_prefix() == Register::None && self.rng.one_in(2) { 6 } else { 7 };
+            self.set(register, at | upper);
+        }
         if uses_rsi && uses_rdi && self.rng.one_in(2) {
             // Equal beginnings for CMPS.
             let bytes = vec![self.rng.next() as u8; 48];

@@ -353,6 +353,50 @@ impl Program<'_> {
         self.instructions[at].set_memory_displacement64(landing);
     }
 
+    /// Code that changes the constant of an instruction ahead of it, or behind it in a loop.
+    fn self_modifying(&mut self) {
+        let (Some(victim), Some(pointer), Some(counter)) = (self.scratch(), self.scratch(), self.scratch()) else {
+            return;
+        };
+        if victim == pointer || victim == counter || pointer == counter {
+            return;
+        }
+        let constant = if victim >= 8 { 2 } else { 1 };
+        let (old, new) = (self.setup.rng.next() as i32, self.setup.rng.next() as i32);
+        let change = MemoryOperand::with_base_displ(gpr64(pointer), constant);
+        let (Ok(change), Ok(load), Ok(count)) = (
+            Instruction::with2(Code::Mov_rm32_imm32, change, new),
+            Instruction::with2(Code::Mov_r32_imm32, Register::EAX + victim as u32, old),
+            Instruction::with2(Code::Mov_r32_imm32, Register::EAX + counter as u32, 3),
+        ) else {
+            return;
+        };
+        if self.setup.rng.one_in(2) {
+            let at = self.instructions.len();
+            self.load_label(pointer, LABEL);
+            self.add(change);
+            for _ in 0..self.setup.rng.below(3) {
+                self.plain();
+            }
+            let label = self.add(load);
+            self.instructions[at].set_memory_displacement64(label);
+            return;
+        }
+        self.add(count);
+        self.counters.push(counter);
+        let label = self.add(load);
+        self.plain();
+        self.load_label(pointer, label);
+        self.add(change);
+        self.counters.pop();
+        if let (Ok(dec), Ok(back)) =
+            (Instruction::with1(Code::Dec_rm64, gpr64(counter)), Instruction::with_branch(Code::Jne_rel32_64, label))
+        {
+            self.add(dec);
+            self.add(back);
+        }
+    }
+
     fn some(&mut self, count: u64, depth: u32) {
         for _ in 0..count {
             match self.setup.rng.below(20) {
@@ -360,6 +404,7 @@ impl Program<'_> {
                 2 if depth < 2 => self.counted_loop(depth),
                 3 if depth < 2 => self.call(depth),
                 4 if depth < 2 => self.indirect(depth),
+                5 if self.setup.rng.one_in(3) => self.self_modifying(),
                 _ => self.plain(),
             }
         }
