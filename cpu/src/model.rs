@@ -220,8 +220,21 @@ pub mod msr {
 /// IA32_ARCH_CAPABILITIES: none of the speculation weaknesses, because nothing is speculated. RDCL_NO, IBRS_ALL,
 /// SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO,
 /// GDS_NO, RFDS_NO, ITS_NO.
-const ARCH_CAPABILITIES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15
-    | 1 << 20 | 1 << 24 | 1 << 26 | 1 << 27 | 1 << 62;
+const ARCH_CAPABILITIES: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
 /// IBRS and STIBP.
 const SPEC_CTRL_BITS: u64 = 3;
 /// Eight variable ranges, fixed ranges, write-combining.
@@ -402,11 +415,8 @@ fn write_efer(state: &mut CpuState, value: u64) -> Result<MsrEffect, MsrRefused>
     }
     // LMA is the processor's own; a write to it is ignored.
     let value = value & !control::EFER_LMA | state.efer & control::EFER_LMA;
-    let effect = if (value ^ state.efer) & control::EFER_NXE != 0 {
-        MsrEffect::FlushTranslations
-    } else {
-        MsrEffect::None
-    };
+    let effect =
+        if (value ^ state.efer) & control::EFER_NXE != 0 { MsrEffect::FlushTranslations } else { MsrEffect::None };
     state.efer = value;
     Ok(effect)
 }
@@ -504,5 +514,99 @@ impl CpuState {
         // MTRRs on, everything write-back.
         state.mtrr_def_type = 1 << 11 | 6;
         state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONTEXT: CpuidContext = CpuidContext { osxsave: true, xcr0: 7, apic_id: 0 };
+
+    struct NoBus;
+
+    impl Bus for NoBus {
+        fn port_read(&mut self, _: Icount, _: u16, _: usize) -> u32 {
+            0
+        }
+        fn port_write(&mut self, _: Icount, _: u16, _: usize, _: u32) {}
+        fn mmio_read(&mut self, _: Icount, _: u64, _: &mut [u8]) {}
+        fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
+        fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
+            Err(MsrRefused)
+        }
+        fn msr_write(&mut self, _: Icount, _: u32, _: u64) -> Result<(), MsrRefused> {
+            Err(MsrRefused)
+        }
+        fn task_priority(&mut self, _: Icount) -> u8 {
+            0
+        }
+        fn set_task_priority(&mut self, _: Icount, _: u8) {}
+        fn tsc(&mut self, _: Icount) -> u64 {
+            100
+        }
+        fn random(&mut self) -> u64 {
+            0
+        }
+        fn attention(&self) -> bool {
+            false
+        }
+    }
+
+    #[test]
+    fn frequencies_agree() {
+        for tsc_khz in [1_000_000, 2_400_000, 999_999, 1] {
+            let features = ModelFeatures { tsc_khz, ..ModelFeatures::default() };
+            let leaf = cpuid(0x15, 0, &features, &CONTEXT);
+            let hz = u64::from(leaf.ecx) * u64::from(leaf.ebx) / u64::from(leaf.eax);
+            assert_eq!(hz, u64::from(tsc_khz) * 1000);
+            assert_eq!(cpuid(0x4000_0010, 0, &features, &CONTEXT).eax, tsc_khz);
+        }
+    }
+
+    #[test]
+    fn leaves_beyond_the_last_answer_as_the_last_basic_one() {
+        let features = ModelFeatures::default();
+        let last = cpuid(MAX_BASIC_LEAF, 0, &features, &CONTEXT);
+        for leaf in [0x17, 0x1000, 0x8000_0009, 0xFFFF_FFFF] {
+            assert_eq!(cpuid(leaf, 5, &features, &CONTEXT), last);
+        }
+    }
+
+    #[test]
+    fn features_can_be_dropped() {
+        let none = ModelFeatures { aes: false, pclmulqdq: false, sha: false, ..ModelFeatures::default() };
+        let (with, without) = (cpuid(1, 0, &ModelFeatures::default(), &CONTEXT), cpuid(1, 0, &none, &CONTEXT));
+        assert_eq!(with.ecx ^ without.ecx, 1 << 1 | 1 << 25);
+        let (with, without) = (cpuid(7, 0, &ModelFeatures::default(), &CONTEXT), cpuid(7, 0, &none, &CONTEXT));
+        assert_eq!(with.ebx ^ without.ebx, 1 << 29);
+    }
+
+    #[test]
+    fn msrs_refuse_what_the_manual_refuses() {
+        let mut state = CpuState::long_mode_boot(0, 0, 0, 0, 0, 0);
+        let mut write = |index, value| write_msr(&mut state, &mut NoBus, Icount(0), index, value);
+        let non_canonical = 1 << 47;
+        for index in [msr::FS_BASE, msr::GS_BASE, msr::KERNEL_GS_BASE, msr::LSTAR, msr::SYSENTER_ESP] {
+            assert_eq!(write(index, non_canonical), Err(MsrRefused));
+            assert_eq!(write(index, 0xFFFF_8000_0000_0000), Ok(MsrEffect::None));
+        }
+        for (index, value) in [
+            (msr::EFER, 1 << 12),
+            (msr::EFER, 0),
+            (msr::PAT, 2),
+            (msr::MTRR_DEF_TYPE, 3),
+            (msr::MTRR_PHYS_BASE0, 1 << 46),
+            (msr::ARCH_CAPABILITIES, 0),
+            (msr::SPEC_CTRL, 4),
+            (msr::DEBUGCTL, 1),
+            (0xC001_0015, 0),
+        ] {
+            assert_eq!(write(index, value), Err(MsrRefused), "{index:#x}");
+        }
+        let long = control::EFER_LME | control::EFER_LMA;
+        assert_eq!(write(msr::EFER, long | control::EFER_NXE), Ok(MsrEffect::FlushTranslations));
+        assert_eq!(write(msr::TSC_ADJUST, 50), Ok(MsrEffect::None));
+        assert_eq!(read_msr(&state, &mut NoBus, Icount(0), msr::TIME_STAMP_COUNTER), Ok(150));
     }
 }

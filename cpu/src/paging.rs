@@ -178,11 +178,8 @@ pub fn walk(state: &CpuState, memory: &PhysMemory, linear: u64, access: Access) 
     let smep = !access.user && user_page && state.cr4 & control::CR4_SMEP != 0;
     let executable = !no_execute && !smep && (user_page || !access.user);
     let smap = !access.user && user_page && access.smap_active && state.cr4 & control::CR4_SMAP != 0;
-    let permitted = if access.fetch {
-        executable
-    } else {
-        (user_page || !access.user) && !smap && (!access.write || writable)
-    };
+    let permitted =
+        if access.fetch { executable } else { (user_page || !access.user) && !smap && (!access.write || writable) };
     if !permitted {
         return Err(fail(fault::PRESENT));
     }

@@ -19,7 +19,7 @@ pub(super) fn result_flags(value: u64, size: usize) -> u64 {
     if sign(value, size) {
         flags |= rflags::SF;
     }
-    if (value as u8).count_ones() % 2 == 0 {
+    if (value as u8).count_ones().is_multiple_of(2) {
         flags |= rflags::PF;
     }
     flags
@@ -97,11 +97,8 @@ pub(super) fn shift(kind: Shift, value: u64, count: u64, flags: u64, size: usize
             let turned = (ring << left | ring >> (width + 1 - left)) & ring_mask;
             let result = turned as u64 & mask(size);
             let carry = turned >> width & 1 != 0;
-            let overflow = if kind == Shift::Rcl {
-                bit(result, top) != carry
-            } else {
-                bit(result, top) != bit(result, top - 1)
-            };
+            let overflow =
+                if kind == Shift::Rcl { bit(result, top) != carry } else { bit(result, top) != bit(result, top - 1) };
             let kept = flags & rflags::STATUS & !(rflags::CF | rflags::OF);
             (result, kept | flag(carry, rflags::CF) | flag(overflow, rflags::OF))
         }

@@ -89,9 +89,9 @@ pub(super) fn refused(state: &CpuState, instr: &Instruction) -> Option<Exception
     {
         return sse_refused(state);
     }
-    let x87 = features.iter().any(|f| {
-        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
-    });
+    let x87 = features
+        .iter()
+        .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX));
     if has_operand(instr, |register| register.is_mm()) {
         return mmx_refused(state);
     }

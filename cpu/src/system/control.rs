@@ -9,8 +9,7 @@ use crate::paging::{PHYSICAL_ADDRESS_MASK, is_canonical};
 use crate::state::{CpuState, control::*, gpr, rflags, seg};
 use iced_x86::{Instruction, OpKind, Register};
 
-const CR0_KNOWN: u64 =
-    CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG;
+const CR0_KNOWN: u64 = CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG;
 const CR4_KNOWN: u64 = CR4_TSD
     | CR4_DE
     | CR4_PSE
@@ -123,10 +122,7 @@ fn write_cr3(state: &mut CpuState, value: u64, sys: &mut dyn System) -> Result<(
 fn write_cr4(state: &mut CpuState, value: u64, sys: &mut dyn System) -> Result<(), ExecError> {
     let long = state.efer & EFER_LMA != 0;
     let sets_pcide = value & !state.cr4 & CR4_PCIDE != 0;
-    if value & !CR4_KNOWN != 0
-        || (long && value & CR4_PAE == 0)
-        || (sets_pcide && (!long || state.cr3 & 0xFFF != 0))
-    {
+    if value & !CR4_KNOWN != 0 || (long && value & CR4_PAE == 0) || (sets_pcide && (!long || state.cr3 & 0xFFF != 0)) {
         return Err(GP0);
     }
     let changed = state.cr4 ^ value;

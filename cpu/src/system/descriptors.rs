@@ -81,11 +81,7 @@ fn locate(state: &CpuState, selector: u16, bytes: u64) -> Option<u64> {
 }
 
 /// Reads the descriptor of a selector; None beyond the table's limit.
-pub(super) fn find(
-    state: &mut CpuState,
-    sys: &mut dyn System,
-    selector: u16,
-) -> Result<Option<Descriptor>, Exception> {
+pub(super) fn find(state: &mut CpuState, sys: &mut dyn System, selector: u16) -> Result<Option<Descriptor>, Exception> {
     let Some(at) = locate(state, selector, 8) else { return Ok(None) };
     let raw = read_memory(state, sys, at, 8, Privilege::Supervisor)?;
     Ok(Some(Descriptor { raw, at }))

@@ -56,20 +56,13 @@ fn class(exception: Exception) -> Class {
 }
 
 fn is_fault(exception: Exception) -> bool {
-    !matches!(
-        exception,
-        Exception::Debug { .. } | Exception::Breakpoint | Exception::Overflow | Exception::DoubleFault
-    )
+    !matches!(exception, Exception::Debug { .. } | Exception::Breakpoint | Exception::Overflow | Exception::DoubleFault)
 }
 
 /// Delivers an exception: pushes its frame and enters its handler, or that of the double fault it turns into.
 /// `state.rip` is that of the faulting instruction, or for traps that of the next one. CR2 and DR6 are set here.
 /// Retires nothing.
-pub fn deliver_exception(
-    state: &mut CpuState,
-    exception: Exception,
-    sys: &mut dyn System,
-) -> Result<(), TripleFault> {
+pub fn deliver_exception(state: &mut CpuState, exception: Exception, sys: &mut dyn System) -> Result<(), TripleFault> {
     let mut current = exception;
     loop {
         match current {
@@ -105,14 +98,8 @@ pub fn deliver_exception(
 
 /// Delivers an external interrupt. The caller has checked that the vCPU accepts one.
 pub fn deliver_interrupt(state: &mut CpuState, vector: u8, sys: &mut dyn System) -> Result<(), TripleFault> {
-    let event = Event {
-        vector,
-        error_code: None,
-        return_rip: state.rip,
-        software: false,
-        external: true,
-        resume: false,
-    };
+    let event =
+        Event { vector, error_code: None, return_rip: state.rip, software: false, external: true, resume: false };
     match deliver(state, &event, sys) {
         Ok(()) => Ok(()),
         Err(exception) => deliver_exception(state, exception, sys),
@@ -265,11 +252,8 @@ fn enter(state: &mut CpuState, event: &Event, sys: &mut dyn System) -> Result<()
     if inward {
         state.seg[seg::SS] = Segment { selector: u16::from(level), ..Segment::default() };
     }
-    state.seg[seg::CS] = Segment {
-        selector: gate.selector & !3 | u16::from(level),
-        attributes: segment.attributes | 1,
-        ..segment
-    };
+    state.seg[seg::CS] =
+        Segment { selector: gate.selector & !3 | u16::from(level), attributes: segment.attributes | 1, ..segment };
     state.cpl = level;
     state.gpr[gpr::RSP] = pointer;
     state.rip = gate.offset;
@@ -282,4 +266,3 @@ fn enter(state: &mut CpuState, event: &Event, sys: &mut dyn System) -> Result<()
     state.interrupt_shadow = false;
     Ok(())
 }
-

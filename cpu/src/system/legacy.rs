@@ -139,8 +139,7 @@ pub(super) fn decimal(state: &mut CpuState, instr: &Instruction) -> Executed {
             } else if add {
                 carry = false;
             }
-            let flags =
-                result_flags(u64::from(value), 1) | flag(low_adjust, rflags::AF) | flag(carry, rflags::CF);
+            let flags = result_flags(u64::from(value), 1) | flag(low_adjust, rflags::AF) | flag(carry, rflags::CF);
             (ax & 0xFF00 | u16::from(value), flags)
         }
     };

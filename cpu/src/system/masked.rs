@@ -193,13 +193,7 @@ impl Address {
         }
     }
 
-    fn load(
-        &self,
-        state: &mut CpuState,
-        index: u64,
-        size: usize,
-        sys: &mut dyn System,
-    ) -> Result<u64, Exception> {
+    fn load(&self, state: &mut CpuState, index: u64, size: usize, sys: &mut dyn System) -> Result<u64, Exception> {
         let offset = self.base.wrapping_add(index.wrapping_mul(self.scale)) & self.wrap;
         let at = linear(state, self.segment, offset, size, false)?;
         read_memory(state, sys, at, size, Privilege::Current)

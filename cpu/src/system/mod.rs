@@ -92,8 +92,7 @@ pub trait System {
         privilege: Privilege,
     ) -> Result<(), Exception>;
     /// Writes `data` (1..=4096 bytes) at a linear address: no byte is written unless all can be. Errors: #PF.
-    fn write(&mut self, state: &mut CpuState, linear: u64, data: &[u8], privilege: Privilege)
-    -> Result<(), Exception>;
+    fn write(&mut self, state: &mut CpuState, linear: u64, data: &[u8], privilege: Privilege) -> Result<(), Exception>;
     /// Host pointer to `linear`, translated for reading or writing, valid to the end of the 4 KiB page until the
     /// state changes; None where there is no RAM. With `write` set, the engine counts the `len` bytes from
     /// there (which lie in the page) as written. Errors: #PF.

@@ -3,8 +3,8 @@
 
 use super::arithmetic::{self, Shift, result_flags};
 use super::operand::{
-    Stack, branch_target, effective_offset, mask, mode_rip, next_rip, operand_size, read_operand,
-    read_register, sign_extend, write_gpr, write_operand, write_register,
+    Stack, branch_target, effective_offset, mask, mode_rip, next_rip, operand_size, read_operand, read_register,
+    sign_extend, write_gpr, write_operand, write_register,
 };
 use super::transfers::check_target;
 use super::{ExecError, Executed, Outcome, System, retire};
@@ -108,12 +108,7 @@ pub(super) fn condition(flags: u64, code: ConditionCode) -> bool {
 }
 
 /// SETcc, CMOVcc. CMOV reads its source in any case.
-fn conditional(
-    state: &mut CpuState,
-    instr: &Instruction,
-    size: usize,
-    sys: &mut dyn System,
-) -> Result<(), ExecError> {
+fn conditional(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
     let taken = condition(state.rflags, instr.condition_code());
     if instr.op_count() == 1 {
         return write_operand(state, instr, 0, 1, u64::from(taken), sys);
@@ -234,8 +229,7 @@ fn multiply(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dy
         wide
     };
     let low = wide as u64 & mask(size);
-    let fits =
-        if signed { wide as i128 == i128::from(sign_extend(low, size) as i64) } else { wide >> (size * 8) == 0 };
+    let fits = if signed { wide as i128 == i128::from(sign_extend(low, size) as i64) } else { wide >> (size * 8) == 0 };
     let overflow = if fits { 0 } else { rflags::CF | rflags::OF };
     set_status(state, result_flags(low, size) & !rflags::ZF | overflow);
     Ok(())

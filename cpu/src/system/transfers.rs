@@ -185,11 +185,7 @@ pub(super) fn far_branch(state: &mut CpuState, instr: &Instruction, sys: &mut dy
 }
 
 /// The code segment that a far RET or IRET returns to.
-fn return_segment(
-    state: &mut CpuState,
-    sys: &mut dyn System,
-    selector: u16,
-) -> Result<Segment, Exception> {
+fn return_segment(state: &mut CpuState, sys: &mut dyn System, selector: u16) -> Result<Segment, Exception> {
     if is_null(selector) {
         return Err(Exception::GP0);
     }

@@ -210,8 +210,7 @@ pub(super) fn xrstor(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
 }
 
 fn check_mxcsr_instruction(state: &CpuState, instr: &Instruction) -> Result<(), ExecError> {
-    let refused =
-        if instr.encoding() == EncodingKind::VEX { avx_refused(state) } else { sse_refused(state) };
+    let refused = if instr.encoding() == EncodingKind::VEX { avx_refused(state) } else { sse_refused(state) };
     refused.map_or(Ok(()), |exception| Err(exception.into()))
 }
 
