@@ -4,7 +4,11 @@
 IMAGE_WORK = target/image-work
 KERNEL_DEB = target/packages/kernel.deb
 DEMOS = guest-image/demos
-IMAGE_SOURCES = $(wildcard guest-image/src/*.rs guest-image/init/src/*.rs)
+# What every image is made with, beside its own demo.
+IMAGE_SOURCES = guest-image/images.mk $(wildcard guest-image/src/*.rs guest-image/init/src/*.rs)
+
+# The demos show their workload alone: not even the kernel's remark that the machine has no PCI.
+DEMO_FLAGS = --kernel $(KERNEL_DEB) --cmdline loglevel=3
 
 # The Debian packages that building images takes.
 IMAGE_PACKAGES = busybox-static e2fsprogs golang-go openjdk-17-jdk-headless
@@ -23,18 +27,18 @@ clean-images: ## the demo images and what they were made of, but not the kernel 
 $(KERNEL_DEB): guest-image/fetch-kernel.sh
 	sh guest-image/fetch-kernel.sh $@
 
-$(IMAGES)/hello.img: $(KERNEL_DEB) $(DEMOS)/hello/hello.sh $(IMAGE_SOURCES) | build
+$(IMAGES)/hello.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/hello/*) $(IMAGE_SOURCES) | build
 	sh $(DEMOS)/hello/make-root.sh $(IMAGE_WORK)/hello
 	@mkdir -p $(@D)
-	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/hello --hostname hello -o $@ -- /bin/hello.sh
+	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/hello --hostname hello -o $@ -- /bin/hello.sh
 
-$(IMAGES)/go.img: $(KERNEL_DEB) $(DEMOS)/go/main.go $(IMAGE_SOURCES) | build
+$(IMAGES)/go.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/go/*) $(IMAGE_SOURCES) | build
 	sh $(DEMOS)/go/make-root.sh $(IMAGE_WORK)/go
 	@mkdir -p $(@D)
-	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/go --hostname go -o $@ -- /bin/demo
+	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/go --hostname go -o $@ -- /bin/demo
 
-$(IMAGES)/jvm.img: $(KERNEL_DEB) $(DEMOS)/jvm/Demo.java $(DEMOS)/jvm/demo.sh $(IMAGE_SOURCES) | build
+$(IMAGES)/jvm.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/jvm/*) $(IMAGE_SOURCES) | build
 	sh $(DEMOS)/jvm/make-root.sh $(IMAGE_WORK)/jvm
 	@mkdir -p $(@D)
-	$(ORRERY) image build --kernel $(KERNEL_DEB) --root $(IMAGE_WORK)/jvm --hostname jvm \
+	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/jvm --hostname jvm \
 		--env JAVA_HOME=/opt/java -o $@ -- /app/demo.sh

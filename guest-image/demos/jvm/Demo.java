@@ -7,7 +7,7 @@ import java.util.UUID;
 import java.util.concurrent.ThreadLocalRandom;
 
 /**
- * Everything in a Java program that differs from one run to the next: identity hash codes and what is ordered by
+ * Everything in a Java program that may differ from one run to the next: identity hash codes and what is ordered by
  * them, thread interleavings, data races, random numbers, the clock, and the garbage collector's timing.
  */
 public final class Demo {
@@ -35,7 +35,10 @@ public final class Demo {
         System.out.println("elapsed ns: " + (System.nanoTime() - start));
     }
 
-    /** Hash codes of objects without one of their own: random numbers that the VM draws. */
+    /**
+     * Hash codes of objects without one of their own: random numbers that the VM draws, from a generator per thread.
+     * The main thread's always starts alike; that of a thread born in the fray depends on how many came before it.
+     */
     private static String identityHashCodes() {
         StringBuilder codes = new StringBuilder();
         for (int i = 0; i < 6; i++) {
