@@ -89,6 +89,8 @@ pub struct Core {
     pub debug_hits: u64,
     /// Pages that began to be watched; blocks must not keep translations across a change.
     pub watched: u64,
+    /// How often all code was forgotten: indexes of blocks and sites live no longer.
+    clears: u64,
     /// Blocks whose groups crossed pages too often: their starts are translated without groups.
     ungrouped: FastMap<u64, ()>,
     pub used: [[Used; 2]; CLASSES],
@@ -142,6 +144,7 @@ impl Core {
             commit: None,
             debug_hits: 0,
             watched: 0,
+            clears: 0,
             ungrouped: FastMap::default(),
             used: Default::default(),
             itlb_used: Default::default(),
@@ -229,6 +232,7 @@ impl Core {
 
     /// Forgets all translated code.
     pub fn clear_code(&mut self) {
+        self.clears += 1;
         self.code.clear();
         self.translator.clear();
         self.blocks.clear();
@@ -538,6 +542,7 @@ impl Core {
         let mut follow = Follow::Nothing;
         let mut careful = false;
         let mut short = false;
+        let mut clears = self.clears;
         loop {
             let budget = self.budget();
             debug_assert!(budget >= 0);
@@ -580,7 +585,6 @@ impl Core {
             } else {
                 None
             };
-            let generation = self.blocks.len();
             let index = match self.find(special) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
@@ -594,8 +598,9 @@ impl Core {
                     continue;
                 }
             };
-            let cleared = self.blocks.len() < generation;
-            if special.is_none() && !cleared && self.config.chaining {
+            // Since `follow` was noted the code it is about may have been forgotten.
+            let forgotten = std::mem::replace(&mut clears, self.clears) != self.clears;
+            if special.is_none() && !forgotten && self.config.chaining {
                 self.follow(&follow, index);
             }
             follow = Follow::Nothing;
