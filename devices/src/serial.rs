@@ -1,8 +1,11 @@
 //! The serial console: a 16550A (National Semiconductor PC16550D datasheet) at COM1.
 //!
 //! Transmission takes no virtual time: a byte written to the THR leaves at once as [`Effect::Output`] on channel
-//! "console", and the transmitter is empty again. The receive FIFO holds 16 bytes; what arrives beyond that waits
-//! in a bounded queue, so that no input is lost to an overrun.
+//! "console", and the transmitter is empty again.
+//!
+//! The peer honours the handshake, so that no input is lost: bytes wait in a bounded queue, and enter the receive FIFO
+//! of 16 bytes while there is room and RTS is asserted. A driver that never writes the modem control register does not
+//! know of RTS; for it the peer always sends.
 
 use std::collections::VecDeque;
 
@@ -82,8 +85,12 @@ pub struct Serial {
     /// reading it from the IIR.
     transmitter_interrupt: bool,
     timed_out: bool,
-    /// Received bytes: the receive FIFO is the first 16 (or the first, with FIFOs off).
+    /// The receive FIFO; one byte with FIFOs off.
     received: VecDeque<u8>,
+    /// What the peer has yet to send.
+    waiting: VecDeque<u8>,
+    /// The guest has written the modem control register.
+    handshake: bool,
     line: bool,
 }
 
@@ -107,21 +114,36 @@ impl Serial {
             transmitter_interrupt: false,
             timed_out: false,
             received: VecDeque::new(),
+            waiting: VecDeque::new(),
+            handshake: false,
             line: false,
         }
     }
 
-    /// Bytes from outside arrive. Takes as many as fit into the queue and says how many. In loopback mode the
-    /// receiver is disconnected and takes none.
+    /// Bytes from outside arrive. Takes as many as fit into the queue and says how many.
     pub fn input(&mut self, ctx: &mut Context, bytes: &[u8]) -> usize {
-        if self.loopback() {
-            return 0;
-        }
-        let count = bytes.len().min(INPUT_MAX.saturating_sub(self.received.len()));
-        self.received.extend(&bytes[..count]);
-        self.receive_changed(ctx);
+        let count = bytes.len().min(INPUT_MAX.saturating_sub(self.waiting.len()));
+        self.waiting.extend(&bytes[..count]);
+        self.receive(ctx);
         self.update_line(ctx);
         count
+    }
+
+    /// Lets the peer send what the receive FIFO has room for.
+    fn receive(&mut self, ctx: &mut Context) {
+        let stopped = self.handshake && self.modem_control & mcr::RTS == 0;
+        if stopped || self.loopback() {
+            return;
+        }
+        let room = self.fifo_len().saturating_sub(self.received.len()).min(self.waiting.len());
+        if room > 0 {
+            self.received.extend(self.waiting.drain(..room));
+            self.receive_changed(ctx);
+        }
+    }
+
+    fn fifo_len(&self) -> usize {
+        if self.fifo_enabled() { FIFO_LEN } else { 1 }
     }
 
     fn loopback(&self) -> bool {
@@ -201,7 +223,7 @@ impl Serial {
 
     fn transmit(&mut self, ctx: &mut Context, byte: u8) {
         if self.loopback() {
-            if self.received.len() < INPUT_MAX {
+            if self.received.len() < self.fifo_len() {
                 self.received.push_back(byte);
                 self.receive_changed(ctx);
             }
@@ -256,14 +278,14 @@ impl Serial {
                 let switched = (value ^ self.fifo_control) & fcr::ENABLE != 0;
                 self.fifo_control = if value & fcr::ENABLE != 0 { value & 0xC9 } else { 0 };
                 if value & fcr::CLEAR_RECEIVE != 0 || switched {
-                    let in_fifo = FIFO_LEN.min(self.received.len());
-                    self.received.drain(..in_fifo);
+                    self.received.clear();
                 }
                 self.receive_changed(ctx);
             }
             3 => self.line_control = value,
             4 => {
                 self.modem_control = value & mcr::WRITABLE;
+                self.handshake = true;
                 self.update_modem_lines();
             }
             7 => self.scratch = value,
@@ -275,6 +297,7 @@ impl Serial {
 impl Device for Serial {
     fn read(&mut self, ctx: &mut Context, offset: u64, data: &mut [u8]) {
         let value = self.read_register(ctx, offset);
+        self.receive(ctx);
         self.update_line(ctx);
         answer_byte(data, value);
     }
@@ -284,6 +307,7 @@ impl Device for Serial {
         for (index, byte) in data.iter().enumerate() {
             self.write_register(ctx, offset.saturating_add(index as u64), *byte);
         }
+        self.receive(ctx);
         self.update_line(ctx);
     }
 
@@ -352,7 +376,7 @@ mod tests {
     #[test]
     fn received_bytes_interrupt_at_the_trigger_level_or_after_a_while() {
         let (mut bench, mut serial) = (Bench::new(), Serial::new());
-        bench.write(&mut serial, 4, 1, 0x08);
+        bench.write(&mut serial, 4, 1, 0x0A);
         bench.write(&mut serial, 2, 1, 0x81);
         bench.write(&mut serial, 1, 1, 1);
         assert_eq!(serial.input(&mut bench.context(), b"abc"), 3);
@@ -373,7 +397,40 @@ mod tests {
     fn the_queue_of_input_is_bounded() {
         let (mut bench, mut serial) = (Bench::new(), Serial::new());
         assert_eq!(serial.input(&mut bench.context(), &vec![0; INPUT_MAX + 10]), INPUT_MAX);
-        assert_eq!(serial.input(&mut bench.context(), b"x"), 0);
+        // One byte has gone on into the receiver.
+        assert_eq!(serial.input(&mut bench.context(), b"xy"), 1);
+        assert_eq!(serial.input(&mut bench.context(), b"z"), 0);
+    }
+
+    #[test]
+    fn input_waits_for_the_driver() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 4, 1, 0x08);
+        let text: Vec<u8> = (0..100).collect();
+        assert_eq!(serial.input(&mut bench.context(), &text), 100);
+        // A driver that starts: clears the FIFOs, reads what is left over, and only then asserts RTS.
+        for value in [1, 7, 0, 0x81] {
+            bench.write(&mut serial, 2, 1, value);
+        }
+        assert_eq!(bench.read(&mut serial, 0, 1), 0);
+        assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        bench.write(&mut serial, 4, 1, 0x0B);
+        let mut read = Vec::new();
+        while bench.read(&mut serial, 5, 1) & 1 == 1 {
+            read.push(bench.read(&mut serial, 0, 1) as u8);
+        }
+        assert_eq!(read, text);
+    }
+
+    #[test]
+    fn loopback_does_not_mix_with_input() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 4, 1, 0x12);
+        serial.input(&mut bench.context(), b"input");
+        bench.write(&mut serial, 0, 1, u64::from(b'x'));
+        assert_eq!(bench.read(&mut serial, 0, 1), u64::from(b'x'));
+        bench.write(&mut serial, 4, 1, 0x02);
+        assert_eq!(bench.read(&mut serial, 0, 1), u64::from(b'i'));
     }
 
     proptest! {
