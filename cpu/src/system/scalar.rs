@@ -38,6 +38,7 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
         Add | Adc | Sub | Sbb | Cmp | And | Or | Xor | Test => binary(state, instr, size, sys)?,
         Inc | Dec | Neg | Not => unary(state, instr, size, sys)?,
         Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar => shift(state, instr, size, sys)?,
+        Bt | Bts | Btr | Btc => bit_test(state, instr, size, sys)?,
         Xchg | Xadd => exchange(state, instr, size, sys)?,
         Cmpxchg => {
             let found = read_operand(state, instr, 0, size, sys)?;
@@ -176,6 +177,26 @@ fn shift(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn S
     let (result, flags) = arithmetic::shift(kind, value, count, state.rflags, size);
     write_operand(state, instr, 0, size, result, sys)?;
     set_status(state, flags);
+    Ok(())
+}
+
+/// BT, BTS, BTR, BTC. A register offset into memory may reach outside the operand, which is left to the engine.
+fn bit_test(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
+    if instr.op0_kind() == OpKind::Memory && instr.op1_kind() == OpKind::Register {
+        return Err(ExecError::Unsupported("a bit string in memory in a segment that is not flat"));
+    }
+    let value = read_operand(state, instr, 0, size, sys)?;
+    let offset = read_operand(state, instr, 1, 1, sys)? % (size as u64 * 8);
+    let result = match instr.mnemonic() {
+        Mnemonic::Bts => value | 1 << offset,
+        Mnemonic::Btr => value & !(1 << offset),
+        Mnemonic::Btc => value ^ 1 << offset,
+        _ => value,
+    };
+    if instr.mnemonic() != Mnemonic::Bt {
+        write_operand(state, instr, 0, size, result, sys)?;
+    }
+    state.rflags = state.rflags & !rflags::CF | value >> offset & 1;
     Ok(())
 }
 

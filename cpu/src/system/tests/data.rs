@@ -208,3 +208,32 @@ fn addresses() {
     m.run(&[0x64, 0x67, 0x0F, 0xAE, 0x1C, 0x37]).unwrap();
     assert_eq!(m.peek(USER + 0x108) as u32, 0x1F80);
 }
+
+#[test]
+fn ordinary_instructions_in_segments_that_are_not_flat() {
+    let mut m = Machine::new().user();
+    let flat = |selector, attributes| crate::state::Segment { base: 0, limit: u32::MAX, selector, attributes };
+    m.state.seg[seg::CS] = flat(0x23, 0xCFB);
+    m.state.seg[seg::DS] =
+        crate::state::Segment { base: USER + 0x1000, limit: 0xFF, selector: 0x2B, attributes: 0x4F3 };
+    m.state.gpr[gpr::RBX] = 0x10;
+    m.state.gpr[gpr::RAX] = 0xFFFF_FFFF_0000_0005;
+    // ADD [EBX], EAX; then CALL, RET, LOOP.
+    m.poke(USER + 0x1010, 0xFFFF_FFFE);
+    m.run(&[0x01, 0x03]).unwrap();
+    assert_eq!((m.peek(USER + 0x1010), m.state.rflags & rflags::STATUS), (3, rflags::CF | rflags::PF | rflags::AF));
+    m.state.gpr[gpr::RBX] = 0xFD;
+    assert_eq!(raised(m.run(&[0x01, 0x03])), Exception::GP0);
+    m.state.gpr[gpr::RSP] = USER + 0x8000;
+    m.run(&[0xE8, 0xFB, 0x0F, 0, 0]).unwrap();
+    assert_eq!((m.state.rip, m.state.gpr[gpr::RSP]), (USER + 2 + 0x1000, USER + 0x7FFC));
+    m.run(&[0xC3]).unwrap();
+    assert_eq!((m.state.rip, m.state.gpr[gpr::RSP]), (USER + 7, USER + 0x8000));
+    m.state.gpr[gpr::RCX] = 2;
+    m.run(&[0xE2, 0xFE]).unwrap();
+    assert_eq!((m.state.rip, m.state.gpr[gpr::RCX]), (USER + 7, 1));
+    m.run(&[0xE2, 0xFE]).unwrap();
+    assert_eq!((m.state.rip, m.state.gpr[gpr::RCX]), (USER + 9, 0));
+    m.run(&[0x0F, 0xBA, 0xE8, 0x1F]).unwrap();
+    assert_eq!((m.state.gpr[gpr::RAX], m.state.rflags & rflags::CF), (0x8000_0005, 0));
+}

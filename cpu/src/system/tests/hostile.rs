@@ -38,7 +38,7 @@ fn random_state(m: &mut Machine, random: &mut Random) {
     m.state.cr4 |= control::CR4_OSFXSR | control::CR4_OSXSAVE | control::CR4_FSGSBASE;
     m.state.xcr0 = 7;
     m.state.seg[seg::FS].base = random.value();
-    for byte in m.state.fpu.0[160..416].iter_mut().chain([]) {
+    for byte in m.state.fpu.0[160..416].iter_mut() {
         *byte = random.next() as u8;
     }
 }
@@ -67,13 +67,13 @@ fn random_instructions_do_not_panic() {
             if round % 2 == 1 {
                 compatibility(&mut m);
             }
-            m.sys.slow = random.next() % 4 == 0;
+            m.sys.slow = random.next().is_multiple_of(4);
             let mut code = [0u8; 15];
             for byte in &mut code {
                 *byte = random.next() as u8;
             }
             // Half of them from the two-byte map, where most of what is emulated lives.
-            if random.next() % 2 == 0 {
+            if random.next().is_multiple_of(2) {
                 code[0] = 0x0F;
             }
             let bitness = if m.state.is_64bit() { 64 } else { 32 };
