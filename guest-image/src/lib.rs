@@ -1,7 +1,7 @@
 //! What a guest boots from, and how it is made.
 //!
 //! An *image* is one file with a kernel, an initramfs, disks and a command line, named by its content hash.
-//! [`Image`] reads and writes it ([`format`] and [`content`] are its bytes; `docs/image-format.md` specifies them),
+//! [`Image`] reads and writes it ([`mod@format`] and [`content`] are its bytes; `docs/image-format.md` specifies them),
 //! [`build`] makes one from a kernel package and a directory or tar archive. What runs inside the guest before the
 //! workload is `init/`, a program of its own that is compiled into this crate.
 //!
