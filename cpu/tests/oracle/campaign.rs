@@ -74,12 +74,11 @@ pub struct Campaign {
     endings: [u64; 32],
 }
 
-/// Whether the host can count by stepping: TF must not be seen, and gathers behave differently with it.
+/// Whether the host can count by stepping: TF and ID must not be seen, and gathers behave differently with it.
 fn can_count(case: &Case) -> bool {
-    !case
-        .instructions
-        .iter()
-        .any(|i| matches!(i.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq) || i.is_vsib())
+    !case.instructions.iter().any(|i| {
+        matches!(i.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfq | Mnemonic::Popf | Mnemonic::Popfq) || i.is_vsib()
+    })
 }
 
 impl Campaign {

@@ -150,6 +150,11 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
     if codes::is_near_branch(code) && bytes[..bytes.len() - 1].iter().any(odd) {
         return None;
     }
+    // Whether UD0 and UD1 have operands that must be fetched, too.
+    let end = CODE.start + CODE.pages * PAGE;
+    if matches!(instruction.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1) && instruction.next_ip() > end {
+        return None;
+    }
     bytes.push(INT3);
     Some(Case {
         seed,

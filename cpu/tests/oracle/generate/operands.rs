@@ -136,6 +136,11 @@ impl Setup<'_> {
         }
         let faults_wanted = self.pointers.is_none() || rng.one_in(6);
         let linear = target(rng, size, faults_wanted);
+        // Processors may refuse an offset that is not canonical even if the sum with the base is.
+        if ((linear.wrapping_sub(segment_base) << 16) as i64 >> 16) as u64 != linear.wrapping_sub(segment_base) {
+            segment_base = 0;
+            segment = Register::None;
+        }
         let mut offset = linear.wrapping_sub(segment_base);
         let narrow = rng.one_in(12) && offset >> 32 == 0;
         let scale = 1u32 << rng.below(4);
