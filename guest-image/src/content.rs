@@ -98,7 +98,7 @@ pub(crate) fn encode(content: &[u8]) -> Encoded {
     Encoded { stored_len: parts.iter().map(|part| part.len() as u64).sum(), parts, hash }
 }
 
-/// Only the hash of content, as [`encode`] would give it.
+/// Only the hash of content, the one that is stored with it.
 pub fn hash(content: &[u8]) -> [u8; 32] {
     let hashes = in_parallel(chunk_count(content.len() as u64), |index| {
         let chunk = &content[chunk_range(index, content.len())];

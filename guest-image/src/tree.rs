@@ -25,7 +25,7 @@ const MAX_LINKS: usize = 40;
 pub enum Source {
     /// In a file of the host.
     Host(PathBuf),
-    /// In the unpacked archive of [`Tree::spool`].
+    /// In the unpacked archive, which the tree keeps.
     Spool {
         /// First byte.
         offset: u64,
