@@ -523,6 +523,7 @@ impl Translator {
             Treatment::CountBranch => self.count_branch(ins),
             Treatment::Call => {
                 self.push_constant(ins.next_ip());
+                self.save_flags();
                 self.link(ins.near_branch_target());
             }
             Treatment::IndirectJump => {
@@ -572,6 +573,7 @@ impl Translator {
 
     /// Jumps to the translation of `target`, through Rust until it is linked. Flags are in the slot.
     fn link(&mut self, target: u64) {
+        assert!(self.flags != Flags::Host, "the flags are saved before a block ends");
         let target = if self.mode.is_64bit() { target } else { target & 0xFFFF_FFFF };
         let patch = self.a.jmp(0);
         self.link_site(target, patch);
