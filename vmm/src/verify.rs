@@ -164,11 +164,7 @@ fn hashes(machine: &mut Machine, points: &[u64]) -> Result<Vec<Hash>, ForeignInp
 }
 
 /// Index of the first of the points at which the machine's hash is not the expected one.
-fn first_difference(
-    machine: &mut Machine,
-    points: &[u64],
-    expected: &[Hash],
-) -> Result<Option<usize>, ForeignInputs> {
+fn first_difference(machine: &mut Machine, points: &[u64], expected: &[Hash]) -> Result<Option<usize>, ForeignInputs> {
     for (index, (point, hash)) in points.iter().zip(expected).enumerate() {
         if advance(machine, *point)? != *hash {
             return Ok(Some(index));

@@ -151,19 +151,14 @@ fn absurd_machines_are_222() {
     for memory in ["0", "1", "99999999", "18446744073709551615"] {
         with(memory).assert().code(222).stderr(contains("--memory"));
     }
-    let mut parts = orrery_guest_image::ImageParts {
+    let parts = orrery_guest_image::ImageParts {
         kernel: elf(&[0xF4]).into(),
         initramfs: vec![1u8; 40 << 20].into(),
         ..Default::default()
     };
-    let image = orrery_guest_image::Image::from_parts(parts.clone()).unwrap();
-    image_file(directory.path(), "guest.img", &image);
-    with("32").assert().code(222).stderr(contains("initramfs").and(contains("--memory")));
-    parts.initramfs = Default::default();
-    parts.command_line = "x".repeat(60_000);
     let image = orrery_guest_image::Image::from_parts(parts).unwrap();
     image_file(directory.path(), "guest.img", &image);
-    with("32").assert().code(222).stderr(contains("command line"));
+    with("32").assert().code(222).stderr(contains("initramfs").and(contains("--memory")));
 }
 
 #[test]

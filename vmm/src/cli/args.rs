@@ -161,6 +161,9 @@ pub struct VerifyArgs {
     /// Change how the engine works from run to run
     #[arg(long)]
     pub perturb: bool,
+    /// Use one perturbation, by number, in every run after the first
+    #[arg(long, hide = true, value_name = "K")]
+    pub perturbation: Option<u32>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub machine: MachineArgs,

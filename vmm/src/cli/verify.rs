@@ -81,7 +81,11 @@ struct Session<'a> {
 impl Session<'_> {
     fn engine(&self, run: u32) -> EngineConfig {
         let base = engine_config(&self.arguments.engine);
-        if self.arguments.perturb { perturbed(&base, run) } else { base }
+        match self.arguments.perturbation {
+            Some(number) if run > 0 => perturbed(&base, number),
+            _ if self.arguments.perturb => perturbed(&base, run),
+            _ => base,
+        }
     }
 
     fn sampler(&self, run: u32) -> Result<Sampler, Failure> {
