@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Choices, assert_success, demo, machine, run, run_until};
+use common::{Choices, assert_equal, assert_success, demo, machine, run, run_until};
 use orrery_cpu::engine::EngineConfig;
 use orrery_vmm::verify::perturbed;
 
@@ -11,7 +11,7 @@ fn equal_seeds_give_equal_runs_and_other_seeds_do_not() {
     let Some(image) = demo("hello") else { return };
     let first = run(&image, 1, EngineConfig::default());
     assert_success(&first);
-    assert_eq!(run(&image, 1, EngineConfig::default()), first);
+    assert_equal(&run(&image, 1, EngineConfig::default()), &first, "the same seed");
     let other = run(&image, 2, EngineConfig::default());
     assert_success(&other);
     assert_ne!(other.state, first.state);
@@ -64,9 +64,10 @@ fn how_the_engine_works_does_not_matter() {
     assert_success(&whole);
     for index in WHOLE {
         let config = perturbed(&base, index);
-        assert_eq!(run(&image, 3, config.clone()), whole, "with {config:?}");
+        assert_equal(&run(&image, 3, config.clone()), &whole, &format!("{config:?}"));
     }
     let first = run_until(&mut machine(&image, 3, base.clone()), FIRST_INSTRUCTIONS);
     let config = perturbed(&base, 4);
-    assert_eq!(run_until(&mut machine(&image, 3, config.clone()), FIRST_INSTRUCTIONS), first, "with {config:?}");
+    let outcome = run_until(&mut machine(&image, 3, config.clone()), FIRST_INSTRUCTIONS);
+    assert_equal(&outcome, &first, &format!("{config:?}"));
 }

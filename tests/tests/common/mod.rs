@@ -114,6 +114,32 @@ pub fn assert_success(outcome: &Outcome) {
     );
 }
 
+/// Asserts that two runs were equal, and otherwise says in what they differ.
+pub fn assert_equal(run: &Outcome, expected: &Outcome, what: &str) {
+    if run == expected {
+        return;
+    }
+    let mut differences = Vec::new();
+    let mut compare = |name: &str, found: &dyn std::fmt::Debug, wanted: &dyn std::fmt::Debug| {
+        let (found, wanted) = (format!("{found:?}"), format!("{wanted:?}"));
+        if found != wanted {
+            differences.push(format!("{name}: {found} instead of {wanted}"));
+        }
+    };
+    compare("end", &run.ended, &expected.ended);
+    compare("icount", &run.icount, &expected.icount);
+    compare("virtual time", &run.virtual_ns, &expected.virtual_ns);
+    compare("state", &run.state, &expected.state);
+    let (mut found, mut wanted) = (run.console.lines(), expected.console.lines());
+    while let (line, other @ Some(_)) | (line @ Some(_), other) = (found.next(), wanted.next()) {
+        if line != other {
+            compare("console", &line, &other);
+            break;
+        }
+    }
+    panic!("{what}: {}", differences.join("\n"));
+}
+
 /// xorshift64*, for choices that a test makes: the same in every run of the test.
 pub struct Choices(pub u64);
 
