@@ -142,6 +142,19 @@ fn the_hash_of_a_moment_does_not_depend_on_the_way_there() {
     assert_eq!(direct.state_hash(), hashed.state_hash());
 }
 
+#[test]
+fn an_endless_loop_of_one_instruction_goes_on() {
+    let mut machine = machine(&guest(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.jmp(again).unwrap();
+    }));
+    for icount in [1, 2, 3, 1000, 1001, 50_000_000] {
+        assert_eq!(machine.run(Limits::until(Icount(icount))).unwrap(), Pause::Limit);
+        assert_eq!(machine.icount(), Icount(icount));
+    }
+}
+
 /// A guest with an IDT whose timer handler (vector 0x40) counts in R15 and whose main loop halts until it has
 /// counted to `ticks`.
 fn ticking(ticks: u32, period_ns: u32) -> Image {

@@ -32,12 +32,7 @@ pub struct Console {
 impl Console {
     /// Connects the console. `show`: output to standard output; `input`: input from standard input.
     pub fn connect(show: bool, input: bool) -> std::io::Result<Console> {
-        let signal = Arc::new(AtomicI32::new(0));
-        for number in SIGNALS {
-            let signal = signal.clone();
-            // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
-            unsafe { signal_hook::low_level::register(number, move || signal.store(number, Ordering::Relaxed)) }?;
-        }
+        let signal = watch_signals()?;
         let terminal = if input && foreground() { RawTerminal::enter() } else { None };
         let usable = input && (foreground() || !std::io::stdin().is_terminal());
         // Output on a terminal would be torn apart by a progress bar on the same one.
@@ -59,6 +54,37 @@ impl Console {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Has a thread of its own take the signals: while translated code runs, the stack pointer is the guest's, so no
+/// handler may run on this thread.
+fn watch_signals() -> std::io::Result<Arc<AtomicI32>> {
+    // SAFETY: an all-zero set is a valid place for sigemptyset to fill in.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid place, and the numbers are those of signals.
+    unsafe {
+        libc::sigemptyset(&raw mut set);
+        SIGNALS.iter().for_each(|number| {
+            libc::sigaddset(&raw mut set, *number);
+        });
+    }
+    // SAFETY: `set` is initialised; threads started from here on inherit the mask.
+    let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if error != 0 {
+        return Err(std::io::Error::from_raw_os_error(error));
+    }
+    let signal = Arc::new(AtomicI32::new(0));
+    let seen = signal.clone();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let mut number = 0;
+        loop {
+            // SAFETY: `set` is initialised and its signals are blocked in this thread.
+            if unsafe { libc::sigwait(&raw const set, &raw mut number) } == 0 {
+                seen.store(number, Ordering::Relaxed);
+            }
+        }
+    })?;
+    Ok(signal)
 }
 
 fn progress_bar() -> ProgressBar {
