@@ -61,7 +61,7 @@ pub struct VcpuBlock {
     pub memory_slow: u64,
     pub slow_address: u64,
     pub slow_site: u32,
-    pub fault_signal: u32,
+    pub fault_vector: u32,
     /// Nonzero if the machine waits for the guest to accept interrupts.
     pub window_wanted: u32,
     pub slow_resume: u64,

@@ -74,29 +74,37 @@ pub enum Unit {
 /// The unit of an instruction.
 pub fn unit(ins: &Instruction) -> Unit {
     use CpuidFeature::*;
+    use Mnemonic::{
+        Cldemote, Clflush, Crc32, Fisttp, Lfence, Mfence, Movnti, Pause, Popcnt, Prefetch, Prefetchnta, Prefetcht0,
+        Prefetcht1, Prefetcht2, Prefetchw, Prefetchwt1, Sfence, Wait,
+    };
     if ins.encoding() == EncodingKind::VEX {
         let integer = ins.cpuid_features().iter().all(|f| matches!(f, BMI1 | BMI2));
         return if integer { Unit::Integer } else { Unit::Avx };
+    }
+    let touches_mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
+    if touches_mmx || matches!(ins.mnemonic(), Fisttp | Wait) {
+        return Unit::X87;
     }
     let mut unit = Unit::Integer;
     for feature in ins.cpuid_features() {
         match feature {
             FPU | FPU287 | FPU387 | MMX => unit = Unit::X87,
             SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA => {
-                let vector = (0..ins.op_count()).any(|i| {
-                    ins.op_kind(i) == OpKind::Register
-                        && (ins.op_register(i).is_xmm() || ins.op_register(i).is_mm() || ins.op_register(i).is_st())
-                });
-                let control = matches!(ins.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Fisttp);
-                if vector || control {
+                // These came with SSE, but use general registers only.
+                let integer = matches!(
+                    ins.mnemonic(),
+                    Cldemote | Clflush | Crc32 | Lfence | Mfence | Movnti | Pause | Popcnt | Prefetch | Prefetchnta
+                        | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetchwt1 | Sfence
+                );
+                if !integer {
                     unit = Unit::Sse;
                 }
             }
             _ => {}
         }
     }
-    let touches_mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
-    if touches_mmx || ins.mnemonic() == Mnemonic::Fisttp { Unit::X87 } else { unit }
+    unit
 }
 
 /// True if the CPU model has everything that the instruction needs.
@@ -110,7 +118,7 @@ pub fn in_model(ins: &Instruction) -> bool {
                 | F16C | BMI1 | BMI2 | LZCNT | POPCNT | MOVBE | AES | PCLMULQDQ | SHA | CMOV | CX8 | CMPXCHG16B
                 | FXSR | XSAVE | CPUID | TSC | MSR | SYSCALL | SEP | RDTSCP | RDRAND | RDSEED | FSGSBASE | INVPCID
                 | CLFSH | CLFLUSHOPT | CLWB | SMAP | PAUSE | MULTIBYTENOP | CET_IBT | CET_SS | PREFETCHW | MONITOR
-                | SMM | UDBG | RDPMC
+                | SMM | UDBG | RDPMC | CLDEMOTE | PREFETCHITI
         )
     })
 }
@@ -183,7 +191,7 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
     let stack_word = if mode.is_64bit() { 8 } else { 4 };
     match ins.mnemonic() {
         Nop | Pause | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch | Lfence | Sfence
-        | Mfence | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Reservednop | Prefetchwt1 => Treatment::Nothing,
+        | Mfence | Cldemote | Prefetchit0 | Prefetchit1 | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Reservednop | Prefetchwt1 => Treatment::Nothing,
         Lea => Treatment::Lea,
         Bt | Bts | Btr | Btc if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register => {
             Treatment::BitString
@@ -192,6 +200,8 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         Pop if ins.stack_pointer_increment() == stack_word => Treatment::Pop,
         Leave if ins.code() == Code::Leaveq || ins.code() == Code::Leaved => Treatment::Leave,
         Push | Pop | Leave => Treatment::Emulate,
+        // The address, the implicit AL and CH all want to be in the host's RAX or RCX.
+        Cmpxchg if ins.op0_kind() == OpKind::Memory && ins.op1_register() == Register::CH => Treatment::Emulate,
         _ => {
             let memory = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Memory);
             if memory && !(1..=32).contains(&ins.memory_size().size()) { Treatment::Emulate } else { Treatment::Plain }
@@ -293,6 +303,31 @@ pub fn free_accumulator(code: Code) -> Code {
         Xor_AL_imm8 Xor_AX_imm16 Xor_EAX_imm32 Xor_RAX_imm32 => Xor_rm8_imm8 Xor_rm16_imm16 Xor_rm32_imm32 Xor_rm64_imm32;
         Cmp_AL_imm8 Cmp_AX_imm16 Cmp_EAX_imm32 Cmp_RAX_imm32 => Cmp_rm8_imm8 Cmp_rm16_imm16 Cmp_rm32_imm32 Cmp_rm64_imm32;
         Test_AL_imm8 Test_AX_imm16 Test_EAX_imm32 Test_RAX_imm32 => Test_rm8_imm8 Test_rm16_imm16 Test_rm32_imm32 Test_rm64_imm32;
+    }
+}
+
+/// RCL or RCR by a count other than 0.
+pub fn rotates_through_carry(ins: &Instruction) -> bool {
+    let by_nothing = ins.op1_kind() == OpKind::Immediate8 && ins.immediate8() & 31 == 0;
+    matches!(ins.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) && !by_nothing
+}
+
+/// The instruction raises #GP if its memory operand is not aligned to its size, whatever is mapped there.
+pub fn must_be_aligned(ins: &Instruction) -> bool {
+    use Mnemonic::*;
+    let size = ins.memory_size().size();
+    if size < 16 {
+        return false;
+    }
+    match ins.mnemonic() {
+        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Pcmpestri64 | Pcmpestrm64 => {
+            false
+        }
+        Cmpxchg16b => true,
+        Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => true,
+        // Hosts differ about SHA: there the instruction itself decides.
+        Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2 => false,
+        _ => ins.encoding() == EncodingKind::Legacy && unit(ins) == Unit::Sse,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::assembler::Assembler;
 use super::block::{CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot};
-use super::classify::{self, Unit};
+use super::classify::{self, Treatment, Unit};
 use super::code::CodeMemory;
 use super::fpu;
 use super::hash::FastMap;
@@ -19,10 +19,10 @@ use crate::exception::Exception;
 use crate::memory::{PAGE_SIZE, PhysMemory};
 use crate::model::ModelFeatures;
 use crate::paging::is_canonical;
-use crate::state::{CpuState, XsaveImage, rflags};
+use crate::state::{CpuState, XsaveImage, rflags, seg};
 use crate::system::{self, ExecError, Outcome};
 use crate::{Icount, memory::GuestMemory};
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
 /// A translated block.
@@ -247,12 +247,20 @@ impl Core {
         for class in 0..CLASSES {
             self.flush_itlb(class, true);
         }
+        self.forget_jumps();
+        // SAFETY: translated code is not running.
+        unsafe {
+            (*self.block).itlb = [[0; ITLB_ENTRIES]; CLASSES];
+        }
+    }
+
+    /// Empties the jump cache: no entry holds an address that looks at it.
+    fn forget_jumps(&mut self) {
         // SAFETY: translated code is not running.
         unsafe {
             (*self.block).jump_rip = [0; JUMP_ENTRIES];
             // RIP 0 looks at entry 0: make it miss.
             (*self.block).jump_rip[0] = 1;
-            (*self.block).itlb = [[0; ITLB_ENTRIES]; CLASSES];
         }
     }
 
@@ -377,7 +385,11 @@ impl Core {
         if linear != rip {
             return Ok(Err(self.unsupported("code segment with a base", &[])));
         }
-        let identity = match self.code_page(rip >> 12, mode)? {
+        let page = self.code_page(rip >> 12, mode).map_err(|exception| match exception {
+            Exception::PageFault { error, .. } => Exception::PageFault { address: rip, error },
+            other => other,
+        })?;
+        let identity = match page {
             Ok(identity) => identity,
             Err(stop) => return Ok(Err(stop)),
         };
@@ -622,11 +634,6 @@ impl Core {
                 }
             }
             match argument {
-                exit::INDIRECT => {
-                    if special.is_none() {
-                        follow = Follow::Jump;
-                    }
-                }
                 exit::FAULT => {
                     let exception = self.host_fault();
                     if let Some(stop) = self.raise(exception) {
@@ -641,6 +648,7 @@ impl Core {
                     match std::mem::replace(&mut self.pending, Pending::None) {
                         Pending::Careful => careful = true,
                         Pending::Exception(exception) => {
+                            let exception = self.first_exception(exception);
                             if let Some(stop) = self.raise(exception) {
                                 return stop;
                             }
@@ -655,6 +663,22 @@ impl Core {
                         self.state_mut().rip = target;
                         if !self.blocks[source as usize].special {
                             follow = Follow::Link { patch, source };
+                        }
+                    }
+                    SiteKind::Indirect { popped } => {
+                        let target = self.state().rip;
+                        if Mode::of(self.state()).is_64bit() && !is_canonical(target) {
+                            // The branch itself raises it.
+                            self.rewind(site);
+                            let state = self.state_mut();
+                            state.gpr[4] = state.gpr[4].wrapping_sub(popped as u64);
+                            if let Some(stop) = self.raise(Exception::GP0) {
+                                return stop;
+                            }
+                            continue;
+                        }
+                        if special.is_none() {
+                            follow = Follow::Jump;
                         }
                     }
                     SiteKind::Budget => {
@@ -694,11 +718,9 @@ impl Core {
 
     /// After an instruction that ran alone: sets RIP behind it.
     fn settle(&mut self, argument: u32) {
-        if argument == exit::INDIRECT {
-            return;
-        }
         match self.translator.sites[argument as usize].kind {
             SiteKind::Link { target, .. } => self.state_mut().rip = target,
+            SiteKind::Indirect { .. } => {}
             _ => self.rewind(argument),
         }
     }
@@ -753,26 +775,25 @@ impl Core {
             self.clear_code();
         }
         if draw % 127 == 3 {
-            // SAFETY: translated code is not running.
-            unsafe { (*self.block).jump_rip = [1 << 63; JUMP_ENTRIES] };
+            self.forget_jumps();
         }
     }
 
     /// The exception that a host signal in translated code stands for; RIP and registers are the instruction's.
     fn host_fault(&mut self) -> Exception {
         // SAFETY: translated code is not running.
-        let (signal, rip, flags, address) = unsafe {
+        let (vector, rip, flags, address) = unsafe {
             let b = &*self.block;
-            (b.fault_signal as i32, b.fault_rip, b.fault_flags, b.fault_address)
+            (b.fault_vector, b.fault_rip, b.fault_flags, b.fault_address)
         };
         let faults = &self.translator.faults;
         let found = faults.binary_search_by_key(&rip, |f| f.0);
         let Ok(at) = found else {
-            panic!("signal {signal} at {rip:#x} (address {address:#x}) in translated code without a fault site");
+            panic!("exception {vector} at {rip:#x} (address {address:#x}) in translated code without a fault site");
         };
         let index = faults[at].1;
         let site = self.translator.sites[index as usize];
-        let SiteKind::Fault { unit, flags_in_host, borrowed } = site.kind else { unreachable!("a fault site") };
+        let SiteKind::Fault { flags_in_host, borrowed } = site.kind else { unreachable!("a fault site") };
         if flags_in_host {
             let state = self.state_mut();
             state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
@@ -784,17 +805,74 @@ impl Core {
             self.state_mut().gpr[guest] = value;
         }
         self.rewind(index);
-        match (signal, unit) {
-            (libc::SIGFPE, Unit::Integer) => Exception::DivideError,
-            (libc::SIGFPE, Unit::X87) => Exception::FloatingPoint,
-            (libc::SIGFPE, _) if self.state().cr4 & crate::state::control::CR4_OSXMMEXCPT == 0 => {
-                Exception::InvalidOpcode
-            }
-            (libc::SIGFPE, _) => Exception::Simd,
-            (libc::SIGSEGV, _) if address == 0 => Exception::GP0,
-            (libc::SIGILL, _) => Exception::InvalidOpcode,
-            _ => panic!("signal {signal} at {rip:#x}, address {address:#x}, in translated code"),
+        match vector {
+            0 => Exception::DivideError,
+            6 => Exception::InvalidOpcode,
+            13 => Exception::GP0,
+            16 => Exception::FloatingPoint,
+            19 if self.state().cr4 & crate::state::control::CR4_OSXMMEXCPT == 0 => Exception::InvalidOpcode,
+            19 => Exception::Simd,
+            _ => panic!("exception {vector} at {rip:#x}, address {address:#x}, in translated code"),
         }
+    }
+
+    /// The memory operand is refused for its alignment alone.
+    fn is_misaligned(&self, instruction: &Instruction) -> bool {
+        let state = self.state();
+        let base = match instruction.memory_segment() {
+            Register::FS => state.seg[seg::FS].base,
+            Register::GS => state.seg[seg::GS].base,
+            _ => 0,
+        };
+        let linear = base.wrapping_add(system::effective_offset(state, instruction));
+        classify::must_be_aligned(instruction) && linear % instruction.memory_size().size() as u64 != 0
+    }
+
+    /// What a failed memory access of the instruction at RIP raises first: pending x87 errors come before the
+    /// operand, its address before its alignment, and that before its page.
+    fn first_exception(&mut self, exception: Exception) -> Exception {
+        if !matches!(exception, Exception::PageFault { .. } | Exception::GP0) {
+            return exception;
+        }
+        let Some(instruction) = self.instruction_at_rip() else { return exception };
+        let waits = !matches!(instruction.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
+        if classify::unit(&instruction) == Unit::X87 && waits && fpu::error_pending() {
+            return Exception::FloatingPoint;
+        }
+        let operand = (0..instruction.op_count()).find(|i| instruction.op_kind(*i) == OpKind::Memory);
+        let bit_string = classify::treatment(&instruction, Mode::of(self.state())) == Treatment::BitString;
+        match operand.filter(|_| !bit_string).map(|i| system::effective_address(self.state(), &instruction, i)) {
+            Some(Err(_)) if self.is_misaligned(&instruction) => Exception::GP0,
+            Some(Err(address)) => address,
+            Some(Ok(_)) => {
+                if self.is_misaligned(&instruction) {
+                    return Exception::GP0;
+                }
+                // Its own operand has an address: then it was the stack that had none.
+                if exception == Exception::GP0 { Exception::StackFault { error: 0 } } else { exception }
+            }
+            None if exception == Exception::GP0
+                && (instruction.is_stack_instruction() || bit_string && in_stack_segment(&instruction)) =>
+            {
+                Exception::StackFault { error: 0 }
+            }
+            None => exception,
+        }
+    }
+
+    /// The instruction at RIP, decoded again; None if it cannot be read any more.
+    fn instruction_at_rip(&mut self) -> Option<Instruction> {
+        let mode = Mode::of(self.state());
+        let (rip, class) = (self.state().rip, mode.class());
+        let mut bytes = [0u8; 15];
+        let in_page = (PAGE_SIZE - rip % PAGE_SIZE).min(15) as usize;
+        self.read_linear(rip, &mut bytes[..in_page], class).ok()?;
+        let mut len = in_page;
+        if in_page < 15 && self.read_linear(rip.wrapping_add(in_page as u64), &mut bytes[in_page..], class).is_ok() {
+            len = 15;
+        }
+        let instruction = Decoder::with_ip(mode.bitness(), &bytes[..len], rip, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
     }
 
     /// Delivers an exception; Some if that ends the run.
@@ -906,6 +984,13 @@ impl Core {
 }
 
 /// The emulation of this instruction reads or writes `CpuState::fpu`.
+/// The memory operand belongs to the stack segment.
+fn in_stack_segment(instruction: &Instruction) -> bool {
+    let base = instruction.memory_base().full_register();
+    matches!(base, Register::RSP | Register::RBP)
+        && !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
+}
+
 fn touches_fpu(instruction: &Instruction) -> bool {
     use Mnemonic::*;
     classify::unit(instruction) != Unit::Integer

@@ -54,6 +54,14 @@ pub fn store(image: &mut XsaveImage, ymm: &[[u8; 32]; 16]) {
     image.0[512] = 7; // XSTATE_BV: x87, SSE, AVX
 }
 
+/// True if an unmasked x87 exception waits in the host's x87 state to be reported.
+pub fn error_pending() -> bool {
+    let status: u16;
+    // SAFETY: FNSTSW does not wait and changes nothing.
+    unsafe { asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    status & 0x80 != 0
+}
+
 /// Gives the host's floating-point environment back to Rust.
 pub fn reset_host() {
     let mxcsr: u32 = 0x1F80;

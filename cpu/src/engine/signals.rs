@@ -78,7 +78,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         let rip = registers[libc::REG_RIP as usize] as u64;
         let block = gs_base() as *mut VcpuBlock;
         if !block.is_null() && rip >= (*block).code_start && rip < (*block).code_end {
-            (*block).fault_signal = signal as u32;
+            (*block).fault_vector = registers[libc::REG_TRAPNO as usize] as u32;
             (*block).fault_rip = rip;
             (*block).fault_flags = registers[libc::REG_EFL as usize] as u64;
             (*block).fault_address = (*info).si_addr() as u64;

@@ -9,8 +9,6 @@ use super::registers::HOME;
 
 /// What `exit_argument` holds besides a site index.
 pub mod exit {
-    /// An indirect branch missed the jump cache; RIP is its target.
-    pub const INDIRECT: u32 = u32::MAX;
     /// A signal arrived inside translated code.
     pub const FAULT: u32 = u32::MAX - 1;
     /// The slow path of a memory access gave up; it has left its reason.
@@ -24,8 +22,6 @@ pub struct Thunks {
     pub enter: u64,
     /// Leaves with EAX as exit argument.
     pub exit_site: u64,
-    /// Leaves with RCX as the next RIP.
-    pub exit_indirect: u64,
     /// Leaves after a signal.
     pub exit_fault: u64,
     /// Slow path of a memory access: linear address in RCX, site in EAX; host address back in RCX.
@@ -85,11 +81,6 @@ pub fn emit(a: &mut Assembler) -> Thunks {
 
     thunks.exit_site = a.here();
     a.gs_op(false, op::STORE, host::RAX, field::EXIT_ARGUMENT);
-    a.jmp(leave);
-
-    thunks.exit_indirect = a.here();
-    a.store_gs(host::RCX, field::RIP);
-    a.store_gs_imm32(field::EXIT_ARGUMENT, exit::INDIRECT);
     a.jmp(leave);
 
     thunks.exit_fault = a.here();

@@ -7,7 +7,7 @@
 
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, field};
-use super::classify::{self, Treatment, Unit};
+use super::classify::{self, Treatment};
 use super::groups::{Plan, Which, needs_pointer};
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
@@ -40,6 +40,8 @@ pub enum SiteKind {
     },
     /// A direct branch whose rel32 at `patch` may be led to the target's translation.
     Link { target: u64, patch: u64 },
+    /// An indirect branch missed the jump cache. `popped` has been added to RSP.
+    Indirect { popped: i32 },
     /// The budget does not cover the block.
     Budget,
     /// The block must be looked up again: its page may have changed, or it was invalidated.
@@ -47,7 +49,7 @@ pub enum SiteKind {
     /// An instruction for the emulation, kept decoded.
     Emulate { instruction: u32 },
     /// The host processor faulted on the guest's instruction.
-    Fault { unit: Unit, flags_in_host: bool, borrowed: Option<u8> },
+    Fault { flags_in_host: bool, borrowed: Option<u8> },
 }
 
 /// A place in translated code from which it can leave.
@@ -115,6 +117,8 @@ enum Cold {
     Memory { patch: u32, site: u32, tlb: u32 },
     /// `patch` leads here: leave with the site.
     Leave { patch: u32, site: u32 },
+    /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
+    Indirect { patch: u32, site: u32 },
 }
 
 /// The translator: buffers that are reused from block to block.
@@ -259,6 +263,11 @@ impl Translator {
                 }
                 Cold::Leave { patch, site } => {
                     self.a.land(patch);
+                    self.leave(site);
+                }
+                Cold::Indirect { patch, site } => {
+                    self.a.land(patch);
+                    self.a.store_gs(host::RCX, field::RIP);
                     self.leave(site);
                 }
             }
@@ -528,14 +537,15 @@ impl Translator {
             }
             Treatment::IndirectJump => {
                 self.branch_target(ins);
-                self.indirect();
+                self.indirect(0);
             }
             Treatment::IndirectCall => {
                 self.branch_target(ins);
+                self.check_canonical();
                 self.a.store_gs(host::RCX, field::temporary(1));
                 self.push_constant(ins.next_ip());
                 self.a.load_gs(host::RCX, field::temporary(1));
-                self.indirect();
+                self.indirect(0);
             }
             Treatment::Return => {
                 let word = self.word();
@@ -543,7 +553,7 @@ impl Translator {
                 self.a.load(word, host::RCX, at);
                 let extra = if ins.op_count() == 1 { ins.immediate16() as i32 } else { 0 };
                 self.adjust_rsp(word as i32 + extra);
-                self.indirect();
+                self.indirect(word as i32 + extra);
             }
             Treatment::ClearInterrupt => self.system_flag(rflags::IF, false),
             Treatment::SetInterrupt => self.set_interrupt(ins),
@@ -663,11 +673,28 @@ impl Translator {
         }
     }
 
-    /// Goes where RCX says, through the jump cache.
-    fn indirect(&mut self) {
+    /// Leaves if RCX, the target of a call, is not canonical: nothing may be pushed then.
+    fn check_canonical(&mut self) {
+        if !self.mode.is_64bit() {
+            return;
+        }
         self.clobber_flags();
+        let site = self.site(SiteKind::Indirect { popped: 0 }, self.unretired());
+        self.a.mov(host::RAX, host::RCX);
+        self.a.put(&[0x48, 0xC1, 0xE0, 16, 0x48, 0xC1, 0xF8, 16]); // shl rax, 16; sar rax, 16
+        self.a.put(&[0x48, 0x39, 0xC8]); // cmp rax, rcx
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Indirect { patch, site });
+    }
+
+    /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the
+    /// target turns out to be no address.
+    fn indirect(&mut self, popped: i32) {
+        self.clobber_flags();
+        let site = self.site(SiteKind::Indirect { popped }, self.unretired());
         if self.isolated {
-            self.a.jmp(self.thunks.exit_indirect);
+            let patch = self.a.jmp(0);
+            self.cold.push(Cold::Indirect { patch, site });
             return;
         }
         self.a.mov32(host::RAX, host::RCX);
@@ -675,7 +702,8 @@ impl Translator {
         self.a.xor32(host::RAX, host::RCX);
         self.a.and32(host::RAX, super::block::JUMP_ENTRIES as u32 - 1);
         self.a.gs_index8_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
-        self.a.jcc(cc::NE, self.thunks.exit_indirect);
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Indirect { patch, site });
         self.a.jmp_gs_rax8(field::JUMP_HOST);
     }
 
@@ -832,6 +860,7 @@ impl Translator {
     }
 
     fn push_flags(&mut self) {
+        self.clobber_flags();
         let at = self.stack(-8, 8, true);
         // The image needs the host's flags, and RCX is part of the address: build the image in RAX, piece by piece into a temporary.
         self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
@@ -952,7 +981,6 @@ impl Translator {
         let flags_in_host = self.flags != Flags::Slot;
         let fault = classify::may_fault(ins).then(|| {
             let kind = SiteKind::Fault {
-                unit: classify::unit(ins),
                 flags_in_host,
                 borrowed: (scratch.borrowed_count > 0).then_some(scratch.borrowed[0]),
             };
@@ -1042,7 +1070,8 @@ impl Translator {
         if use_of.flags_in {
             self.need_flags();
         }
-        let mut rax_holds = None;
+        // The implicit AX of a multiplication, division or exchange.
+        let mut rax_holds = classify::pins_rax(ins).then_some(0);
         let mut rcx_holds = None;
         for i in 0..ins.op_count() {
             if ins.op_kind(i) != OpKind::Register {
@@ -1071,7 +1100,14 @@ impl Translator {
         if let Some(guest) = rcx_holds {
             self.fetch(host::RCX, guest);
         }
+        let fault = classify::may_fault(ins).then(|| {
+            let flags_in_host = self.flags != Flags::Slot;
+            self.site(SiteKind::Fault { flags_in_host, borrowed: None }, self.unretired())
+        });
         self.encode(ins, &out);
+        if let Some(site) = fault {
+            self.faults.push((self.last_native, site));
+        }
         if let Some(guest) = rax_holds {
             self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RAX);
         }
@@ -1132,7 +1168,11 @@ impl Use {
                 }
             }
         }
-        let modified = ins.rflags_modified() & STATUS;
+        let mut modified = ins.rflags_modified() & STATUS;
+        if classify::rotates_through_carry(ins) {
+            // By whole turns it leaves the value alone, but not OF.
+            modified |= RflagsBits::OF | RflagsBits::CF;
+        }
         let defined = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
         let complete = defined == STATUS || classify::clears_af(ins);
         Use {

@@ -36,6 +36,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 pub use interrupts::{TripleFault, deliver_exception, deliver_interrupt};
 pub use operand::effective_address;
+pub(crate) use operand::effective_offset;
 pub use paging::is_canonical;
 
 /// With whose rights a linear address is accessed.

@@ -4,7 +4,7 @@ use super::{ExecError, Privilege, System};
 use crate::exception::Exception;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, gpr, seg};
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Code, Instruction, OpKind, Register};
 
 /// All ones in the low `size` bytes; `size` is 1, 2, 4 or 8.
 #[inline]
@@ -177,7 +177,15 @@ pub(crate) fn effective_offset(state: &CpuState, instr: &Instruction) -> u64 {
 /// Index in [`CpuState::seg`] of the segment that the memory operand is in.
 #[inline]
 pub(crate) fn memory_segment(instr: &Instruction) -> usize {
-    segment_index(instr.memory_segment())
+    let segment = segment_index(instr.memory_segment());
+    if instr.code_size() != CodeSize::Code64 || segment >= seg::FS {
+        return segment;
+    }
+    // 64-bit mode ignores the other prefixes.
+    match instr.memory_base().full_register() {
+        Register::RSP | Register::RBP => seg::SS,
+        _ => seg::DS,
+    }
 }
 
 /// Linear address of the memory operand `operand` of `instr`: segment base, address-size wrap, limit or canonical
