@@ -89,6 +89,7 @@ pub struct Core {
     pub debug_hits: u64,
     /// Pages that began to be watched; blocks must not keep translations across a change.
     pub watched: u64,
+    pub statistics: super::Statistics,
     /// How often all code was forgotten: indexes of blocks and sites live no longer.
     clears: u64,
     /// Blocks whose groups crossed pages too often: their starts are translated without groups.
@@ -144,6 +145,7 @@ impl Core {
             commit: None,
             debug_hits: 0,
             watched: 0,
+            statistics: Default::default(),
             clears: 0,
             ungrouped: FastMap::default(),
             used: Default::default(),
@@ -270,6 +272,7 @@ impl Core {
         if !block.valid {
             return;
         }
+        self.statistics.killed += 1;
         block.valid = false;
         self.code.patch_jmp(block.checked, block.lookup_stub);
         self.code.patch_jmp(block.entry, block.lookup_stub);
@@ -443,6 +446,10 @@ impl Core {
             second_page: None,
             tlb_mask: self.tlb_mask,
         };
+        self.statistics.translated += 1;
+        if special.is_some() {
+            self.statistics.translated_special += 1;
+        }
         let origin = self.code.next();
         let mut straddling = [0u8; 15];
         let mut second_physical = None;
@@ -621,6 +628,7 @@ impl Core {
             let before = self.now();
             let entry = self.blocks[index as usize].entry;
             let argument = self.enter(entry);
+            self.statistics.entries += 1;
             if was_careful {
                 if argument == exit::ABORTED {
                     self.commit = None;
@@ -646,7 +654,12 @@ impl Core {
                     let site = unsafe { (*self.block).slow_site };
                     self.rewind(site);
                     match std::mem::replace(&mut self.pending, Pending::None) {
-                        Pending::Careful => careful = true,
+                        Pending::Careful => {
+                            self.statistics.careful += 1;
+                            let rip = self.state().rip;
+                            *self.statistics.careful_at.entry(rip).or_default() += 1;
+                            careful = true;
+                        }
                         Pending::Exception(exception) => {
                             let exception = self.first_exception(exception);
                             if let Some(stop) = self.raise(exception) {
@@ -659,6 +672,7 @@ impl Core {
                 }
                 site => match self.translator.sites[site as usize].kind {
                     SiteKind::Link { target, patch } => {
+                        self.statistics.link += 1;
                         let source = self.translator.sites[site as usize].block;
                         self.state_mut().rip = target;
                         if !self.blocks[source as usize].special {
@@ -682,10 +696,12 @@ impl Core {
                         }
                     }
                     SiteKind::Budget => {
+                        self.statistics.budget += 1;
                         self.rewind(site);
                         short = true;
                     }
                     SiteKind::Lookup => {
+                        self.statistics.lookup += 1;
                         self.rewind(site);
                         follow = Follow::Forward { old: self.translator.sites[site as usize].block };
                     }
@@ -695,6 +711,7 @@ impl Core {
                             return Stop::Limit;
                         }
                         let instruction = self.translator.emulated[instruction as usize];
+                        self.statistics.emulate(instruction.mnemonic());
                         // The shadow covers the instruction just before this one, unless this is the first.
                         if let Some(stop) = self.emulate(&instruction) {
                             return stop;
@@ -877,6 +894,7 @@ impl Core {
 
     /// Delivers an exception; Some if that ends the run.
     fn raise(&mut self, exception: Exception) -> Option<Stop> {
+        self.statistics.exceptions += 1;
         self.state_mut().interrupt_shadow = false;
         let state: *mut CpuState = self.state_mut();
         // SAFETY: the state lives in the vCPU block, which the delivery reaches through this reference alone.
@@ -894,6 +912,7 @@ impl Core {
         // SAFETY: as in `raise`.
         let state = unsafe { &mut *state };
         state.halted = false;
+        *self.statistics.interrupts.entry(vector).or_default() += 1;
         let result = system::deliver_interrupt(state, vector, self);
         self.bus = None;
         result.map_err(|_| Stop::TripleFault)
@@ -1018,6 +1037,7 @@ unsafe extern "sysv64" fn memory_slow(core: *mut Core, linear: u64, site: u32) -
         // SAFETY: translated code is suspended in the thunk that will read this.
         unsafe { (*core.block).slow_resume = resume };
     }
+    core.statistics.slow_accesses += 1;
     let pointer = core.slow_access(linear, site);
     core.unretired_now = 0;
     pointer.unwrap_or(std::ptr::null_mut())

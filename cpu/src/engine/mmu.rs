@@ -55,6 +55,7 @@ impl Core {
 
     /// Forgets translations; those of global pages only if `global`.
     pub fn flush_tlbs(&mut self, global: bool) {
+        self.statistics.flushes += 1;
         for c in 0..super::block::CLASSES {
             for write in 0..2 {
                 self.flush_tlb(c, write, global);

@@ -19,6 +19,7 @@ mod mode;
 mod pages;
 mod registers;
 mod signals;
+mod statistics;
 mod thunks;
 mod translate;
 
@@ -27,6 +28,8 @@ use crate::memory::GuestMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
 use crate::Icount;
+
+pub use statistics::Statistics;
 
 /// How the engine works. None of it can change a state or a hash; tests vary all of it.
 #[derive(Clone, Debug)]
@@ -175,6 +178,11 @@ impl Engine {
     /// Tells the engine that something else than the vCPU has written `len` bytes of RAM at `gpa`.
     pub fn memory_written(&mut self, gpa: u64, len: u64) {
         self.core.memory_written(gpa, len);
+    }
+
+    /// What the engine has done so far, for tuning. It says nothing about the guest.
+    pub fn statistics(&self) -> &Statistics {
+        &self.core.statistics
     }
 
     /// Numbers of the pages (guest-physical address / 4096) that may have been written since the last call, in

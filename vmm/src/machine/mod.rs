@@ -165,6 +165,11 @@ impl Machine {
         Ok(machine)
     }
 
+    /// What the engine has done so far, for tuning.
+    pub fn engine_statistics(&self) -> &orrery_cpu::engine::Statistics {
+        self.engine.statistics()
+    }
+
     /// Instructions retired.
     pub fn icount(&self) -> Icount {
         self.engine.icount()

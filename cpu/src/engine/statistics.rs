@@ -1,0 +1,64 @@
+//! Counts of what the engine does, for tuning. Nothing of it reaches the guest.
+
+use super::hash::FastMap;
+use iced_x86::Mnemonic;
+
+/// How often translated code was entered, and why it came back.
+#[derive(Clone, Debug, Default)]
+pub struct Statistics {
+    /// Entries into translated code.
+    pub entries: u64,
+    /// Blocks translated.
+    pub translated: u64,
+    /// Blocks invalidated.
+    pub killed: u64,
+    /// Indirect branches that missed the jump cache.
+    pub indirect: u64,
+    /// Direct branches followed for the first time.
+    pub link: u64,
+    /// Blocks cut short by the budget.
+    pub budget: u64,
+    /// Blocks that had to be looked up again.
+    pub lookup: u64,
+    /// Instructions executed alone, with every access through Rust.
+    pub careful: u64,
+    /// Accesses that missed the TLB.
+    pub slow_accesses: u64,
+    /// Exceptions delivered.
+    pub exceptions: u64,
+    /// Flushes of all translations.
+    pub flushes: u64,
+    /// Of the translated blocks, those for one purpose.
+    pub translated_special: u64,
+    /// External interrupts by vector.
+    pub interrupts: FastMap<u8, u64>,
+    /// Careful instructions by address.
+    pub careful_at: FastMap<u64, u64>,
+    emulated: FastMap<u32, u64>,
+}
+
+impl Statistics {
+    /// Counts one emulated instruction.
+    pub(super) fn emulate(&mut self, mnemonic: Mnemonic) {
+        *self.emulated.entry(mnemonic as u32).or_default() += 1;
+    }
+
+    /// Emulated instructions by mnemonic, most frequent first.
+    pub fn emulated(&self) -> Vec<(String, u64)> {
+        let mut list: Vec<_> = Mnemonic::values()
+            .filter_map(|m| self.emulated.get(&(m as u32)).map(|count| (format!("{m:?}").to_lowercase(), *count)))
+            .collect();
+        list.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        list
+    }
+}
+
+impl Statistics {
+    /// The addresses with most careful instructions.
+    pub fn most_careful(&self) -> Vec<(u64, u64)> {
+        let mut list: Vec<_> = self.careful_at.iter().map(|(a, c)| (*a, *c)).collect();
+        list.sort_by_key(|(address, count)| (std::cmp::Reverse(*count), *address));
+        list.truncate(20);
+        list
+    }
+}
