@@ -17,7 +17,7 @@ pub fn cpu_name() -> String {
     if __cpuid(0x8000_0000).eax < 0x8000_0004 {
         return String::new();
     }
-    let leaves = (0x8000_0002..=0x8000_0004).map(|number| __cpuid(number));
+    let leaves = (0x8000_0002..=0x8000_0004).map(__cpuid);
     let bytes: Vec<u8> =
         leaves.flat_map(|l| [l.eax, l.ebx, l.ecx, l.edx]).flat_map(|word| word.to_le_bytes()).collect();
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').trim().to_owned()

@@ -66,7 +66,7 @@ impl Sampler {
     }
 
     /// Runs to the next sample; None after the last.
-    pub fn next(&mut self) -> Result<Option<Sample>, ForeignInputs> {
+    pub fn next_sample(&mut self) -> Result<Option<Sample>, ForeignInputs> {
         if self.done {
             return Ok(None);
         }
@@ -324,14 +324,15 @@ fn translate(machine: &Machine, linear: u64) -> Option<u64> {
 /// How the engine works in the `index`-th run of `verify --perturb`: every run differently, the first plainly.
 pub fn perturbed(base: &EngineConfig, index: u32) -> EngineConfig {
     let mut config = base.clone();
-    match index % 5 {
+    match index % 6 {
         0 => {}
         1 => config.max_block_instructions = 1,
         2 => config.tlb_bits = 2,
         3 => config.chaining = false,
+        4 => config.grouping = false,
         _ => config.chaos_seed = Some(u64::from(index)),
     }
-    if index >= 5 {
+    if index >= 6 {
         config.chaos_seed = Some(u64::from(index));
     }
     config

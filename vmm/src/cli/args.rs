@@ -83,6 +83,9 @@ pub struct EngineArgs {
     /// Do not chain blocks
     #[arg(long, hide = true)]
     pub engine_no_chaining: bool,
+    /// Do not share address translations inside a block
+    #[arg(long, hide = true)]
+    pub engine_no_grouping: bool,
     /// Longest block, in instructions
     #[arg(long, hide = true, value_name = "N")]
     pub engine_block: Option<u32>,
@@ -210,7 +213,7 @@ pub struct ImageArgs {
 #[derive(Subcommand, Debug)]
 pub enum ImageCommand {
     /// Build an image from a kernel and a root file system
-    Build(ImageBuildArgs),
+    Build(Box<ImageBuildArgs>),
     /// Show what is in an image
     Inspect(ImageInspectArgs),
     /// Write an image's kernel, initramfs and disks to files

@@ -12,7 +12,7 @@ use super::say;
 
 pub(super) fn image(arguments: ImageArgs) -> Result<u8, Failure> {
     match arguments.command {
-        ImageCommand::Build(arguments) => build_image(arguments),
+        ImageCommand::Build(arguments) => build_image(*arguments),
         ImageCommand::Inspect(arguments) => inspect(arguments),
         ImageCommand::Extract(arguments) => extract(arguments),
     }

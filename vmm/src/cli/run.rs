@@ -77,13 +77,15 @@ pub(super) fn build_machine(
 
 /// The engine's configuration that hidden flags give.
 pub(super) fn engine_config(arguments: &EngineArgs) -> EngineConfig {
-    let mut config = EngineConfig::default();
-    config.chaos_seed = arguments.engine_chaos;
-    config.chaining &= !arguments.engine_no_chaining;
-    config.tlb_bits = arguments.engine_tlb_bits.unwrap_or(config.tlb_bits);
-    config.max_block_instructions = arguments.engine_block.unwrap_or(config.max_block_instructions);
-    config.code_cache_bytes = arguments.engine_cache.map_or(config.code_cache_bytes, |mib| mib << 20);
-    config
+    let plain = EngineConfig::default();
+    EngineConfig {
+        tlb_bits: arguments.engine_tlb_bits.unwrap_or(plain.tlb_bits),
+        chaining: plain.chaining && !arguments.engine_no_chaining,
+        max_block_instructions: arguments.engine_block.unwrap_or(plain.max_block_instructions),
+        code_cache_bytes: arguments.engine_cache.map_or(plain.code_cache_bytes, |mib| mib << 20),
+        chaos_seed: arguments.engine_chaos,
+        grouping: plain.grouping && !arguments.engine_no_grouping,
+    }
 }
 
 pub(super) fn record_failure(error: RecordError) -> Failure {

@@ -101,7 +101,7 @@ impl Session<'_> {
         let bar = self.bar(None);
         let mut sampler = self.sampler(0)?;
         let mut samples = Vec::new();
-        while let Some(sample) = sampler.next().map_err(inputs_failure)? {
+        while let Some(sample) = sampler.next_sample().map_err(inputs_failure)? {
             bar.set_message(format!("run 1 of {}, icount {}", self.arguments.times, sample.icount));
             bar.inc(1);
             samples.push(sample);
@@ -115,7 +115,7 @@ impl Session<'_> {
         let mut sampler = self.sampler(run)?;
         let mut equal_at = 0;
         for expected in reference {
-            let sample = sampler.next().map_err(inputs_failure)?;
+            let sample = sampler.next_sample().map_err(inputs_failure)?;
             if sample.as_ref() != Some(expected) {
                 bar.finish_and_clear();
                 let differs_at = sample.map_or(expected.icount, |sample| sample.icount.max(expected.icount));

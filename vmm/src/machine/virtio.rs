@@ -18,7 +18,7 @@ const FIXED_SLOTS: usize = 3;
 
 /// One slot.
 pub(super) enum VirtioSlot {
-    Entropy(VirtioMmio<Entropy>),
+    Entropy(Box<VirtioMmio<Entropy>>),
     Agent(VirtioMmio<Console>),
     Net(VirtioMmio<Net>),
     Disk(Box<VirtioMmio<Block>>),
@@ -28,7 +28,7 @@ impl VirtioSlot {
     /// The device with its registers.
     pub fn device(&mut self) -> &mut dyn Device {
         match self {
-            VirtioSlot::Entropy(device) => device,
+            VirtioSlot::Entropy(device) => device.as_mut(),
             VirtioSlot::Agent(device) => device,
             VirtioSlot::Net(device) => device,
             VirtioSlot::Disk(device) => device.as_mut(),
@@ -75,7 +75,7 @@ pub(super) fn slots(seed: Seed, disks: &[Content]) -> Result<Vec<VirtioSlot>, Ma
         return Err(MachineError::Devices { reason });
     }
     let mut slots = vec![
-        VirtioSlot::Entropy(VirtioMmio::new(0, Entropy::new(seed.0))),
+        VirtioSlot::Entropy(Box::new(VirtioMmio::new(0, Entropy::new(seed.0)))),
         VirtioSlot::Agent(VirtioMmio::new(1, Console::new())),
         VirtioSlot::Net(VirtioMmio::new(2, Net::new(MAC))),
     ];
