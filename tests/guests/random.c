@@ -7,7 +7,9 @@
 #include <sys/auxv.h>
 #include <sys/random.h>
 
-static void show(const char *source, uint64_t value) { printf("random: %s %016llx\n", source, (unsigned long long)value); }
+static void show(const char *source, uint64_t value) {
+    printf("random: %s %016llx\n", source, (unsigned long long)value);
+}
 
 int main(void) {
     unsigned long long value = 0;

@@ -118,7 +118,8 @@ public final class Bench {
         for (int round = 0; round < 60; round++) {
             StringBuilder text = new StringBuilder();
             for (int i = 0; i < 20_000; i++) {
-                text.append("line ").append(i).append(": ").append(pick.next()).append(' ').append((char) ('a' + i % 26));
+                text.append("line ").append(i).append(": ").append(pick.next());
+                text.append(' ').append((char) ('a' + i % 26));
                 text.append(i % 3 == 0).append('\n');
             }
             String whole = text.toString();
