@@ -1,7 +1,7 @@
 # Orrery: what one types in this house. `make help` lists the targets.
 
 CARGO ?= cargo
-ORRERY = target/release/orrery
+ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
 .PHONY: help all build test demo bench clean
