@@ -1,6 +1,5 @@
 //! A map with a fixed, fast hash: the order of its entries is never looked at, and its keys are small integers.
 
-use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 /// Multiplies and folds; enough for integers.
@@ -36,4 +35,4 @@ impl Hasher for FastHasher {
 
 /// A hash map whose behaviour depends on its contents alone.
 #[allow(clippy::disallowed_types)]
-pub type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<FastHasher>>;
+pub type FastMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<FastHasher>>;
