@@ -177,6 +177,7 @@ impl RawTerminal {
         let mut raw = saved;
         raw.c_lflag &= !(libc::ICANON | libc::ECHO);
         raw.c_iflag &= !(libc::ICRNL | libc::IXON);
+        raw.c_oflag &= !libc::ONLCR;
         // SAFETY: `raw` comes from tcgetattr on the same descriptor.
         (unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw const raw) } == 0).then_some(RawTerminal { fd, saved })
     }
