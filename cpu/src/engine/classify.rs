@@ -323,7 +323,7 @@ pub fn must_be_aligned(ins: &Instruction) -> bool {
         Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Pcmpestri64 | Pcmpestrm64 => {
             false
         }
-        Cmpxchg16b => true,
+        Cmpxchg16b | Cvtpd2pi | Cvttpd2pi => true,
         Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => true,
         // Hosts differ about SHA: there the instruction itself decides.
         Sha1msg1 | Sha1msg2 | Sha1nexte | Sha1rnds4 | Sha256msg1 | Sha256msg2 | Sha256rnds2 => false,

@@ -732,14 +732,17 @@ impl Translator {
         let guest = gpr_number(offset_register).expect("the bit offset is a general register");
         let size = offset_register.size();
         self.clobber_flags();
-        self.address(ins, 0);
+        self.offset(ins, host::RCX, 0, true);
         self.fetch(host::RAX, guest);
         match size {
             8 => self.a.put(&[0x48, 0xC1, 0xF8, 6]), // sar rax, 6
             4 => self.a.put(&[0x48, 0x63, 0xC0, 0x48, 0xC1, 0xF8, 5]), // movsxd rax, eax; sar rax, 5
             _ => self.a.put(&[0x48, 0x0F, 0xBF, 0xC0, 0x48, 0xC1, 0xF8, 4]), // movsx rax, ax; sar rax, 4
         }
-        self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RCX), Some((host::RAX, size as u8)), 0);
+        // The distance counts before the effective address is cut to the address size.
+        let wide = self.mode.is_64bit() && address_size(ins) == 8;
+        self.a.lea(wide, host::RCX, Some(host::RCX), Some((host::RAX, size as u8)), 0);
+        self.add_segment_base(ins);
         self.lookup(size, true, ins.mnemonic() != Mnemonic::Bt);
         self.fetch(host::RAX, guest);
         self.a.and32(host::RAX, size as u32 * 8 - 1);
@@ -1117,6 +1120,16 @@ impl Translator {
         if use_of.flags_out {
             self.flags = Flags::Host;
         }
+    }
+}
+
+/// Bytes of the addresses that the memory operand is computed in.
+fn address_size(ins: &Instruction) -> usize {
+    let register = if ins.memory_base() != Register::None { ins.memory_base() } else { ins.memory_index() };
+    match register {
+        Register::None => ins.memory_displ_size() as usize,
+        Register::EIP => 4,
+        register => register.size(),
     }
 }
 

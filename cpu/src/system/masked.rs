@@ -7,6 +7,7 @@ use super::operand::{
 };
 use super::{ExecError, Executed, Privilege, System, UD, retire, x87};
 use crate::exception::Exception;
+use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, gpr, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -51,12 +52,15 @@ pub(super) fn maskmov_bytes(state: &mut CpuState, instr: &Instruction, sys: &mut
     if let Some(exception) = refused(state, instr) {
         return Err(exception.into());
     }
+    let mmx = instr.mnemonic() == Mnemonic::Maskmovq;
+    if mmx {
+        x87::check_waiting(state)?;
+    }
     let width = match instr.op0_kind() {
         OpKind::MemorySegDI => 2,
         OpKind::MemorySegEDI => 4,
         _ => 8,
     };
-    let mmx = instr.mnemonic() == Mnemonic::Maskmovq;
     let (source, mask_bytes, length) = if mmx {
         (read_mmx(state, instr.op1_register()), read_mmx(state, instr.op2_register()), 8)
     } else {
@@ -65,16 +69,7 @@ pub(super) fn maskmov_bytes(state: &mut CpuState, instr: &Instruction, sys: &mut
     };
     let offset = state.gpr[gpr::RDI] & mask(width);
     let at = linear(state, memory_segment(instr), offset, length, true)?;
-    let mut first = 0;
-    while first < length {
-        if mask_bytes[first] & 0x80 == 0 {
-            first += 1;
-            continue;
-        }
-        let run = mask_bytes[first..length].iter().take_while(|byte| **byte & 0x80 != 0).count();
-        sys.write(state, at.wrapping_add(first as u64), &source[first..first + run], Privilege::Current)?;
-        first += run;
-    }
+    store_selected(state, sys, at, &source[..length], |byte| mask_bytes[byte] & 0x80 != 0)?;
     if mmx {
         // Like every MMX instruction: TOP becomes 0 and all registers valid.
         let top = x87::top(state);
@@ -83,6 +78,47 @@ pub(super) fn maskmov_bytes(state: &mut CpuState, instr: &Instruction, sys: &mut
         state.fpu.0[4] = 0xFF;
     }
     retire(state, instr)
+}
+
+/// Stores the selected bytes of `source` at `at`. Nothing is stored unless all of them can be, and pages without
+/// one are not touched.
+fn store_selected(
+    state: &mut CpuState,
+    sys: &mut dyn System,
+    at: u64,
+    source: &[u8],
+    selected: impl Fn(usize) -> bool,
+) -> Result<(), Exception> {
+    let Some(first) = (0..source.len()).find(|byte| selected(*byte)) else { return Ok(()) };
+    let last = (first..source.len()).rev().find(|byte| selected(*byte)).unwrap_or(first);
+    let start = at.wrapping_add(first as u64);
+    let crosses = start % PAGE_SIZE + (last - first) as u64 >= PAGE_SIZE;
+    if crosses {
+        // There is one vCPU: writing back what lies between the selected bytes is not seen by anyone.
+        let mut bytes = [0; 32];
+        let bytes = &mut bytes[..=last - first];
+        sys.read(state, start, bytes, Privilege::Current)
+            .map_err(|exception| match exception {
+                // The page that cannot be read cannot be written either: say that it was a write.
+                Exception::PageFault { address, error } => Exception::PageFault { address, error: error | 2 },
+                other => other,
+            })?;
+        for byte in (first..=last).filter(|byte| selected(*byte)) {
+            bytes[byte - first] = source[byte];
+        }
+        return sys.write(state, start, bytes, Privilege::Current);
+    }
+    let mut byte = first;
+    while byte <= last {
+        if !selected(byte) {
+            byte += 1;
+            continue;
+        }
+        let run = (byte..=last).take_while(|byte| selected(*byte)).count();
+        sys.write(state, at.wrapping_add(byte as u64), &source[byte..byte + run], Privilege::Current)?;
+        byte += run;
+    }
+    Ok(())
 }
 
 /// The image holds x87 registers in stack order, and MMX names physical ones.
@@ -107,6 +143,12 @@ pub(super) fn vmaskmov(state: &mut CpuState, instr: &Instruction, sys: &mut dyn 
     let store = instr.op0_kind() == OpKind::Memory;
     let (segment, offset) = (memory_segment(instr), super::operand::effective_offset(state, instr));
     let wrap = mask(address_size(instr));
+    let wraps = offset > wrap - (length as u64 - 1);
+    if store && !wraps && let Ok(at) = linear(state, segment, offset, length, true) {
+        let source = read_vector(state, vector_number(instr.op2_register()));
+        store_selected(state, sys, at, &source[..length], |byte| selected(&mask_bytes, byte / size, size))?;
+        return retire(state, instr);
+    }
     let source = if store { read_vector(state, vector_number(instr.op2_register())) } else { [0; 32] };
     let mut loaded = [0; 32];
     for index in (0..length / size).filter(|index| selected(&mask_bytes, *index, size)) {
@@ -147,7 +189,6 @@ pub(super) fn gather(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     let indices = read_vector(state, numbers[2]);
     let mut mask_bytes = read_vector(state, numbers[1]);
     let mut values = read_vector(state, numbers[0]);
-    values[count * size..].fill(0);
     let address = Address::of(state, instr);
     for index in 0..count {
         if selected(&mask_bytes, index, size) {
@@ -166,6 +207,7 @@ pub(super) fn gather(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
         }
         set_element(&mut mask_bytes, index, size, 0);
     }
+    values[count * size..].fill(0);
     write_vector(state, numbers[0], &values);
     write_vector(state, numbers[1], &[0; 32]);
     retire(state, instr)

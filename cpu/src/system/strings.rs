@@ -97,6 +97,25 @@ impl StringOp {
         Ok((at, page_room.min(wrap_room)))
     }
 
+    /// Host pointer to the lowest byte of a run of `elements` elements, the first of which is at `at`. A page fault
+    /// is that of the first element.
+    fn pointer(
+        &self,
+        state: &mut CpuState,
+        sys: &mut dyn System,
+        at: u64,
+        elements: u64,
+        write: bool,
+    ) -> Result<Option<*mut u8>, Exception> {
+        let bytes = elements as usize * self.size;
+        sys.page_pointer(state, self.lowest(at, elements), bytes, write, Privilege::Current).map_err(|exception| {
+            match exception {
+                Exception::PageFault { error, .. } => Exception::PageFault { address: at, error },
+                other => other,
+            }
+        })
+    }
+
     /// Lowest address of a run of `elements` whose first element is at `at`.
     fn lowest(&self, at: u64, elements: u64) -> u64 {
         if self.backward { at - (elements - 1) * self.size as u64 } else { at }
@@ -178,13 +197,19 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
 /// Copies at least one element; how many.
 fn move_run(state: &mut CpuState, op: &StringOp, sys: &mut dyn System) -> Result<u64, Exception> {
     let (from, from_room) = op.run(state, op.source, gpr::RSI, false)?;
-    let (to, to_room) = op.run(state, seg::ES, gpr::RDI, true)?;
+    let (to, to_room) = match op.run(state, seg::ES, gpr::RDI, true) {
+        Ok(run) => run,
+        Err(exception) => {
+            // The source is read before the destination is looked at.
+            read_memory(state, sys, from, op.size, Privilege::Current)?;
+            return Err(exception);
+        }
+    };
     let elements = op.count(state).min(from_room).min(to_room);
     if elements > 0 {
         let bytes = elements as usize * op.size;
-        let source = sys.page_pointer(state, op.lowest(from, elements), bytes, false, Privilege::Current)?;
-        if let Some(source) = source {
-            let target = sys.page_pointer(state, op.lowest(to, elements), bytes, true, Privilege::Current)?;
+        if let Some(source) = op.pointer(state, sys, from, elements, false)? {
+            let target = op.pointer(state, sys, to, elements, true)?;
             if let Some(target) = target {
                 // SAFETY: `System::page_pointer` promises both pointers valid to the end of their pages, for
                 // reading and writing; `run` has kept `bytes` inside both pages. Alignment is not assumed.
@@ -297,7 +322,7 @@ fn store_run(state: &mut CpuState, op: &StringOp, sys: &mut dyn System) -> Resul
     let elements = op.count(state).min(room);
     if elements > 0 {
         let bytes = elements as usize * op.size;
-        let target = sys.page_pointer(state, op.lowest(to, elements), bytes, true, Privilege::Current)?;
+        let target = op.pointer(state, sys, to, elements, true)?;
         if let Some(target) = target {
             let first = value as u8;
             let uniform = value.to_le_bytes()[..op.size].iter().all(|byte| *byte == first);
@@ -333,10 +358,7 @@ fn compare_run(
     let (right, right_room) = op.run(state, seg::ES, gpr::RDI, false)?;
     let elements = op.count(state).min(left_room).min(right_room);
     if elements > 0 {
-        let bytes = elements as usize * op.size;
-        let mut page = |state: &mut CpuState, at| {
-            sys.page_pointer(state, op.lowest(at, elements), bytes, false, Privilege::Current)
-        };
+        let mut page = |state: &mut CpuState, at| op.pointer(state, sys, at, elements, false);
         let left_page = if two { page(state, left)? } else { None };
         let right_page = if two && left_page.is_none() { None } else { page(state, right)? };
         if let Some(right_page) = right_page {

@@ -5,6 +5,7 @@ use super::availability::x87_refused;
 use super::operand::address;
 use super::xsave::normalise_x87;
 use super::{ExecError, Executed, Privilege, System, retire};
+use crate::exception::Exception;
 use crate::state::CpuState;
 use iced_x86::{Code, Instruction};
 
@@ -85,6 +86,12 @@ fn check(state: &CpuState) -> Result<(), ExecError> {
     x87_refused(state).map_or(Ok(()), |exception| Err(exception.into()))
 }
 
+/// As [`check`], for instructions that wait: an unmasked error that is pending (FSW.ES) is raised first.
+pub(super) fn check_waiting(state: &CpuState) -> Result<(), ExecError> {
+    check(state)?;
+    if word(state, 2) & 0x80 != 0 { Err(Exception::FloatingPoint.into()) } else { Ok(()) }
+}
+
 pub(super) fn fnstenv(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     check(state)?;
     let (bytes, size) = environment(state, is_narrow(instr));
@@ -97,7 +104,7 @@ pub(super) fn fnstenv(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
 }
 
 pub(super) fn fldenv(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
-    check(state)?;
+    check_waiting(state)?;
     let narrow = is_narrow(instr);
     let size = if narrow { 14 } else { 28 };
     let at = address(state, instr, size, false)?;
@@ -142,7 +149,7 @@ pub(super) fn rotate_to_top_zero(state: &mut CpuState, top: usize) {
 }
 
 pub(super) fn frstor(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
-    check(state)?;
+    check_waiting(state)?;
     let narrow = is_narrow(instr);
     let size = if narrow { 14 } else { 28 };
     let at = address(state, instr, size + 80, false)?;

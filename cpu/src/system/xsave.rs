@@ -5,8 +5,9 @@
 //! on and of the header are not written.
 
 use super::availability::{avx_refused, sse_refused, x87_refused, xsave_refused};
-use super::operand::{address, write_memory};
+use super::operand::{address, effective_offset, memory_segment, write_memory};
 use super::{ExecError, Executed, GP0, Privilege, System, retire};
+use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, XSAVE_SIZE, control, gpr};
 use iced_x86::{EncodingKind, Instruction};
 
@@ -68,6 +69,13 @@ pub(super) fn fxsave(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     }
     let end = if state.cr4 & control::CR4_OSFXSR != 0 { xmm_end(state) } else { XMM_BEGIN };
     let image = state.fpu;
+    // The area's reserved end is not written, but must be writable.
+    let last = at.wrapping_add(LEGACY as u64 - 1);
+    if last / PAGE_SIZE != at / PAGE_SIZE {
+        for page in [at, last & !(PAGE_SIZE - 1)] {
+            sys.page_pointer(state, page, 1, true, Privilege::Current)?;
+        }
+    }
     sys.write(state, at, &image.0[..end], Privilege::Current)?;
     retire(state, instr)
 }
@@ -117,8 +125,12 @@ fn area(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Resu
     if let Some(exception) = xsave_refused(state) {
         return Err(exception.into());
     }
-    let at = address(state, instr, size, write)?;
-    if at % 64 != 0 { Err(GP0) } else { Ok(at) }
+    // That it is not aligned is said before that it is no address.
+    let base = state.seg[memory_segment(instr)].base;
+    if base.wrapping_add(effective_offset(state, instr)) % 64 != 0 {
+        return Err(GP0);
+    }
+    Ok(address(state, instr, size, write)?)
 }
 
 /// Bytes of the area that the requested components reach to, at least the header.

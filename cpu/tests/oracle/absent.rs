@@ -82,14 +82,16 @@ pub fn check(guest: &mut Guest) -> (u64, String) {
     let (mut count, mut report) = (0, String::new());
     for code in Code::values() {
         for seed in 0..3 {
-            let Some(case) = case(code, seed) else { continue };
+            let Some(case) = case(code, seed) else {
+                continue;
+            };
             count += 1;
             match guest.run(&case) {
                 Ok(outcome) if outcome.ending.vector == 6 && outcome.registers.rip == case.registers.rip => {}
                 Ok(outcome) => {
                     report += &format!("{code:?}: vector {}\n{}", outcome.ending.vector, compare::describe(&case));
                 }
-                Err(refusal) => report += &format!("{code:?}: {}\n{}", refusal.0, compare::describe(&case)),
+                Err(refusal) => report += &format!("{code:?}: {refusal:?}\n{}", compare::describe(&case)),
             }
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use iced_x86::{Code, Mnemonic};
 
-use crate::case::{Case, Executor, Outcome};
+use crate::case::{Case, Executor, Outcome, Refusal};
 use crate::compare::{self, Difference, Tolerance};
 use crate::generate::sequence;
 use crate::guest::Guest;
@@ -28,7 +28,9 @@ impl Watchdog {
             let mut last = 0;
             loop {
                 std::thread::sleep(Duration::from_secs(10));
-                let Some(current) = watched.upgrade() else { return };
+                let Some(current) = watched.upgrade() else {
+                    return;
+                };
                 let Ok(guard) = current.lock() else { return };
                 if let Some((number, case)) = guard.as_ref() {
                     if *number == last {
@@ -105,7 +107,11 @@ impl Campaign {
         self.native.count = can_count(case) && Rng::new(case.seed).one_in(8);
         let expected = self.native.run(case);
         self.native.count = false;
-        let expected = expected.map_err(|r| r.0)?;
+        let expected = match expected {
+            Ok(expected) => expected,
+            Err(Refusal::Endless) => return Ok(Vec::new()),
+            Err(Refusal::Lacks(what)) => return Err(what),
+        };
         self.endings[usize::from(expected.ending.vector & 31)] += 1;
         if expected.ending.vector == 3 {
             for instruction in &case.instructions {
@@ -122,7 +128,10 @@ impl Campaign {
     fn run_guest(&mut self, case: &Case) -> Result<Outcome, String> {
         let guest = &mut self.guest;
         match catch_unwind(AssertUnwindSafe(|| guest.run(case))) {
-            Ok(outcome) => outcome.map_err(|r| r.0),
+            Ok(outcome) => outcome.map_err(|refusal| match refusal {
+                Refusal::Endless => "endless".to_string(),
+                Refusal::Lacks(what) => what,
+            }),
             Err(payload) => {
                 reset_floating_point();
                 self.guest = (self.make_guest)();

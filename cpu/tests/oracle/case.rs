@@ -120,7 +120,12 @@ pub struct Outcome {
 
 /// Why an executor could not run a case.
 #[derive(Clone, Debug)]
-pub struct Refusal(pub String);
+pub enum Refusal {
+    /// It does not come to an end by itself.
+    Endless,
+    /// The executor lacks something.
+    Lacks(String),
+}
 
 /// Something that executes cases.
 pub trait Executor {

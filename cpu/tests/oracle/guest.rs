@@ -290,18 +290,22 @@ impl Executor for Guest {
                 break stop;
             }
             if self.engine.icount().0 != limit {
-                return Err(Refusal(format!("stopped at icount {} for limit {limit}", self.engine.icount().0)));
+                return Err(Refusal::Lacks(format!("stopped at icount {} for limit {limit}", self.engine.icount().0)));
             }
         };
         match stop {
             Stop::Halted => {}
-            Stop::Unsupported { what, .. } => return Err(Refusal(format!("unsupported: {what}"))),
-            other => return Err(Refusal(format!("{other:?} at rip {:#x}", self.engine.state().rip))),
+            Stop::Unsupported { what, .. } => {
+                return Err(Refusal::Lacks(format!("unsupported: {what}")));
+            }
+            other => {
+                return Err(Refusal::Lacks(format!("{other:?} at rip {:#x}", self.engine.state().rip)));
+            }
         }
         let state = self.engine.state();
         let vector = state.rip.wrapping_sub(HIGH + HANDLERS) / HANDLER_BYTES;
         if vector > 255 {
-            return Err(Refusal(format!("HLT at {:#x}", state.rip)));
+            return Err(Refusal::Lacks(format!("HLT at {:#x}", state.rip)));
         }
         let vector = vector as u8;
         let has_error = matches!(vector, 8 | 10..=14 | 17);

@@ -5,6 +5,9 @@
 //! `ORACLE_CODE` (part of an instruction's name) narrows them to some instructions, `ORACLE_REPORT` names a file for
 //! the disagreements, and `ORACLE_TRACE` prints every case before it runs.
 
+// The rules for the vCPU (clippy.toml) do not bind its tests.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
 mod absent;
 mod campaign;
 mod case;
@@ -25,16 +28,11 @@ use native::Native;
 use orrery_cpu::engine::EngineConfig;
 
 fn environment(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(default)
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
 fn wanted_codes(class: Option<Class>) -> Vec<Code> {
-    let part = std::env::var("ORACLE_CODE")
-        .unwrap_or_default()
-        .to_lowercase();
+    let part = std::env::var("ORACLE_CODE").unwrap_or_default().to_lowercase();
     codes::all()
         .into_iter()
         .filter(|code| class.is_none_or(|c| codes::class(*code) == Some(c)))
@@ -43,31 +41,17 @@ fn wanted_codes(class: Option<Class>) -> Vec<Code> {
 }
 
 fn config() -> EngineConfig {
-    EngineConfig {
-        code_cache_bytes: 16 << 20,
-        ..EngineConfig::default()
-    }
+    EngineConfig { code_cache_bytes: 16 << 20, ..EngineConfig::default() }
 }
 
 /// Runs `singles` cases of one instruction and `programs` short programs; fails if any disagrees.
-fn compare_with_host(
-    config: EngineConfig,
-    drive: Drive,
-    supervisor: bool,
-    singles: u64,
-    programs: u64,
-) {
+fn compare_with_host(config: EngineConfig, drive: Drive, supervisor: bool, singles: u64, programs: u64) {
     let make_guest = Box::new(move || Guest::new(config.clone(), supervisor, drive));
     let mut campaign = Campaign::new(make_guest, supervisor);
     let mut codes = wanted_codes(supervisor.then_some(Class::Ordinary));
     if supervisor {
         // CS and SS are others there.
-        codes.retain(|code| {
-            !code
-                .op_code()
-                .op_kinds()
-                .contains(&OpCodeOperandKind::seg_reg)
-        });
+        codes.retain(|code| !code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg));
     }
     let scale = environment("ORACLE_COUNT", 1);
     let first = environment("ORACLE_SEED", 0) << 32;
@@ -108,12 +92,7 @@ fn engine_agrees_with_host_step_by_step() {
 
 #[test]
 fn engine_agrees_with_host_in_chaos() {
-    let chaotic = EngineConfig {
-        tlb_bits: 1,
-        chaining: false,
-        chaos_seed: Some(1),
-        ..config()
-    };
+    let chaotic = EngineConfig { tlb_bits: 1, chaining: false, chaos_seed: Some(1), ..config() };
     compare_with_host(chaotic, Drive::Strides(3), false, 8_000, 1_000);
 }
 
@@ -121,11 +100,7 @@ fn engine_agrees_with_host_in_chaos() {
 fn absent_features_are_undefined() {
     let (count, report) = absent::check(&mut Guest::new(config(), false, Drive::Whole));
     assert!(count > 500, "only {count} instructions tried");
-    assert!(
-        report.is_empty(),
-        "{}",
-        report.chars().take(10_000).collect::<String>()
-    );
+    assert!(report.is_empty(), "{}", report.chars().take(10_000).collect::<String>());
 }
 
 /// The processor must agree with itself: the harness loads and captures everything, and lets nothing else in.
@@ -137,18 +112,12 @@ fn host_agrees_with_itself() {
         let first = native.run(&case).expect("the host runs everything");
         let second = native.run(&case).expect("the host runs everything");
         let differences = compare::outcomes(&case, &first, &second, Tolerance::default());
-        assert!(
-            differences.is_empty(),
-            "{}{differences:#?}",
-            compare::describe(&case)
-        );
+        assert!(differences.is_empty(), "{}{differences:#?}", compare::describe(&case));
     };
     for seed in 0..4_000 {
         if let Some(case) = generate::single(seed, codes[(seed % codes.len() as u64) as usize]) {
             check(case);
         }
     }
-    (0..400)
-        .filter_map(|seed| generate::sequence::sequence(seed, &codes))
-        .for_each(check);
+    (0..400).filter_map(|seed| generate::sequence::sequence(seed, &codes)).for_each(check);
 }

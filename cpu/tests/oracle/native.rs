@@ -32,6 +32,9 @@ struct Context {
     stepping: u64,
     last_rip: u64,
     steps: u64,
+    /// Counts runs, and the run during which the timer last rang.
+    run: u64,
+    rang_in_run: u64,
     captured: Captured,
 }
 
@@ -64,6 +67,10 @@ const ALTERNATE_STACK_SIZE: usize = 256 << 10;
 const USER_CS: u64 = 0x33;
 const USER_SS: u64 = 0x2B;
 const TF: u64 = 1 << 8;
+/// In place of a vector: the timer ended the case.
+const ENDLESS: u64 = 1 << 32;
+/// A case may take this long, and once more.
+const TIMER_NS: i64 = 100_000_000;
 
 /// Loads the registers of the case and jumps to it; returns when [`on_signal`] sends the thread to [`leave`].
 #[unsafe(naked)]
@@ -190,14 +197,26 @@ unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mu
     unsafe {
         let context = &mut *CONTEXT.0.get();
         let machine = &mut (*frame.cast::<libc::ucontext_t>()).uc_mcontext;
-        if context.running == 0 {
+        if signal == libc::SIGALRM {
+            if context.running == 0 {
+                return 0;
+            }
+            if context.rang_in_run != context.run {
+                context.rang_in_run = context.run;
+                return 1;
+            }
+            // The second time in one case: it has no end.
+        } else if context.running == 0 {
             // Not ours: a bug of the harness or the engine. Let the same fault kill the process.
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = libc::SIG_DFL;
             libc::sigaction(signal, &action, ptr::null_mut());
             return 0;
         }
-        let vector = machine.gregs[libc::REG_TRAPNO as usize] as u64;
+        let mut vector = machine.gregs[libc::REG_TRAPNO as usize] as u64;
+        if signal == libc::SIGALRM {
+            vector = ENDLESS;
+        }
         let rip = machine.gregs[libc::REG_RIP as usize] as u64;
         if vector == 1 && context.stepping != 0 {
             // A REP string instruction traps after every iteration, with RIP still on it; a loop of one
@@ -238,6 +257,7 @@ pub struct Native {
     _only_one: MutexGuard<'static, ()>,
     alternate_stack: Vec<u8>,
     pristine: Vec<u8>,
+    timer: libc::timer_t,
     /// Stop after each instruction to count them. Slow (a signal each), and the case sees TF in PUSHF.
     pub count: bool,
 }
@@ -261,8 +281,13 @@ impl Native {
             };
             assert_eq!(at as u64, region.start, "linear {:#x} is taken in this process", region.start);
         }
-        let native =
-            Native { _only_one: only_one, alternate_stack: vec![0; ALTERNATE_STACK_SIZE], pristine, count: false };
+        let native = Native {
+            timer: start_timer(),
+            _only_one: only_one,
+            alternate_stack: vec![0; ALTERNATE_STACK_SIZE],
+            pristine,
+            count: false,
+        };
         native.restore_memory(true);
         for region in REGIONS {
             let protection = match region.rights {
@@ -304,6 +329,8 @@ impl Native {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // The timer must not ring while a case's registers are taken.
+            libc::sigaddset(&mut action.sa_mask, libc::SIGALRM);
             let mut old: [libc::sigaction; SIGNALS.len()] = std::mem::zeroed();
             for (signal, old) in SIGNALS.iter().zip(&mut old) {
                 libc::sigaction(*signal, &action, old);
@@ -318,8 +345,32 @@ impl Native {
     }
 }
 
+/// A timer that keeps ringing in this thread, to end cases without an end.
+fn start_timer() -> libc::timer_t {
+    // SAFETY: plain system calls on values of ours. The handler stays for the life of the process and does nothing
+    // outside a case.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_signal as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        libc::sigaction(libc::SIGALRM, &action, ptr::null_mut());
+        let mut event: libc::sigevent = std::mem::zeroed();
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = libc::SIGALRM;
+        event.sigev_notify_thread_id = libc::gettid();
+        let mut timer: libc::timer_t = ptr::null_mut();
+        assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer), 0, "timer_create");
+        let period = libc::timespec { tv_sec: 0, tv_nsec: TIMER_NS };
+        let times = libc::itimerspec { it_interval: period, it_value: period };
+        assert_eq!(libc::timer_settime(timer, 0, &times, ptr::null_mut()), 0, "timer_settime");
+        timer
+    }
+}
+
 impl Drop for Native {
     fn drop(&mut self) {
+        // SAFETY: made by `start_timer`, deleted once.
+        unsafe { libc::timer_delete(self.timer) };
         for region in REGIONS {
             // SAFETY: our own mapping, used by nobody else.
             unsafe { libc::munmap(region.start as *mut libc::c_void, (region.pages * PAGE) as usize) };
@@ -387,6 +438,7 @@ impl Executor for Native {
         context.stepping = stepping as u64;
         context.last_rip = r.rip;
         context.steps = 0;
+        context.run += 1;
         let context: *mut Context = context;
         // SAFETY: the case's code is user-mode code generated to touch our regions only, ends in an exception, and
         // its registers are all saved and restored by enter/leave.
@@ -394,6 +446,9 @@ impl Executor for Native {
         // SAFETY: as above, and the handler is done.
         let context = unsafe { &*context };
         let captured = &context.captured;
+        if captured.vector == ENDLESS {
+            return Err(Refusal::Endless);
+        }
         let vector = captured.vector as u8;
         Ok(Outcome {
             registers: Registers {

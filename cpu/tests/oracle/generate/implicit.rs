@@ -3,7 +3,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
-use super::operands::{Setup, gpr_number, memory_size, set_vector, target};
+use super::operands::{Setup, gpr_number, is_canonical, memory_size, set_vector, target};
 use crate::rng::Rng;
 use crate::values::{interesting_f80, interesting_vector};
 
@@ -41,11 +41,12 @@ impl Setup<'_> {
         if uses_rsi {
             let at = target(self.rng, size, true) | upper;
             self.set(6, at);
-            if self.rng.one_in(4) {
-                let segment = self.rng.pick(&[Register::FS, Register::GS]);
+            let segment = self.rng.pick(&[Register::FS, Register::GS]);
+            let base = self.registers.fs_gs_base[(segment == Register::GS) as usize];
+            let offset = (at & !upper).wrapping_sub(base);
+            if self.rng.one_in(4) && is_canonical(offset) {
                 instruction.set_segment_prefix(segment);
-                let base = self.registers.fs_gs_base[(segment == Register::GS) as usize];
-                self.set(6, (at & !upper).wrapping_sub(base));
+                self.set(6, offset);
             }
         }
         if uses_rdi {
@@ -122,7 +123,7 @@ impl Setup<'_> {
                 self.set(3, at | upper);
             }
             Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu => {
-                let at = target(self.rng, 16, true);
+                let at = target(self.rng, 16, mnemonic != Mnemonic::Maskmovq);
                 self.set(7, at | if narrow { upper } else { 0 });
             }
             Mnemonic::Enter => {

@@ -150,6 +150,10 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
     if codes::is_near_branch(code) && bytes[..bytes.len() - 1].iter().any(odd) {
         return None;
     }
+    // Is it XCHG R8 with an idle prefix?
+    if instruction.mnemonic() == Mnemonic::Pause && bytes.len() > 2 {
+        return None;
+    }
     // Whether UD0 and UD1 have operands that must be fetched, too.
     let end = CODE.start + CODE.pages * PAGE;
     if matches!(instruction.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1) && instruction.next_ip() > end {
@@ -169,7 +173,7 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
 
 /// Adds a prefix that changes nothing, or makes the instruction another one.
 fn with_idle_prefix(rng: &mut Rng, bytes: Vec<u8>) -> Vec<u8> {
-    let prefix = rng.pick(&[0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0x40, 0x48]);
+    let prefix = rng.pick(&[0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x40, 0x48]);
     let mut longer = vec![prefix];
     longer.extend_from_slice(&bytes);
     longer

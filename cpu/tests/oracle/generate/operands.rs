@@ -137,7 +137,7 @@ impl Setup<'_> {
         let faults_wanted = self.pointers.is_none() || rng.one_in(6);
         let linear = target(rng, size, faults_wanted);
         // Processors may refuse an offset that is not canonical even if the sum with the base is.
-        if ((linear.wrapping_sub(segment_base) << 16) as i64 >> 16) as u64 != linear.wrapping_sub(segment_base) {
+        if !is_canonical(linear.wrapping_sub(segment_base)) {
             segment_base = 0;
             segment = Register::None;
         }
@@ -463,6 +463,11 @@ pub fn set_vector(registers: &mut Registers, number: usize, bytes: &[u8; 32]) {
 pub fn memory_size(code: Code) -> u64 {
     let size = code.op_code().memory_size();
     if matches!(size, MemorySize::Xsave | MemorySize::Xsave64) { XSAVE_SIZE as u64 } else { size.size() as u64 }
+}
+
+/// Bits 63 to 47 are all the same.
+pub fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
 }
 
 /// A memory operand without registers, or relative to RIP.

@@ -189,7 +189,9 @@ impl Program<'_> {
         let Some(pointers) = self.setup.pointers.clone() else {
             return;
         };
-        if [1, 6, 7].iter().any(|n| pointers.protects(*n) || self.counters.contains(n)) {
+        if [1, 6, 7].iter().any(|n| pointers.protects(*n) || self.counters.contains(n))
+            || !self.keeps_order(&instruction)
+        {
             return;
         }
         for register in [6usize, 7] {
