@@ -120,6 +120,9 @@ impl Campaign {
         }
         let got = self.run_guest(case)?;
         let mut differences = compare::outcomes(case, &expected, &got, self.tolerance);
+        if compare::left_the_model(&expected) {
+            return Ok(Vec::new());
+        }
         differences.extend(compare::memory(case, &self.native, &self.guest));
         Ok(differences)
     }

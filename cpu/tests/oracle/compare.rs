@@ -51,6 +51,11 @@ fn wide(bytes: &[u8]) -> u128 {
     u128::from_le_bytes(buffer)
 }
 
+/// True if the host has taken MXCSR bits that the model reserves (AMD's misaligned-exception mask).
+pub fn left_the_model(outcome: &Outcome) -> bool {
+    u16_at(&outcome.registers.fpu.0, 26) != 0
+}
+
 /// All disagreements about registers, the ending and the count.
 pub fn outcomes(case: &Case, expected: &Outcome, got: &Outcome, tolerance: Tolerance) -> Vec<Difference> {
     let mut report = Report(Vec::new());

@@ -103,6 +103,12 @@ fn absent_features_are_undefined() {
     assert!(report.is_empty(), "{}", report.chars().take(10_000).collect::<String>());
 }
 
+#[test]
+fn engine_agrees_with_host_in_chained_chaos() {
+    let chaotic = EngineConfig { tlb_bits: 2, chaos_seed: Some(2), ..config() };
+    compare_with_host(chaotic, Drive::Strides(50), false, 2_000, 4_000);
+}
+
 /// The processor must agree with itself: the harness loads and captures everything, and lets nothing else in.
 #[test]
 fn host_agrees_with_itself() {

@@ -16,6 +16,8 @@ pub struct Pointers {
     pub bases: Vec<(usize, u64)>,
     /// A register with a small number.
     pub index: Option<(usize, u64)>,
+    /// Where many operands of the program are, so that they share translations, pages and cache lines.
+    pub focus: u64,
 }
 
 impl Pointers {
@@ -135,7 +137,14 @@ impl Setup<'_> {
             _ => {}
         }
         let faults_wanted = self.pointers.is_none() || rng.one_in(6);
-        let linear = target(rng, size, faults_wanted);
+        let mut linear = target(rng, size, faults_wanted);
+        if let Some(pointers) = &self.pointers
+            && size <= 32
+            && !rng.one_in(3)
+        {
+            linear = pointers.focus + rng.below(0x100) & if rng.one_in(2) { !0 } else { !31 };
+        }
+
         // Processors may refuse an offset that is not canonical even if the sum with the base is.
         if !is_canonical(linear.wrapping_sub(segment_base)) {
             segment_base = 0;
@@ -183,7 +192,8 @@ impl Setup<'_> {
         }
 
         if let Some(pointers) = &self.pointers {
-            let (base, value) = rng.pick(&pointers.bases);
+            let favourite = if rng.one_in(3) { rng.pick(&pointers.bases) } else { pointers.bases[0] };
+            let (base, value) = favourite;
             operand_.base = register(base);
             let mut rest = offset.wrapping_sub(value) as i64;
             if rng.one_in(3)

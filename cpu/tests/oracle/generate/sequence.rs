@@ -7,7 +7,7 @@ use iced_x86::{
     MemoryOperand, Mnemonic, OpAccess, Register,
 };
 
-use crate::case::{CODE, Case, DATA, PAGE};
+use crate::case::{CODE, Case, DATA, PAGE, READ_ONLY, STACK};
 use crate::generate::codes::{self, Class};
 use crate::generate::operands::{Pointers, Setup, gpr_number, gpr64, target};
 use crate::generate::{placement, registers};
@@ -447,6 +447,15 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
         let value = rng.below(0x100).wrapping_sub(0x80);
         start.gpr[n] = value;
         pointers.index = Some((n, value));
+    }
+    // Often around a page boundary, sometimes the one behind which nothing can be written.
+    pointers.focus = match rng.below(6) {
+        0 | 1 => DATA.start + PAGE * (1 + rng.below(3)) - rng.below(0x180),
+        2 if rng.one_in(2) => READ_ONLY.start - rng.below(0x200),
+        _ => DATA.start + rng.below(3 * PAGE),
+    };
+    if rng.one_in(4) {
+        start.gpr[4] = STACK.start + PAGE + 8 * rng.below(24);
     }
     let favourites = (0..rng.below(6)).map(|_| rng.pick(codes)).collect();
     let count = 2 + rng.below(14);
