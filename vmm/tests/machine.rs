@@ -10,8 +10,9 @@ use orrery_cpu::engine::EngineConfig;
 use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
 use orrery_vmm::chain::Hash;
-use orrery_vmm::inputs::InputChannel;
+use orrery_vmm::inputs::{Input, InputChannel};
 use orrery_vmm::run::Ended;
+use orrery_vmm::verify::locate;
 use orrery_vmm::{Limits, Machine, MachineConfig, Pause, Seed};
 
 fn machine(image: &Image) -> Machine {
@@ -287,4 +288,24 @@ fn inputs_replay() {
     let mut foreign = Machine::new(&image, &slow, SEED, EngineConfig::default()).unwrap();
     foreign.replay(inputs);
     assert!(foreign.run(Limits::until(Icount(1 << 24))).is_err());
+}
+
+#[test]
+fn the_first_difference_is_located() {
+    let image = echo();
+    let moment = 12_345;
+    let mut build = |which: usize| {
+        let mut machine = Machine::new(&image, &small(), SEED, EngineConfig::default())?;
+        if which == 1 {
+            let data = b"z".to_vec();
+            machine.replay(vec![Input { icount: moment, virtual_ns: moment, channel: InputChannel::Console, data }]);
+        }
+        Ok(machine)
+    };
+    let found = locate(&mut build, 0, 1 << 21).unwrap().expect("the runs differ");
+    // The input enters after the state at its moment, before the next instruction.
+    assert_eq!((found.equal_at, found.differs_at), (moment, moment + 1));
+    assert!(found.differences.iter().any(|text| text.starts_with("serial port")), "{:?}", found.differences);
+    let mut same = |_| Machine::new(&image, &small(), SEED, EngineConfig::default());
+    assert!(locate(&mut same, 0, 1 << 21).unwrap().is_none());
 }
