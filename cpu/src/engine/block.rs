@@ -11,9 +11,9 @@ pub const TLB_BITS_MAX: u32 = 12;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 /// Entries of the jump cache, a power of two.
-pub const JUMP_ENTRIES: usize = 1 << 12;
+pub const JUMP_ENTRIES: usize = 1 << 14;
 /// Entries of one instruction TLB, a power of two.
-pub const ITLB_ENTRIES: usize = 1 << 11;
+pub const ITLB_ENTRIES: usize = 1 << 13;
 
 /// Which permission checks an access is subject to; each has TLBs of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

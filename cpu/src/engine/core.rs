@@ -288,7 +288,7 @@ impl Core {
     /// A group of accesses of the block crossed a page: if that happens often, it is better translated without.
     pub fn crossing(&mut self, index: u32) {
         const OFTEN: u32 = 32;
-        const INSTRUCTIONS_BETWEEN: u64 = 1000;
+        const INSTRUCTIONS_BETWEEN: u64 = 10_000;
         let now = self.now().0;
         let block = &mut self.blocks[index as usize];
         block.crossings.0 += 1;

@@ -21,6 +21,9 @@ use iced_x86::{
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
 
+/// Forward branches that a block goes on behind, as if they were not taken.
+const SIDE_BRANCHES_MAX: u32 = 4;
+
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 
@@ -117,6 +120,9 @@ enum Cold {
     Memory { patch: u32, site: u32, tlb: u32 },
     /// `patch` leads here: leave with the site.
     Leave { patch: u32, site: u32 },
+    /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
+    /// what the budget was charged for the rest of the block, and go to the target.
+    Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32 },
     /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
     Indirect { patch: u32, site: u32 },
 }
@@ -144,6 +150,7 @@ pub struct Translator {
     count: u32,
     index: u32,
     position: usize,
+    length: usize,
     ip: u64,
     /// Host address of the last guest instruction emitted.
     last_native: u64,
@@ -188,6 +195,7 @@ impl Translator {
             count: 0,
             index: 0,
             position: 0,
+            length: 0,
             ip: 0,
             last_native: 0,
         }
@@ -238,6 +246,7 @@ impl Translator {
             self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
         }
 
+        self.length = list.len();
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
@@ -270,6 +279,19 @@ impl Translator {
                     self.a.store_gs(host::RCX, field::RIP);
                     self.leave(site);
                 }
+                Cold::Side { patch, target, ip, save_flags, unretired } => {
+                    self.a.land(patch);
+                    if save_flags {
+                        self.a.save_flags(field::FLAGS);
+                    }
+                    self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+                    let jump = self.a.jmp(0);
+                    self.ip = ip;
+                    let kind = SiteKind::Link { target, patch: self.a.origin + jump as u64 };
+                    let site = self.site(kind, 0);
+                    self.a.land(jump);
+                    self.leave(site);
+                }
             }
         }
         Ok(placed)
@@ -286,6 +308,7 @@ impl Translator {
         let mut decoder =
             Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
         let mut len = 0;
+        let mut side_branches = 0;
         while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
             let mut ins = Instruction::default();
             decoder.decode_out(&mut ins);
@@ -308,7 +331,13 @@ impl Translator {
             }
             self.instructions.push((ins, treatment));
             len = decoder.position() as u32;
-            if treatment.ends_block() || request.second_page.is_some() {
+            let goes_on = treatment == Treatment::Branch
+                && request.mode.is_64bit()
+                && !request.isolated
+                && ins.near_branch_target() > ins.ip()
+                && side_branches < SIDE_BRANCHES_MAX;
+            side_branches += goes_on as u32;
+            if treatment.ends_block() && !goes_on || request.second_page.is_some() {
                 break;
             }
         }
@@ -528,6 +557,7 @@ impl Translator {
                 self.save_flags();
                 self.link(ins.near_branch_target());
             }
+            Treatment::Branch if self.position + 1 < self.length => self.side_branch(ins),
             Treatment::Branch => self.branch(ins),
             Treatment::CountBranch => self.count_branch(ins),
             Treatment::Call => {
@@ -602,6 +632,20 @@ impl Translator {
         let patch = self.a.jcc(condition, 0);
         self.link_site(self.masked(ins.near_branch_target()), patch);
         self.link(ins.next_ip());
+    }
+
+    /// A branch in the middle of a block: taken, it leaves; otherwise the block goes on.
+    fn side_branch(&mut self, ins: &Instruction) {
+        self.need_flags();
+        let condition = ins.condition_code() as u8 - 1;
+        let patch = self.a.jcc(condition, 0);
+        self.cold.push(Cold::Side {
+            patch,
+            target: self.masked(ins.near_branch_target()),
+            ip: self.ip,
+            save_flags: self.flags == Flags::Host,
+            unretired: self.unretired() - 1,
+        });
     }
 
     fn masked(&self, rip: u64) -> u64 {
