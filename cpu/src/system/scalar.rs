@@ -14,6 +14,50 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 /// Executes one instruction. Those that are not here are reported as unsupported.
 pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
+    execute_inner(state, instr, sys).map_err(|error| match error {
+        // What will be written is fetched as for writing.
+        ExecError::Exception(Exception::PageFault { address, error }) if modifies_memory(instr) => {
+            ExecError::Exception(Exception::PageFault { address, error: error | 2 })
+        }
+        other => other,
+    })
+}
+
+/// The instruction reads its memory operand and then writes it.
+fn modifies_memory(instr: &Instruction) -> bool {
+    use Mnemonic::*;
+    instr.op_count() > 0
+        && instr.op_kind(0) == OpKind::Memory
+        && matches!(
+            instr.mnemonic(),
+            Add | Adc
+                | Sub
+                | Sbb
+                | And
+                | Or
+                | Xor
+                | Inc
+                | Dec
+                | Neg
+                | Not
+                | Rol
+                | Ror
+                | Rcl
+                | Rcr
+                | Shl
+                | Sal
+                | Shr
+                | Sar
+                | Bts
+                | Btr
+                | Btc
+                | Xchg
+                | Xadd
+                | Cmpxchg
+        )
+}
+
+fn execute_inner(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     use Mnemonic::*;
     if instr.is_jcc_short_or_near() {
         let taken = condition(state.rflags, instr.condition_code());
