@@ -10,6 +10,7 @@ use super::lines::{BOOT, Line};
 use super::platform::{Hypervisors, Platform};
 use super::prepare::Prepared;
 use super::session::{self, Session};
+use crate::workshop;
 
 /// How to measure.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct Schedule {
 /// Runs all rounds. Sessions that fail are in [`Figures::failures`]; what they finished before counts.
 pub fn run(schedule: &Schedule, prepared: &[Prepared], hypervisors: &Hypervisors, directory: &Path) -> Result<Figures> {
     let cpu = session::first_cpu()?;
+    // The runs of the benchmark before this one are of no use to anyone.
+    workshop::empty_directory(&hypervisors.runs)?;
     let mut figures = Figures::new(&schedule.lines, Host::look(hypervisors));
     let mut broken = Vec::new();
     for round in 1..=schedule.rounds {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 use orrery_tests::bench::platform::{Hypervisors, Platform};
 use orrery_tests::bench::schedule::{self, Schedule};
@@ -37,7 +37,7 @@ struct Arguments {
     /// Longest time of one program on one platform, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
-    /// The orrery command [default: target/release/orrery]
+    /// The orrery command [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     orrery: Option<PathBuf>,
     /// The QEMU command
@@ -57,6 +57,11 @@ struct Arguments {
     list: bool,
 }
 
+/// Cargo puts both commands into the same directory, wherever that is.
+fn orrery_beside_this() -> Result<PathBuf> {
+    Ok(std::env::current_exe().context("this program's place is unknown; give --orrery")?.with_file_name("orrery"))
+}
+
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     let lines = lines::select(&arguments.only)?;
@@ -72,7 +77,7 @@ fn main() -> Result<ExitCode> {
     }
     let hypervisors = Hypervisors {
         qemu: arguments.qemu,
-        orrery: arguments.orrery.unwrap_or_else(|| workshop::target().join("release/orrery")),
+        orrery: arguments.orrery.map_or_else(orrery_beside_this, Ok)?,
         runs: directory.join("runs"),
     };
     let skipped = |platform: &Platform| arguments.skip.contains(platform);
