@@ -6,19 +6,32 @@
 pub enum Exception {
     DivideError,
     /// #DB; the bits to set in DR6.
-    Debug { dr6: u64 },
+    Debug {
+        dr6: u64,
+    },
     Breakpoint,
     Overflow,
     BoundRange,
     InvalidOpcode,
     DeviceNotAvailable,
     DoubleFault,
-    InvalidTss { error: u32 },
-    SegmentNotPresent { error: u32 },
-    StackFault { error: u32 },
-    GeneralProtection { error: u32 },
+    InvalidTss {
+        error: u32,
+    },
+    SegmentNotPresent {
+        error: u32,
+    },
+    StackFault {
+        error: u32,
+    },
+    GeneralProtection {
+        error: u32,
+    },
     /// #PF; `address` goes to CR2.
-    PageFault { address: u64, error: u32 },
+    PageFault {
+        address: u64,
+        error: u32,
+    },
     /// #MF
     FloatingPoint,
     AlignmentCheck,

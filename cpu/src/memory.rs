@@ -1,7 +1,7 @@
 //! Guest-physical RAM as the engine sees it: host pointers behind bounds checks.
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// The machine's RAM. The bitmap records the pages that devices write; the engine keeps its own.
 pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
@@ -34,11 +34,7 @@ impl PhysMemory {
             .iter()
             .map(|region| {
                 let region: &vm_memory::GuestRegionMmap<AtomicBitmap> = region;
-                Region {
-                    start: region.start_addr().0,
-                    len: region.len(),
-                    host: region.as_ptr(),
-                }
+                Region { start: region.start_addr().0, len: region.len(), host: region.as_ptr() }
             })
             .collect::<Vec<_>>();
         for region in &regions {

@@ -94,8 +94,22 @@ pub fn unit(ins: &Instruction) -> Unit {
                 // These came with SSE, but use general registers only.
                 let integer = matches!(
                     ins.mnemonic(),
-                    Cldemote | Clflush | Crc32 | Lfence | Mfence | Movnti | Pause | Popcnt | Prefetch | Prefetchnta
-                        | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetchwt1 | Sfence
+                    Cldemote
+                        | Clflush
+                        | Crc32
+                        | Lfence
+                        | Mfence
+                        | Movnti
+                        | Pause
+                        | Popcnt
+                        | Prefetch
+                        | Prefetchnta
+                        | Prefetcht0
+                        | Prefetcht1
+                        | Prefetcht2
+                        | Prefetchw
+                        | Prefetchwt1
+                        | Sfence
                 );
                 if !integer {
                     unit = Unit::Sse;
@@ -113,12 +127,67 @@ pub fn in_model(ins: &Instruction) -> bool {
     ins.cpuid_features().iter().all(|f| {
         matches!(
             f,
-            INTEL8086 | INTEL8086_ONLY | INTEL186 | INTEL286 | INTEL286_ONLY | INTEL386 | INTEL386_ONLY | INTEL486
-                | X64 | FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AVX | AVX2 | FMA
-                | F16C | BMI1 | BMI2 | LZCNT | POPCNT | MOVBE | AES | PCLMULQDQ | SHA | CMOV | CX8 | CMPXCHG16B
-                | FXSR | XSAVE | CPUID | TSC | MSR | SYSCALL | SEP | RDTSCP | RDRAND | RDSEED | FSGSBASE | INVPCID
-                | CLFSH | CLFLUSHOPT | CLWB | SMAP | PAUSE | MULTIBYTENOP | CET_IBT | CET_SS | PREFETCHW | MONITOR
-                | SMM | UDBG | RDPMC | CLDEMOTE | PREFETCHITI
+            INTEL8086
+                | INTEL8086_ONLY
+                | INTEL186
+                | INTEL286
+                | INTEL286_ONLY
+                | INTEL386
+                | INTEL386_ONLY
+                | INTEL486
+                | X64
+                | FPU
+                | FPU287
+                | FPU387
+                | MMX
+                | SSE
+                | SSE2
+                | SSE3
+                | SSSE3
+                | SSE4_1
+                | SSE4_2
+                | AVX
+                | AVX2
+                | FMA
+                | F16C
+                | BMI1
+                | BMI2
+                | LZCNT
+                | POPCNT
+                | MOVBE
+                | AES
+                | PCLMULQDQ
+                | SHA
+                | CMOV
+                | CX8
+                | CMPXCHG16B
+                | FXSR
+                | XSAVE
+                | CPUID
+                | TSC
+                | MSR
+                | SYSCALL
+                | SEP
+                | RDTSCP
+                | RDRAND
+                | RDSEED
+                | FSGSBASE
+                | INVPCID
+                | CLFSH
+                | CLFLUSHOPT
+                | CLWB
+                | SMAP
+                | PAUSE
+                | MULTIBYTENOP
+                | CET_IBT
+                | CET_SS
+                | PREFETCHW
+                | MONITOR
+                | SMM
+                | UDBG
+                | RDPMC
+                | CLDEMOTE
+                | PREFETCHITI
         )
     })
 }
@@ -191,7 +260,8 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
     let stack_word = if mode.is_64bit() { 8 } else { 4 };
     match ins.mnemonic() {
         Nop | Pause | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch | Lfence | Sfence
-        | Mfence | Cldemote | Prefetchit0 | Prefetchit1 | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Reservednop | Prefetchwt1 => Treatment::Nothing,
+        | Mfence | Cldemote | Prefetchit0 | Prefetchit1 | Endbr64 | Endbr32 | Rdsspd | Rdsspq | Reservednop
+        | Prefetchwt1 => Treatment::Nothing,
         Lea => Treatment::Lea,
         Bt | Bts | Btr | Btc if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register => {
             Treatment::BitString
@@ -245,13 +315,14 @@ fn must_emulate(ins: &Instruction) -> bool {
     match ins.mnemonic() {
         Vpmaskmovd | Vpmaskmovq | Vmaskmovps | Vmaskmovpd | Maskmovq | Maskmovdqu | Vmaskmovdqu => true,
         Nop | Endbr64 | Endbr32 => false,
-        Cpuid | Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpid | Rdpmc | Xgetbv | Xsetbv | Sgdt | Sidt | Sldt | Str | Smsw
-        | Lmsw | Lar | Lsl | Verr | Verw | Arpl | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Swapgs | Pushf | Pushfd
-        | Pushfq | Popf | Popfd | Popfq | Cli | Sti | Clac | Stac | Cld | Std | Hlt | In | Out | Xlatb | Enter | Bound
-        | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Xsavec | Xsavec64
-        | Xsaveopt | Xsaveopt64 | Xsaves | Xsaves64 | Xrstors | Xrstors64 | Fnsave | Fsave | Frstor | Fnstenv | Fstenv
-        | Fldenv | Ldmxcsr | Vldmxcsr | Clflush | Clflushopt | Clwb | Pusha | Pushad | Popa | Popad | Aaa | Aas | Aam
-        | Aad | Daa | Das | Salc | Into | Lds | Les | Lfs | Lgs | Lss | Monitor | Mwait | Invlpg | Invpcid | Rsm => true,
+        Cpuid | Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpid | Rdpmc | Xgetbv | Xsetbv | Sgdt | Sidt | Sldt | Str
+        | Smsw | Lmsw | Lar | Lsl | Verr | Verw | Arpl | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Swapgs | Pushf
+        | Pushfd | Pushfq | Popf | Popfd | Popfq | Cli | Sti | Clac | Stac | Cld | Std | Hlt | In | Out | Xlatb
+        | Enter | Bound | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Xsavec
+        | Xsavec64 | Xsaveopt | Xsaveopt64 | Xsaves | Xsaves64 | Xrstors | Xrstors64 | Fnsave | Fsave | Frstor
+        | Fnstenv | Fstenv | Fldenv | Ldmxcsr | Vldmxcsr | Clflush | Clflushopt | Clwb | Pusha | Pushad | Popa
+        | Popad | Aaa | Aas | Aam | Aad | Daa | Das | Salc | Into | Lds | Les | Lfs | Lgs | Lss | Monitor | Mwait
+        | Invlpg | Invpcid | Rsm => true,
         _ => false,
     }
 }
@@ -320,9 +391,8 @@ pub fn must_be_aligned(ins: &Instruction) -> bool {
         return false;
     }
     match ins.mnemonic() {
-        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Pcmpestri64 | Pcmpestrm64 => {
-            false
-        }
+        Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm | Pcmpestri64
+        | Pcmpestrm64 => false,
         Cmpxchg16b | Cvtpd2pi | Cvttpd2pi => true,
         Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => true,
         // Hosts differ about SHA: there the instruction itself decides.
@@ -337,8 +407,9 @@ pub fn pins_rax(ins: &Instruction) -> bool {
     match ins.mnemonic() {
         Imul => ins.op_count() == 1,
         Mul | Div | Idiv | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Cmpxchg | Cmpxchg8b | Cmpxchg16b | Lahf | Sahf
-        | Pcmpestri | Pcmpestrm | Vpcmpestri | Vpcmpestrm | Pcmpestri64 | Pcmpestrm64 | Vpcmpestri64
-        | Vpcmpestrm64 => true,
+        | Pcmpestri | Pcmpestrm | Vpcmpestri | Vpcmpestrm | Pcmpestri64 | Pcmpestrm64 | Vpcmpestri64 | Vpcmpestrm64 => {
+            true
+        }
         Fnstsw | Fstsw => ins.op0_kind() == OpKind::Register,
         _ => false,
     }

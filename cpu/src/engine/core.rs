@@ -69,11 +69,16 @@ struct Special {
 enum Follow {
     Nothing,
     /// Lead this rel32 of a branch at RIP `from` to it.
-    Link { patch: u64, source: u32 },
+    Link {
+        patch: u64,
+        source: u32,
+    },
     /// Enter it in the jump cache.
     Jump,
     /// Lead the entries of this invalid block to it.
-    Forward { old: u32 },
+    Forward {
+        old: u32,
+    },
 }
 
 /// See the module's text. Lives in a box: translated code holds its address.
@@ -414,7 +419,12 @@ impl Core {
         self.translate(identity, mode, special)
     }
 
-    fn translate(&mut self, identity: u32, mode: Mode, special: Option<Special>) -> Result<Result<u32, Stop>, Exception> {
+    fn translate(
+        &mut self,
+        identity: u32,
+        mode: Mode,
+        special: Option<Special>,
+    ) -> Result<Result<u32, Stop>, Exception> {
         if !self.code.has_room(MAX_BLOCK_BYTES) || self.code_pages.len() >= 1 << 28 {
             self.clear_code();
             return self.find(special);
@@ -426,9 +436,7 @@ impl Core {
         // SAFETY: the page is mapped RAM; the guest does not run while it is read.
         let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), PAGE_SIZE as usize - offset) };
         let (longest, grouping) = match &mut self.chaos {
-            Some(chaos) => {
-                (chaos.below(self.config.max_block_instructions as u64) as u32 + 1, chaos.below(2) == 0)
-            }
+            Some(chaos) => (chaos.below(self.config.max_block_instructions as u64) as u32 + 1, chaos.below(2) == 0),
             None => (self.config.max_block_instructions, true),
         };
         let index = self.blocks.len() as u32;
@@ -771,7 +779,11 @@ impl Core {
             }
             Follow::Forward { old } => {
                 let invalid = &self.blocks[old as usize];
-                if !invalid.valid && !invalid.special && invalid.identity == target.identity && invalid.rip == target.rip {
+                if !invalid.valid
+                    && !invalid.special
+                    && invalid.identity == target.identity
+                    && invalid.rip == target.rip
+                {
                     let (old_checked, old_entry) = (invalid.checked, invalid.entry);
                     let (checked, entry) = (target.checked, target.entry);
                     self.code.patch_jmp(old_checked, checked);
@@ -973,7 +985,11 @@ impl Core {
         match classify::unit(instruction) {
             Unit::Integer => Ok(()),
             Unit::X87 if instruction.mnemonic() == Mnemonic::Wait => {
-                if ts && state.cr0 & CR0_MP != 0 { Err(Exception::DeviceNotAvailable) } else { Ok(()) }
+                if ts && state.cr0 & CR0_MP != 0 {
+                    Err(Exception::DeviceNotAvailable)
+                } else {
+                    Ok(())
+                }
             }
             Unit::X87 => {
                 let mmx = (0..instruction.op_count()).any(|i| instruction.op_register(i).is_mm());

@@ -168,13 +168,7 @@ impl Core {
     }
 
     /// The target of an access within one page; fills the TLB where that is allowed.
-    fn page_target(
-        &mut self,
-        linear: u64,
-        len: u64,
-        intent: Intent,
-        running: bool,
-    ) -> Result<Target, Exception> {
+    fn page_target(&mut self, linear: u64, len: u64, intent: Intent, running: bool) -> Result<Target, Exception> {
         let translation = self.walk(linear, intent.write, false, intent.class)?;
         let page_gpa = translation.gpa & !PAGE_MASK;
         let Some(host_page) = self.memory.host(page_gpa, PAGE_SIZE) else {
@@ -291,13 +285,7 @@ impl Core {
     }
 
     /// Ok(None) means that the instruction must be executed by itself, carefully.
-    fn resolve(
-        &mut self,
-        linear: u64,
-        size: u64,
-        intent: Intent,
-        careful: bool,
-    ) -> Result<Option<*mut u8>, Exception> {
+    fn resolve(&mut self, linear: u64, size: u64, intent: Intent, careful: bool) -> Result<Option<*mut u8>, Exception> {
         let wide = self.state().is_64bit();
         if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(size - 1))) {
             return Err(Exception::GP0);

@@ -23,11 +23,11 @@ mod statistics;
 mod thunks;
 mod translate;
 
+use crate::Icount;
 use crate::bus::Bus;
 use crate::memory::GuestMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
-use crate::Icount;
 
 pub use statistics::Statistics;
 
@@ -65,7 +65,9 @@ impl Default for EngineConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// No executable memory.
-    #[error("cannot reserve executable memory for translated code: {0}; check the address-space limit (ulimit -v) and whether the host forbids writable executable memory")]
+    #[error(
+        "cannot reserve executable memory for translated code: {0}; check the address-space limit (ulimit -v) and whether the host forbids writable executable memory"
+    )]
     CodeMemory(std::io::Error),
     /// The processor lacks something the translator needs.
     #[error("this processor lacks {0}, which the engine needs")]

@@ -47,11 +47,8 @@ impl SignalStack {
         let mut memory = vec![0u8; SignalStack::SIZE];
         // SAFETY: the structures are valid; the memory outlives the installation (see drop).
         let previous = unsafe {
-            let stack = libc::stack_t {
-                ss_sp: memory.as_mut_ptr().cast(),
-                ss_flags: SS_AUTODISARM,
-                ss_size: memory.len(),
-            };
+            let stack =
+                libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: SS_AUTODISARM, ss_size: memory.len() };
             let mut previous: libc::stack_t = std::mem::zeroed();
             let result = libc::sigaltstack(&stack, &mut previous);
             assert_eq!(result, 0, "sigaltstack with a valid stack");

@@ -32,15 +32,7 @@ pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` continues behind the check with the host address in RCX.
     /// For a group, `first` is the access that happens now: its offset in the range, and its size.
-    Memory {
-        size: u16,
-        read: bool,
-        write: bool,
-        class: Class,
-        careful: bool,
-        first: Option<(u16, u8)>,
-        resume: u64,
-    },
+    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<(u16, u8)>, resume: u64 },
     /// A direct branch whose rel32 at `patch` may be led to the target's translation.
     Link { target: u64, patch: u64 },
     /// An indirect branch missed the jump cache. `popped` has been added to RSP.
@@ -156,21 +148,14 @@ pub struct Translator {
     last_native: u64,
 }
 
-const STATUS: u32 =
-    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 fn reads(access: OpAccess) -> bool {
-    matches!(
-        access,
-        OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
+    matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 
 fn writes(access: OpAccess) -> bool {
-    matches!(
-        access,
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-    )
+    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 
 impl Translator {
@@ -305,8 +290,7 @@ impl Translator {
     /// Decodes the block into `self.instructions`; returns its length in bytes.
     fn decode(&mut self, request: &Request) -> Result<u32, NeedsMoreBytes> {
         self.instructions.clear();
-        let mut decoder =
-            Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
         let mut len = 0;
         let mut side_branches = 0;
         while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
@@ -458,8 +442,7 @@ impl Translator {
     fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<(u16, u8)>) {
         debug_assert!(self.flags == Flags::Slot || self.careful);
         let class = self.mode.class();
-        let kind =
-            SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
+        let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
         let site = self.site(kind, self.unretired());
         if self.careful {
             self.a.mov_imm(host::RAX, site as u64);
@@ -669,9 +652,9 @@ impl Translator {
         // Guest RCX lives in R13.
         let wide = address_bits == 64;
         let zero_test = |a: &mut Assembler| match address_bits {
-            64 => a.put(&[0x4D, 0x85, 0xED]),             // test r13, r13
-            32 => a.put(&[0x45, 0x85, 0xED]),             // test r13d, r13d
-            _ => a.put(&[0x66, 0x45, 0x85, 0xED]),        // test r13w, r13w
+            64 => a.put(&[0x4D, 0x85, 0xED]),      // test r13, r13
+            32 => a.put(&[0x45, 0x85, 0xED]),      // test r13d, r13d
+            _ => a.put(&[0x66, 0x45, 0x85, 0xED]), // test r13w, r13w
         };
         let target = self.masked(ins.near_branch_target());
         if ins.is_jcx_short() {
@@ -779,8 +762,8 @@ impl Translator {
         self.offset(ins, host::RCX, 0, true);
         self.fetch(host::RAX, guest);
         match size {
-            8 => self.a.put(&[0x48, 0xC1, 0xF8, 6]), // sar rax, 6
-            4 => self.a.put(&[0x48, 0x63, 0xC0, 0x48, 0xC1, 0xF8, 5]), // movsxd rax, eax; sar rax, 5
+            8 => self.a.put(&[0x48, 0xC1, 0xF8, 6]),                         // sar rax, 6
+            4 => self.a.put(&[0x48, 0x63, 0xC0, 0x48, 0xC1, 0xF8, 5]),       // movsxd rax, eax; sar rax, 5
             _ => self.a.put(&[0x48, 0x0F, 0xBF, 0xC0, 0x48, 0xC1, 0xF8, 4]), // movsx rax, ax; sar rax, 4
         }
         // The distance counts before the effective address is cut to the address size.
@@ -974,7 +957,13 @@ impl Translator {
         }
 
         let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
-        let mut scratch = Scratch { rax: !pin_rax, rcx: !pin_rcx && use_of.memory.is_none(), taken: use_of.gprs, borrowed: [0; 3], borrowed_count: 0 };
+        let mut scratch = Scratch {
+            rax: !pin_rax,
+            rcx: !pin_rcx && use_of.memory.is_none(),
+            taken: use_of.gprs,
+            borrowed: [0; 3],
+            borrowed_count: 0,
+        };
         if use_of.memory.is_some() {
             if pin_rcx {
                 self.pointer(at);

@@ -97,12 +97,11 @@ fn store_selected(
         // There is one vCPU: writing back what lies between the selected bytes is not seen by anyone.
         let mut bytes = [0; 32];
         let bytes = &mut bytes[..=last - first];
-        sys.read(state, start, bytes, Privilege::Current)
-            .map_err(|exception| match exception {
-                // The page that cannot be read cannot be written either: say that it was a write.
-                Exception::PageFault { address, error } => Exception::PageFault { address, error: error | 2 },
-                other => other,
-            })?;
+        sys.read(state, start, bytes, Privilege::Current).map_err(|exception| match exception {
+            // The page that cannot be read cannot be written either: say that it was a write.
+            Exception::PageFault { address, error } => Exception::PageFault { address, error: error | 2 },
+            other => other,
+        })?;
         for byte in (first..=last).filter(|byte| selected(*byte)) {
             bytes[byte - first] = source[byte];
         }
@@ -144,7 +143,10 @@ pub(super) fn vmaskmov(state: &mut CpuState, instr: &Instruction, sys: &mut dyn 
     let (segment, offset) = (memory_segment(instr), super::operand::effective_offset(state, instr));
     let wrap = mask(address_size(instr));
     let wraps = offset > wrap - (length as u64 - 1);
-    if store && !wraps && let Ok(at) = linear(state, segment, offset, length, true) {
+    if store
+        && !wraps
+        && let Ok(at) = linear(state, segment, offset, length, true)
+    {
         let source = read_vector(state, vector_number(instr.op2_register()));
         store_selected(state, sys, at, &source[..length], |byte| selected(&mask_bytes, byte / size, size))?;
         return retire(state, instr);

@@ -4,7 +4,7 @@ use super::{ExecError, Privilege, System};
 use crate::exception::Exception;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, gpr, seg};
-use iced_x86::{CodeSize, Code, Instruction, OpKind, Register};
+use iced_x86::{Code, CodeSize, Instruction, OpKind, Register};
 
 /// All ones in the low `size` bytes; `size` is 1, 2, 4 or 8.
 #[inline]

@@ -127,7 +127,7 @@ fn area(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Resu
     }
     // That it is not aligned is said before that it is no address.
     let base = state.seg[memory_segment(instr)].base;
-    if base.wrapping_add(effective_offset(state, instr)) % 64 != 0 {
+    if !base.wrapping_add(effective_offset(state, instr)).is_multiple_of(64) {
         return Err(GP0);
     }
     Ok(address(state, instr, size, write)?)

@@ -273,7 +273,7 @@ impl Executor for Guest {
         state.rflags = r.rflags;
         state.seg[seg::FS].base = r.fs_gs_base[0];
         state.seg[seg::GS].base = r.fs_gs_base[1];
-        state.fpu = r.fpu.clone();
+        state.fpu = r.fpu;
         *self.engine.state_mut() = state;
 
         let start = self.engine.icount().0;
@@ -317,7 +317,7 @@ impl Executor for Guest {
                 rip: self.read_stack(40),
                 rflags: self.read_stack(24),
                 fs_gs_base: [state.seg[seg::FS].base, state.seg[seg::GS].base],
-                fpu: state.fpu.clone(),
+                fpu: state.fpu,
             },
             ending: Ending {
                 vector,

@@ -474,4 +474,4 @@ impl Executor for Native {
     }
 }
 
-const _: () = assert!(offset_of!(Context, fpu) == 0 && size_of::<Context>() % 64 == 0 && PAGES == 12);
+const _: () = assert!(offset_of!(Context, fpu) == 0 && size_of::<Context>().is_multiple_of(64) && PAGES == 12);

@@ -212,8 +212,7 @@ fn addresses() {
 #[test]
 fn ordinary_instructions_in_segments_that_are_not_flat() {
     let mut m = Machine::new().user();
-    let flat = |selector, attributes| crate::state::Segment { base: 0, limit: u32::MAX, selector, attributes };
-    m.state.seg[seg::CS] = flat(0x23, 0xCFB);
+    m.state.seg[seg::CS] = crate::state::Segment { base: 0, limit: u32::MAX, selector: 0x23, attributes: 0xCFB };
     m.state.seg[seg::DS] =
         crate::state::Segment { base: USER + 0x1000, limit: 0xFF, selector: 0x2B, attributes: 0x4F3 };
     m.state.gpr[gpr::RBX] = 0x10;

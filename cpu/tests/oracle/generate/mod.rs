@@ -87,7 +87,7 @@ pub fn registers(rng: &mut Rng) -> Registers {
             _ => interesting_integer(rng),
         };
     }
-    r.gpr[4] = STACK.start + PAGE + (rng.below(0x800)).wrapping_sub(0x400) & if rng.one_in(4) { !0 } else { !15 };
+    r.gpr[4] = (STACK.start + PAGE + rng.below(0x800)).wrapping_sub(0x400) & if rng.one_in(4) { !0 } else { !15 };
     if rng.one_in(40) {
         r.gpr[4] = STACK.start + rng.below(24);
     }

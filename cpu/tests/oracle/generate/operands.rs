@@ -142,7 +142,7 @@ impl Setup<'_> {
             && size <= 32
             && !rng.one_in(3)
         {
-            linear = pointers.focus + rng.below(0x100) & if rng.one_in(2) { !0 } else { !31 };
+            linear = (pointers.focus + rng.below(0x100)) & if rng.one_in(2) { !0 } else { !31 };
         }
 
         // Processors may refuse an offset that is not canonical even if the sum with the base is.

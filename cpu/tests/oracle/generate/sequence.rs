@@ -433,7 +433,7 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
     for _ in 0..1 + rng.below(3) {
         let n = rng.below(16) as usize;
         if n != 4 && !pointers.protects(n) {
-            let value = DATA.start + PAGE + rng.below(2 * PAGE) & if rng.one_in(2) { !31 } else { !0 };
+            let value = (DATA.start + PAGE + rng.below(2 * PAGE)) & if rng.one_in(2) { !31 } else { !0 };
             start.gpr[n] = value;
             pointers.bases.push((n, value));
         }
