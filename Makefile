@@ -13,12 +13,12 @@ all: build
 build: ## the orrery command, optimised, in target/release
 	$(CARGO) build --release --locked -p orrery-vmm
 
-test: ## formatting, lints, every test
+test: build images ## formatting, lints, every test
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --release --locked -- -D warnings
 	$(CARGO) test --workspace --release --locked
 
-# Images: `make deps` installs Debian packages (as root), `make images` builds hello, go and jvm.
+# Images: `make images` builds hello, go and jvm; `make deps`, which it calls, installs Debian packages (as root).
 -include guest-image/images.mk
 
 demo: build images ## each image twice with one seed and once with another

@@ -1,5 +1,6 @@
 # The demo images: `make images` builds hello, go and jvm from Debian packages. Included by the top Makefile, which
-# sets ORRERY (the command) and IMAGES (where images go). Only `make deps` needs root.
+# sets ORRERY (the command) and IMAGES (where images go). Only installing packages needs
+# root.
 
 IMAGE_WORK = target/image-work
 KERNEL_DEB = target/packages/kernel.deb
@@ -10,13 +11,10 @@ IMAGE_SOURCES = guest-image/images.mk $(wildcard guest-image/src/*.rs guest-imag
 # The demos show their workload alone: not even the kernel's remark that the machine has no PCI.
 DEMO_FLAGS = --kernel $(KERNEL_DEB) --cmdline loglevel=3
 
-# The Debian packages that building images takes.
-IMAGE_PACKAGES = busybox-static e2fsprogs golang-go openjdk-17-jdk-headless
-
 .PHONY: deps images clean-images
 
-deps: ## Debian packages that building images takes (as root)
-	apt-get install -y --no-install-recommends $(IMAGE_PACKAGES)
+deps: ## Debian packages that building images takes: installs what is missing (as root), or says so
+	@sh guest-image/deps.sh
 
 images: $(IMAGES)/hello.img $(IMAGES)/go.img $(IMAGES)/jvm.img ## the demo images: hello, go, jvm
 
@@ -24,20 +22,20 @@ clean-images: ## the demo images and what they were made of, but not the kernel 
 	rm -rf $(IMAGE_WORK) $(IMAGES)
 
 # Debian's stock kernel, as it comes. The newest package that is there is kept; delete target/packages for a newer one.
-$(KERNEL_DEB): guest-image/fetch-kernel.sh
+$(KERNEL_DEB): guest-image/fetch-kernel.sh | deps
 	sh guest-image/fetch-kernel.sh $@
 
-$(IMAGES)/hello.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/hello/*) $(IMAGE_SOURCES) | build
+$(IMAGES)/hello.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/hello/*) $(IMAGE_SOURCES) | deps build
 	sh $(DEMOS)/hello/make-root.sh $(IMAGE_WORK)/hello
 	@mkdir -p $(@D)
 	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/hello --hostname hello -o $@ -- /bin/hello.sh
 
-$(IMAGES)/go.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/go/*) $(IMAGE_SOURCES) | build
+$(IMAGES)/go.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/go/*) $(IMAGE_SOURCES) | deps build
 	sh $(DEMOS)/go/make-root.sh $(IMAGE_WORK)/go
 	@mkdir -p $(@D)
 	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/go --hostname go -o $@ -- /bin/demo
 
-$(IMAGES)/jvm.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/jvm/*) $(IMAGE_SOURCES) | build
+$(IMAGES)/jvm.img: $(KERNEL_DEB) $(wildcard $(DEMOS)/jvm/*) $(IMAGE_SOURCES) | deps build
 	sh $(DEMOS)/jvm/make-root.sh $(IMAGE_WORK)/jvm
 	@mkdir -p $(@D)
 	$(ORRERY) image build $(DEMO_FLAGS) --root $(IMAGE_WORK)/jvm --hostname jvm \
