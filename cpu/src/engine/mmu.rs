@@ -412,7 +412,8 @@ impl Core {
         mut each: impl FnMut(&mut Core, Target, usize, usize),
     ) -> Result<(), Exception> {
         let wide = self.state().is_64bit();
-        let mask = if wide { u64::MAX } else { u32::MAX as u64 };
+        // 32-bit code's own addresses wrap at 4 GiB; the system's tables and stacks may lie above while it runs.
+        let mask = if wide || linear > u32::MAX as u64 { u64::MAX } else { u32::MAX as u64 };
         if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(len as u64 - 1))) {
             return Err(Exception::GP0);
         }
