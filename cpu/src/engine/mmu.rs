@@ -411,7 +411,8 @@ impl Core {
         intent: Intent,
         mut each: impl FnMut(&mut Core, Target, usize, usize),
     ) -> Result<(), Exception> {
-        let wide = self.state().is_64bit();
+        // System structures stand at 64-bit addresses in compatibility mode too.
+        let wide = self.state().is_64bit() || linear > u64::from(u32::MAX);
         // 32-bit code's own addresses wrap at 4 GiB; the system's tables and stacks may lie above while it runs.
         let mask = if wide || linear > u32::MAX as u64 { u64::MAX } else { u32::MAX as u64 };
         if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(len as u64 - 1))) {
