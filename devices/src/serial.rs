@@ -3,9 +3,13 @@
 //! Transmission takes no virtual time: a byte written to the THR leaves at once as [`Effect::Output`] on channel
 //! "console", and the transmitter is empty again.
 //!
-//! The peer honours the handshake, so that no input is lost: bytes wait in a bounded queue, and enter the receive FIFO
-//! of 16 bytes while there is room and RTS is asserted. A driver that never writes the modem control register does not
-//! know of RTS; for it the peer always sends.
+//! The peer loses no input: bytes wait in a bounded queue, and enter the receive FIFO of 16 bytes while there is room
+//! and the driver listens. A driver listens with the receive interrupt enabled and, if it has ever written the modem
+//! control register, RTS asserted. The first byte comes one character later, as from a wire: a driver that starts
+//! empties the receiver and turns the FIFOs on in between, which would discard it.
+//!
+//! A driver that has never enabled the receive interrupt polls. It listens when it reads the line status twice in a
+//! row: the transmitter is always empty, so there is nothing else to wait for.
 
 use std::collections::VecDeque;
 
@@ -23,6 +27,10 @@ const FIFO_LEN: usize = 16;
 const TIMEOUT_NS: u64 = 347_000;
 /// The token of that timeout.
 const TIMEOUT_TOKEN: u32 = 0;
+/// One character of ten bits at 115200 baud, rounded up: from when a driver listens to the first byte.
+const CHARACTER_NS: u64 = 87_000;
+/// The token of the first byte.
+const CHARACTER_TOKEN: u32 = 1;
 
 mod ier {
     pub const RECEIVED: u8 = 1;
@@ -49,6 +57,9 @@ mod lcr {
     pub const DIVISOR_LATCH: u8 = 0x80;
 }
 
+/// Offset of the line status register.
+const LINE_STATUS: u64 = 5;
+
 mod lsr {
     pub const DATA_READY: u8 = 0x01;
     pub const TRANSMITTER_EMPTY: u8 = 0x60;
@@ -70,6 +81,17 @@ mod msr {
     pub const DCD: u8 = 0x80;
 }
 
+/// What the peer does with bytes that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Peer {
+    /// The driver does not listen.
+    Held,
+    /// It has begun to listen; the first character is on its way.
+    Starting,
+    /// Bytes arrive as there is room.
+    Sending,
+}
+
 /// The 16550A.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Serial {
@@ -89,8 +111,13 @@ pub struct Serial {
     received: VecDeque<u8>,
     /// What the peer has yet to send.
     waiting: VecDeque<u8>,
+    peer: Peer,
     /// The guest has written the modem control register.
     handshake: bool,
+    /// The guest has enabled the receive interrupt, now or earlier.
+    interrupts: bool,
+    /// The last access read the line status.
+    status_read: bool,
     line: bool,
 }
 
@@ -115,7 +142,10 @@ impl Serial {
             timed_out: false,
             received: VecDeque::new(),
             waiting: VecDeque::new(),
+            peer: Peer::Held,
             handshake: false,
+            interrupts: false,
+            status_read: false,
             line: false,
         }
     }
@@ -129,12 +159,50 @@ impl Serial {
         count
     }
 
-    /// Lets the peer send what the receive FIFO has room for.
-    fn receive(&mut self, ctx: &mut Context) {
-        let stopped = self.handshake && self.modem_control & mcr::RTS == 0;
-        if stopped || self.loopback() {
-            return;
+    /// The driver is ready for input, as far as its registers say.
+    fn listens(&self) -> bool {
+        self.connected() && self.interrupt_enable & ier::RECEIVED != 0
+    }
+
+    /// The peer may send: RTS is asserted, unless the driver does not know of it, and the receiver is not looped back.
+    fn connected(&self) -> bool {
+        (!self.handshake || self.modem_control & mcr::RTS != 0) && !self.loopback()
+    }
+
+    /// Starts or stops the peer after a register was written.
+    fn update_peer(&mut self, ctx: &mut Context) {
+        match (self.listens(), self.peer) {
+            (true, Peer::Held) => {
+                self.peer = Peer::Starting;
+                let at = VirtualNs(ctx.now.0.saturating_add(CHARACTER_NS));
+                ctx.effects.push(Effect::Wake { token: CHARACTER_TOKEN, at });
+            }
+            (false, Peer::Starting | Peer::Sending) => {
+                if self.peer == Peer::Starting {
+                    ctx.effects.push(Effect::Cancel { token: CHARACTER_TOKEN });
+                }
+                self.peer = Peer::Held;
+            }
+            _ => {}
         }
+    }
+
+    /// The line status is read: the second time in a row, a driver that polls is given what waits.
+    fn poll(&mut self, ctx: &mut Context) {
+        if self.status_read && !self.interrupts && self.connected() {
+            self.fill(ctx);
+        }
+    }
+
+    /// Lets the peer send, if it does.
+    fn receive(&mut self, ctx: &mut Context) {
+        if self.peer == Peer::Sending {
+            self.fill(ctx);
+        }
+    }
+
+    /// Moves what waits into the receive FIFO, as far as there is room.
+    fn fill(&mut self, ctx: &mut Context) {
         let room = self.fifo_len().saturating_sub(self.received.len()).min(self.waiting.len());
         if room > 0 {
             self.received.extend(self.waiting.drain(..room));
@@ -251,7 +319,7 @@ impl Serial {
             }
             3 => self.line_control,
             4 => self.modem_control,
-            5 => lsr::TRANSMITTER_EMPTY | if self.received.is_empty() { 0 } else { lsr::DATA_READY },
+            LINE_STATUS => lsr::TRANSMITTER_EMPTY | if self.received.is_empty() { 0 } else { lsr::DATA_READY },
             6 => {
                 let status = self.modem_status;
                 self.modem_status &= 0xF0;
@@ -269,6 +337,7 @@ impl Serial {
             1 => {
                 let enabled = value & !self.interrupt_enable;
                 self.interrupt_enable = value & ier::WRITABLE;
+                self.interrupts |= value & ier::RECEIVED != 0;
                 if enabled & ier::TRANSMITTER_EMPTY != 0 {
                     self.transmitter_interrupt = true;
                 }
@@ -296,6 +365,10 @@ impl Serial {
 
 impl Device for Serial {
     fn read(&mut self, ctx: &mut Context, offset: u64, data: &mut [u8]) {
+        if offset == LINE_STATUS {
+            self.poll(ctx);
+        }
+        self.status_read = offset == LINE_STATUS;
         let value = self.read_register(ctx, offset);
         self.receive(ctx);
         self.update_line(ctx);
@@ -307,15 +380,22 @@ impl Device for Serial {
         for (index, byte) in data.iter().enumerate() {
             self.write_register(ctx, offset.saturating_add(index as u64), *byte);
         }
+        self.status_read = false;
+        self.update_peer(ctx);
         self.receive(ctx);
         self.update_line(ctx);
     }
 
     fn event(&mut self, ctx: &mut Context, token: u32) {
-        if token == TIMEOUT_TOKEN && self.fifo_enabled() && !self.received.is_empty() {
-            self.timed_out = true;
-            self.update_line(ctx);
+        match token {
+            TIMEOUT_TOKEN if self.fifo_enabled() && !self.received.is_empty() => self.timed_out = true,
+            CHARACTER_TOKEN if self.peer == Peer::Starting => {
+                self.peer = Peer::Sending;
+                self.receive(ctx);
+            }
+            _ => return,
         }
+        self.update_line(ctx);
     }
 }
 
@@ -324,6 +404,12 @@ mod tests {
     use super::*;
     use crate::testing::{Bench, assert_round_trip, fuzz, steps};
     use proptest::prelude::*;
+
+    /// Lets the character's time pass that a driver waits for the first byte.
+    fn pass_character(bench: &mut Bench, serial: &mut Serial) {
+        bench.now = bench.wake(CHARACTER_TOKEN).expect("the driver has begun to listen");
+        bench.event(serial, CHARACTER_TOKEN);
+    }
 
     fn lines(effects: Vec<Effect>) -> Vec<bool> {
         let level = |effect| if let Effect::Line { level, .. } = effect { Some(level) } else { None };
@@ -379,6 +465,7 @@ mod tests {
         bench.write(&mut serial, 4, 1, 0x0A);
         bench.write(&mut serial, 2, 1, 0x81);
         bench.write(&mut serial, 1, 1, 1);
+        pass_character(&mut bench, &mut serial);
         assert_eq!(serial.input(&mut bench.context(), b"abc"), 3);
         assert_eq!(bench.read(&mut serial, 2, 1), 0xC1);
         bench.now = bench.wake(TIMEOUT_TOKEN).unwrap();
@@ -397,39 +484,103 @@ mod tests {
     fn the_queue_of_input_is_bounded() {
         let (mut bench, mut serial) = (Bench::new(), Serial::new());
         assert_eq!(serial.input(&mut bench.context(), &vec![0; INPUT_MAX + 10]), INPUT_MAX);
+        assert_eq!(serial.input(&mut bench.context(), b"x"), 0);
+        bench.write(&mut serial, 1, 1, 1);
+        pass_character(&mut bench, &mut serial);
         // One byte has gone on into the receiver.
         assert_eq!(serial.input(&mut bench.context(), b"xy"), 1);
         assert_eq!(serial.input(&mut bench.context(), b"z"), 0);
     }
 
+    /// All that the receiver has, as a driver's interrupt handler reads it.
+    fn drain(bench: &mut Bench, serial: &mut Serial) -> Vec<u8> {
+        let mut read = Vec::new();
+        while bench.read(serial, 5, 1) & 1 == 1 {
+            read.push(bench.read(serial, 0, 1) as u8);
+        }
+        read
+    }
+
+    /// Linux: finds out the chip; starts up, which clears the FIFOs and reads what is left over; sets the line's speed,
+    /// which enables the receive interrupt and then the FIFOs; and reads what is left over once more.
     #[test]
     fn input_waits_for_the_driver() {
         let (mut bench, mut serial) = (Bench::new(), Serial::new());
-        bench.write(&mut serial, 4, 1, 0x08);
         let text: Vec<u8> = (0..100).collect();
         assert_eq!(serial.input(&mut bench.context(), &text), 100);
-        // A driver that starts: clears the FIFOs, reads what is left over, and only then asserts RTS.
-        for value in [1, 7, 0, 0x81] {
+        for value in [0, 0x0F, 0] {
+            bench.write(&mut serial, 1, 1, value);
+        }
+        bench.write(&mut serial, 4, 1, 0x08);
+        for value in [1, 7, 0] {
             bench.write(&mut serial, 2, 1, value);
         }
-        assert_eq!(bench.read(&mut serial, 0, 1), 0);
         assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        assert_eq!(bench.read(&mut serial, 0, 1), 0);
+        assert_eq!(bench.wake(CHARACTER_TOKEN), None);
         bench.write(&mut serial, 4, 1, 0x0B);
-        let mut read = Vec::new();
-        while bench.read(&mut serial, 5, 1) & 1 == 1 {
-            read.push(bench.read(&mut serial, 0, 1) as u8);
+        bench.write(&mut serial, 1, 1, 5);
+        for value in [1, 0x81] {
+            bench.write(&mut serial, 2, 1, value);
         }
-        assert_eq!(read, text);
+        bench.now += 10_000;
+        assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        assert_eq!(bench.read(&mut serial, 0, 1), 0);
+        assert_eq!(bench.wake(CHARACTER_TOKEN), Some(CHARACTER_NS));
+        let mut serial = assert_round_trip(&serial);
+        pass_character(&mut bench, &mut serial);
+        assert_eq!(drain(&mut bench, &mut serial), text);
+    }
+
+    #[test]
+    fn input_waits_while_the_driver_does_not_listen() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        bench.write(&mut serial, 4, 1, 0x0B);
+        bench.write(&mut serial, 1, 1, 1);
+        // It looks away before the first character has come: nothing comes, even if it looks twice.
+        bench.write(&mut serial, 1, 1, 0);
+        assert_eq!(bench.wake(CHARACTER_TOKEN), None);
+        serial.input(&mut bench.context(), b"ab");
+        bench.event(&mut serial, CHARACTER_TOKEN);
+        assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+        bench.write(&mut serial, 1, 1, 1);
+        pass_character(&mut bench, &mut serial);
+        // RTS goes down: what is in the receiver stays, and nothing follows it.
+        bench.write(&mut serial, 4, 1, 0x08);
+        assert_eq!(drain(&mut bench, &mut serial), b"a");
+        bench.write(&mut serial, 4, 1, 0x0A);
+        assert_eq!(drain(&mut bench, &mut serial), b"");
+        pass_character(&mut bench, &mut serial);
+        assert_eq!(drain(&mut bench, &mut serial), b"b");
+    }
+
+    #[test]
+    fn a_driver_that_polls_gets_input_when_it_waits_for_it() {
+        let (mut bench, mut serial) = (Bench::new(), Serial::new());
+        serial.input(&mut bench.context(), b"xyz");
+        // The status before a transmission is not waiting.
+        for byte in b"out" {
+            assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+            bench.write(&mut serial, 0, 1, u64::from(*byte));
+        }
+        for byte in b"xyz" {
+            assert_eq!(bench.read(&mut serial, 5, 1), 0x60);
+            assert_eq!(bench.read(&mut serial, 5, 1), 0x61);
+            assert_eq!(bench.read(&mut serial, 0, 1), u64::from(*byte));
+        }
     }
 
     #[test]
     fn loopback_does_not_mix_with_input() {
         let (mut bench, mut serial) = (Bench::new(), Serial::new());
         bench.write(&mut serial, 4, 1, 0x12);
+        bench.write(&mut serial, 1, 1, 1);
         serial.input(&mut bench.context(), b"input");
         bench.write(&mut serial, 0, 1, u64::from(b'x'));
         assert_eq!(bench.read(&mut serial, 0, 1), u64::from(b'x'));
         bench.write(&mut serial, 4, 1, 0x02);
+        pass_character(&mut bench, &mut serial);
         assert_eq!(bench.read(&mut serial, 0, 1), u64::from(b'i'));
     }
 
