@@ -57,7 +57,8 @@ fn case(code: Code, seed: u64) -> Option<Case> {
     let mut rng = Rng::new(seed);
     let mut registers = generate::registers(&mut rng);
     registers.rip = CODE.start + 0x100;
-    let mut setup = Setup { rng: &mut rng, registers, pokes: Vec::new(), ignored_memory: Vec::new(), pointers: None };
+    let mut setup =
+        Setup { rng: &mut rng, registers, pokes: Vec::new(), ignored_memory: Vec::new(), bits: 64, pointers: None };
     let instruction = setup.build(code)?;
     let registers = setup.registers;
     let mut bytes = generate::encode(&instruction, registers.rip)?;
@@ -68,6 +69,7 @@ fn case(code: Code, seed: u64) -> Option<Case> {
     bytes.push(0xCC);
     Some(Case {
         seed,
+        bits: 64,
         registers,
         code: bytes,
         pokes: Vec::new(),

@@ -82,6 +82,8 @@ impl Default for Registers {
 pub struct Case {
     /// What reproduces it.
     pub seed: u64,
+    /// 64, or 32 for compatibility mode: then the upper halves of the registers do not count.
+    pub bits: u32,
     /// Registers before; `rip` is where `code` is put.
     pub registers: Registers,
     /// Machine code, ending in INT3.

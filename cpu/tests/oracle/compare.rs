@@ -107,7 +107,7 @@ pub fn outcomes(case: &Case, expected: &Outcome, got: &Outcome, tolerance: Toler
         report.add("rip", a.rip, b.rip);
     }
     for (index, name) in GPR_NAMES.iter().enumerate() {
-        if a.gpr[index] != b.gpr[index] {
+        if (a.gpr[index] ^ b.gpr[index]) & (u64::MAX >> (64 - case.bits)) != 0 {
             report.add(*name, a.gpr[index], b.gpr[index]);
         }
     }
@@ -140,7 +140,7 @@ pub fn outcomes(case: &Case, expected: &Outcome, got: &Outcome, tolerance: Toler
 
 /// The instruction of the case's code at an address.
 fn instruction_at(case: &Case, rip: u64) -> Option<Instruction> {
-    let mut decoder = iced_x86::Decoder::with_ip(64, &case.code, case.registers.rip, 0);
+    let mut decoder = iced_x86::Decoder::with_ip(case.bits, &case.code, case.registers.rip, 0);
     while decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.ip() == rip {
@@ -210,7 +210,7 @@ pub fn describe(case: &Case) -> String {
     let mut formatter = IntelFormatter::new();
     let bytes: String = case.code.iter().map(|b| format!("{b:02x}")).collect();
     let _ = writeln!(text, "seed {} at {:#x}: {bytes}", case.seed, case.registers.rip);
-    let mut decoder = iced_x86::Decoder::with_ip(64, &case.code, case.registers.rip, 0);
+    let mut decoder = iced_x86::Decoder::with_ip(case.bits, &case.code, case.registers.rip, 0);
     while decoder.can_decode() {
         let instruction = decoder.decode();
         let mut line = String::new();

@@ -28,6 +28,7 @@ const KERNEL_CS: u16 = 0x10;
 const KERNEL_SS: u16 = 0x18;
 const USER_SS: u16 = 0x2B;
 const USER_CS: u16 = 0x33;
+const USER_CS_32: u16 = 0x23;
 const TSS_SELECTOR: u16 = 0x40;
 
 const PRESENT: u64 = 1;
@@ -159,7 +160,7 @@ impl Guest {
             tables.map(linear, physical(n), flags);
         }
         for (selector, attributes) in
-            [(KERNEL_CS, 0xA9B), (KERNEL_SS, 0xC93), (0x23, 0xCFB), (USER_SS, 0xCF3), (USER_CS, 0xAFB)]
+            [(KERNEL_CS, 0xA9B), (KERNEL_SS, 0xC93), (USER_CS_32, 0xCFB), (USER_SS, 0xCF3), (USER_CS, 0xAFB)]
         {
             write_u64(&memory, GDT + u64::from(selector & !7), descriptor(attributes));
         }
@@ -274,6 +275,11 @@ impl Executor for Guest {
         state.seg[seg::FS].base = r.fs_gs_base[0];
         state.seg[seg::GS].base = r.fs_gs_base[1];
         state.fpu = r.fpu;
+        if case.bits == 32 {
+            state.seg[seg::CS] = segment(USER_CS_32, 0xCFB);
+            state.seg[seg::DS] = segment(USER_SS, 0xCF3);
+            state.seg[seg::ES] = segment(USER_SS, 0xCF3);
+        }
         *self.engine.state_mut() = state;
 
         let start = self.engine.icount().0;

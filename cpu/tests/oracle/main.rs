@@ -31,12 +31,16 @@ fn environment(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
-fn wanted_codes(class: Option<Class>) -> Vec<Code> {
+fn is_wanted(code: Code) -> bool {
     let part = std::env::var("ORACLE_CODE").unwrap_or_default().to_lowercase();
+    format!("{code:?}").to_lowercase().contains(&part)
+}
+
+fn wanted_codes(class: Option<Class>) -> Vec<Code> {
     codes::all()
         .into_iter()
         .filter(|code| class.is_none_or(|c| codes::class(*code) == Some(c)))
-        .filter(|code| format!("{code:?}").to_lowercase().contains(&part))
+        .filter(|code| is_wanted(*code))
         .collect()
 }
 
@@ -66,6 +70,11 @@ fn compare_with_host(config: EngineConfig, drive: Drive, supervisor: bool, singl
             campaign.check(&case);
         }
     }
+    conclude(&campaign);
+}
+
+/// Prints what ran and fails if there was a disagreement.
+fn conclude(campaign: &Campaign) {
     eprintln!("{}", campaign.summary());
     let report = campaign.report();
     if let Some(path) = std::env::var_os("ORACLE_REPORT") {
@@ -94,6 +103,22 @@ fn engine_agrees_with_host_step_by_step() {
 fn engine_agrees_with_host_in_chaos() {
     let chaotic = EngineConfig { tlb_bits: 1, chaining: false, chaos_seed: Some(1), ..config() };
     compare_with_host(chaotic, Drive::Strides(3), false, 8_000, 1_000);
+}
+
+/// 32-bit code under a 64-bit system.
+#[test]
+fn engine_agrees_with_host_in_compatibility_mode() {
+    let make_guest = Box::new(|| Guest::new(config(), false, Drive::Whole));
+    let mut campaign = Campaign::new(make_guest, false);
+    let codes: Vec<_> = codes::all_32().into_iter().filter(|code| is_wanted(*code)).collect();
+    let first = environment("ORACLE_SEED", 0) << 32;
+    for seed in first..first + 10_000 * environment("ORACLE_COUNT", 1) {
+        let code = codes[(seed % codes.len() as u64) as usize];
+        if let Some(case) = generate::single_32(seed, code) {
+            campaign.check(&case);
+        }
+    }
+    conclude(&campaign);
 }
 
 #[test]

@@ -32,6 +32,8 @@ struct Context {
     stepping: u64,
     last_rip: u64,
     steps: u64,
+    /// DS and ES.
+    data_selector: u64,
     /// Counts runs, and the run during which the timer last rang.
     run: u64,
     rang_in_run: u64,
@@ -65,6 +67,7 @@ static CONTEXT: Shared = Shared(UnsafeCell::new(unsafe { std::mem::zeroed() }));
 const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 const ALTERNATE_STACK_SIZE: usize = 256 << 10;
 const USER_CS: u64 = 0x33;
+const USER_CS_32: u64 = 0x23;
 const USER_SS: u64 = 0x2B;
 const TF: u64 = 1 << 8;
 /// In place of a vector: the timer ended the case.
@@ -91,6 +94,10 @@ unsafe extern "C" fn enter(context: *mut Context) {
         "rdgsbase rax",
         "mov [rdi + {host_gs}], rax",
         "mov qword ptr [rdi + {running}], 1",
+        // 32-bit code needs data segments; 64-bit code sees null ones in them.
+        "mov eax, [rdi + {data_selector}]",
+        "mov ds, eax",
+        "mov es, eax",
         "mov eax, 7",
         "xor edx, edx",
         "xrstor64 [rdi]",
@@ -119,6 +126,7 @@ unsafe extern "C" fn enter(context: *mut Context) {
         host_fs = const offset_of!(Context, host_fs_base),
         host_gs = const offset_of!(Context, host_gs_base),
         running = const offset_of!(Context, running),
+        data_selector = const offset_of!(Context, data_selector),
         fs = const offset_of!(Context, fs_base),
         gs = const offset_of!(Context, gs_base),
         gpr = const offset_of!(Context, gpr),
@@ -248,6 +256,8 @@ unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mu
         machine.gregs[libc::REG_RIP as usize] = leave as *const () as i64;
         machine.gregs[libc::REG_RSP as usize] = context.host_rsp as i64;
         machine.gregs[libc::REG_EFL as usize] = 0x202;
+        let selectors = &mut machine.gregs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xFFFF | USER_CS as i64;
         0
     }
 }
@@ -432,13 +442,15 @@ impl Executor for Native {
         let context = unsafe { &mut *CONTEXT.0.get() };
         context.fpu = r.fpu.0;
         context.gpr = r.gpr;
-        context.frame = [r.rip, USER_CS, r.rflags | if stepping { TF } else { 0 }, r.gpr[4], USER_SS];
+        let cs = if case.bits == 64 { USER_CS } else { USER_CS_32 };
+        context.frame = [r.rip, cs, r.rflags | if stepping { TF } else { 0 }, r.gpr[4], USER_SS];
         context.fs_base = r.fs_gs_base[0];
         context.gs_base = r.fs_gs_base[1];
         context.stepping = stepping as u64;
         context.last_rip = r.rip;
         context.steps = 0;
         context.run += 1;
+        context.data_selector = if case.bits == 64 { 0 } else { USER_SS };
         let context: *mut Context = context;
         // SAFETY: the case's code is user-mode code generated to touch our regions only, ends in an exception, and
         // its registers are all saved and restored by enter/leave.

@@ -107,6 +107,12 @@ pub fn is_near_branch(code: Code) -> bool {
         || matches!(code, Jmp_rel8_64 | Jmp_rel32_64 | Jmp_rm64 | Call_rel32_64 | Call_rm64 | Retnq | Retnq_imm16)
 }
 
+/// Near transfers of control of 32-bit code.
+pub fn is_near_branch_32(code: Code) -> bool {
+    use Code::*;
+    matches!(code, Jmp_rel8_32 | Jmp_rel32_32 | Jmp_rm32 | Call_rel32_32 | Call_rm32 | Retnd | Retnd_imm16)
+}
+
 fn is_privileged(code: Code) -> bool {
     use Mnemonic::*;
     matches!(
@@ -148,13 +154,27 @@ pub fn class(code: Code) -> Option<Class> {
     if !op.is_instruction() || !op.mode64() {
         return None;
     }
+    class_in(code, 64)
+}
+
+/// How `code` takes part in compatibility mode, if it does.
+pub fn class_32(code: Code) -> Option<Class> {
+    let op = code.op_code();
+    if !op.is_instruction() || !op.compatibility_mode() {
+        return None;
+    }
+    class_in(code, 32)
+}
+
+fn class_in(code: Code, bits: u32) -> Option<Class> {
+    let op = code.op_code();
     if !matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
         return None;
     }
     if !code.cpuid_features().iter().all(|f| in_model(*f)) {
         return None;
     }
-    if is_near_branch(code) {
+    if is_near_branch(code) || bits == 32 && is_near_branch_32(code) {
         // With 16-bit operands vendors differ.
         let narrow = op.op_kinds().iter().any(|k| matches!(k, OpCodeOperandKind::br16_1 | OpCodeOperandKind::br16_2));
         return (!narrow).then_some(Class::Ordinary);
@@ -193,7 +213,7 @@ pub fn class(code: Code) -> Option<Class> {
         return None;
     }
     // Near branches with 16-bit operands: vendors differ.
-    if matches!(code, Code::Retnw | Code::Retnw_imm16 | Code::Retnd | Code::Retnd_imm16) {
+    if bits == 64 && matches!(code, Code::Retnw | Code::Retnw_imm16 | Code::Retnd | Code::Retnd_imm16) {
         return None;
     }
     // Loading a segment register needs equal descriptor tables.
@@ -211,6 +231,11 @@ pub fn class(code: Code) -> Option<Class> {
         return None;
     }
     Some(if is_privileged(code) { Class::Privileged } else { Class::Ordinary })
+}
+
+/// All instructions that take part in compatibility mode.
+pub fn all_32() -> Vec<Code> {
+    Code::values().filter(|code| class_32(*code).is_some()).collect()
 }
 
 /// All instructions that take part.

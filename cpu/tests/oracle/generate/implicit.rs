@@ -140,7 +140,7 @@ impl Setup<'_> {
             }
             Mnemonic::Ret => {
                 let back = self.code_address();
-                self.pokes.push((self.registers.gpr[4], back.to_le_bytes().to_vec()));
+                self.pokes.push((self.registers.gpr[4], back.to_le_bytes()[..self.bits as usize / 8].to_vec()));
             }
             Mnemonic::Jmp | Mnemonic::Call if instruction.op0_kind() != OpKind::NearBranch64 => {
                 let destination = self.code_address();

@@ -125,29 +125,43 @@ fn placement(rng: &mut Rng, length: u64) -> u64 {
 
 /// A case of one instruction.
 pub fn single(seed: u64, code: Code) -> Option<Case> {
+    single_in(seed, code, 64)
+}
+
+/// A case of one instruction in compatibility mode.
+pub fn single_32(seed: u64, code: Code) -> Option<Case> {
+    single_in(seed, code, 32)
+}
+
+fn single_in(seed: u64, code: Code, bits: u32) -> Option<Case> {
+    let class = |code| if bits == 64 { codes::class(code) } else { codes::class_32(code) };
     let rng = &mut Rng::new(seed ^ (code as u64) << 48);
     let mut start = registers(rng);
     start.rip = placement(rng, 12);
-    let mut setup = Setup { rng, registers: start, pokes: Vec::new(), ignored_memory: Vec::new(), pointers: None };
+    if bits == 32 {
+        start.gpr.iter_mut().for_each(|value| *value &= 0xFFFF_FFFF);
+    }
+    let mut setup =
+        Setup { rng, registers: start, pokes: Vec::new(), ignored_memory: Vec::new(), bits, pointers: None };
     let mut instruction = setup.build(code)?;
     let (mut registers, pokes, ignored_memory) = (setup.registers, setup.pokes, setup.ignored_memory);
-    let mut encoder = Encoder::new(64);
+    let mut encoder = Encoder::new(bits);
     encoder.encode(&instruction, registers.rip).ok()?;
     let mut bytes = encoder.take_buffer();
     if rng.one_in(12) {
-        bytes = with_idle_prefix(rng, bytes);
+        bytes = with_idle_prefix(rng, bytes, bits);
     }
     registers.rip = registers.rip.min(CODE.start + CODE.pages * PAGE - 1);
     // What was asked for is what the decoder sees.
-    let mut decoder = iced_x86::Decoder::with_ip(64, &bytes, registers.rip, 0);
+    let mut decoder = iced_x86::Decoder::with_ip(bits, &bytes, registers.rip, 0);
     let decoded = decoder.decode();
-    if decoded.is_invalid() || codes::class(decoded.code()) != codes::class(code) || decoded.len() != bytes.len() {
+    if decoded.is_invalid() || class(decoded.code()) != class(code) || decoded.len() != bytes.len() {
         return None;
     }
     instruction = decoded;
     // With these prefixes, vendors differ about near branches.
     let odd = |byte: &u8| matches!(byte, 0x66 | 0xF2 | 0xF3);
-    if codes::is_near_branch(code) && bytes[..bytes.len() - 1].iter().any(odd) {
+    if (codes::is_near_branch(code) || codes::is_near_branch_32(code)) && bytes[..bytes.len() - 1].iter().any(odd) {
         return None;
     }
     // Is it XCHG R8 with an idle prefix?
@@ -162,6 +176,7 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
     bytes.push(INT3);
     Some(Case {
         seed,
+        bits,
         registers,
         code: bytes,
         pokes,
@@ -172,8 +187,9 @@ pub fn single(seed: u64, code: Code) -> Option<Case> {
 }
 
 /// Adds a prefix that changes nothing, or makes the instruction another one.
-fn with_idle_prefix(rng: &mut Rng, bytes: Vec<u8>) -> Vec<u8> {
-    let prefix = rng.pick(&[0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x40, 0x48]);
+fn with_idle_prefix(rng: &mut Rng, bytes: Vec<u8>, bits: u32) -> Vec<u8> {
+    let prefixes = [0x66u8, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x40, 0x48];
+    let prefix = rng.pick(&prefixes[..if bits == 64 { 10 } else { 8 }]);
     let mut longer = vec![prefix];
     longer.extend_from_slice(&bytes);
     longer

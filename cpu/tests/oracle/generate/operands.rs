@@ -37,6 +37,8 @@ pub struct Setup<'a> {
     pub pokes: Vec<(u64, Vec<u8>)>,
     /// See [`crate::case::Case::ignored_memory`].
     pub ignored_memory: Vec<(u64, u64)>,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     /// None for a single instruction, whose addressing registers may be set at will.
     pub pointers: Option<Pointers>,
 }
@@ -81,9 +83,13 @@ pub fn target(rng: &mut Rng, size: u64, faults_wanted: bool) -> u64 {
 }
 
 impl Setup<'_> {
+    fn gpr_count(&self) -> u64 {
+        if self.bits == 64 { 16 } else { 8 }
+    }
+
     fn number(&mut self, from: usize) -> usize {
         loop {
-            let n = from + self.rng.below(16 - from as u64) as usize;
+            let n = from + self.rng.below(self.gpr_count() - from as u64) as usize;
             if let Some(pointers) = &self.pointers
                 && (pointers.protects(n) || n == 4)
                 && !self.rng.one_in(8)
@@ -97,7 +103,7 @@ impl Setup<'_> {
     fn gpr8(&mut self) -> Register {
         // AL, CL, DL, BL, AH, CH, DH, BH, SPL, BPL, SIL, DIL, R8L..R15L
         loop {
-            let register = Register::AL + self.rng.below(20) as u32;
+            let register = Register::AL + self.rng.below(if self.bits == 64 { 20 } else { 8 }) as u32;
             let n = register.full_register().number();
             if let Some(pointers) = &self.pointers
                 && (pointers.protects(n) || n == 4)
@@ -110,26 +116,27 @@ impl Setup<'_> {
 
     fn vector(&mut self, first: Register) -> Register {
         // Few registers, so that operands coincide and sequences depend on each other.
-        let n = if self.rng.one_in(3) { self.rng.below(16) } else { self.rng.below(4) };
+        let n = if self.rng.one_in(3) { self.rng.below(self.gpr_count()) } else { self.rng.below(4) };
         first + n as u32
     }
 
     /// Gives `register` (if it may be chosen) a value.
     pub fn set(&mut self, number: usize, value: u64) {
-        self.registers.gpr[number] = value;
+        self.registers.gpr[number] = if self.bits == 64 { value } else { value & 0xFFFF_FFFF };
     }
 
     /// Attaches a memory operand of `size` bytes to `instruction` and returns its linear address.
     fn memory(&mut self, instruction: &mut Instruction, operand: u32, size: u64, vsib: Option<Register>) -> u64 {
+        let (gprs, wide) = (self.gpr_count(), self.bits == 64);
         let rng = &mut *self.rng;
         let mut segment_base = 0;
         let mut segment = Register::None;
         match rng.below(24) {
-            0 | 1 => {
+            0 | 1 if wide => {
                 segment = Register::FS;
                 segment_base = self.registers.fs_gs_base[0];
             }
-            2 | 3 => {
+            2 | 3 if wide => {
                 segment = Register::GS;
                 segment_base = self.registers.fs_gs_base[1];
             }
@@ -151,7 +158,7 @@ impl Setup<'_> {
             segment = Register::None;
         }
         let mut offset = linear.wrapping_sub(segment_base);
-        let narrow = rng.one_in(12) && offset >> 32 == 0;
+        let narrow = !wide || rng.one_in(12) && offset >> 32 == 0;
         let scale = 1u32 << rng.below(4);
         let displacement: i64 = match rng.below(5) {
             0 => 0,
@@ -183,9 +190,9 @@ impl Setup<'_> {
             operand_.segment_prefix = Register::None;
             let (base, value) = match &self.pointers {
                 Some(pointers) => rng.pick(&pointers.bases),
-                None => (rng.below(16) as usize, DATA.start + 2 * PAGE),
+                None => (rng.below(gprs) as usize, DATA.start + 2 * PAGE),
             };
-            operand_.base = gpr64(base);
+            operand_.base = register(base);
             self.registers.gpr[base] = value;
             attach(instruction, operand, &operand_);
             return value;
@@ -218,16 +225,16 @@ impl Setup<'_> {
 
         match rng.below(12) {
             0..=4 => {
-                let base = rng.below(16) as usize;
+                let base = rng.below(gprs) as usize;
                 operand_.base = register(base);
                 let upper = if narrow { rng.next() << 32 } else { 0 };
                 let value = truncate(offset.wrapping_sub(displacement as u64)) | upper;
                 self.set(base, value);
             }
             5..=8 => {
-                let base = rng.below(16) as usize;
+                let base = rng.below(gprs) as usize;
                 let index = loop {
-                    let n = rng.below(16) as usize;
+                    let n = rng.below(gprs) as usize;
                     if n != 4 {
                         break n;
                     }
@@ -247,12 +254,16 @@ impl Setup<'_> {
                 }
             }
             9 => {
-                let index = 5 + rng.below(11) as usize;
+                let index = 5 + rng.below(gprs - 5) as usize;
                 operand_.index = register(index);
                 operand_.displ_size = if narrow { 4 } else { 8 };
                 let value = truncate(offset.wrapping_sub(displacement as u64)) / u64::from(scale);
                 self.set(index, value);
                 offset = value.wrapping_mul(u64::from(scale)).wrapping_add(displacement as u64);
+            }
+            _ if !wide => {
+                operand_ = MemoryOperand::with_displ(offset & 0xFFFF_FFFF, 4);
+                operand_.segment_prefix = segment;
             }
             _ => operand_ = absolute(rng, offset, segment),
         }
@@ -285,7 +296,7 @@ impl Setup<'_> {
         instruction.set_code(code);
         let mut linear = None;
         let mut immediates = 0;
-        let narrow_strings = self.rng.one_in(10);
+        let narrow_strings = self.bits == 32 || self.rng.one_in(10);
         for i in 0..op.op_count() {
             let kind = op.op_kind(i);
             let size = memory_size(code);
@@ -315,7 +326,8 @@ impl Setup<'_> {
                 if kind == K::mem_offs {
                     let linear_ = target(self.rng, size, true);
                     linear = Some(linear_);
-                    let operand = MemoryOperand::with_displ(linear_, if self.rng.one_in(4) { 4 } else { 8 });
+                    let size = if self.bits == 32 || self.rng.one_in(4) { 4 } else { 8 };
+                    let operand = MemoryOperand::with_displ(linear_, size);
                     attach(&mut instruction, i, &operand);
                     continue;
                 }
@@ -425,6 +437,11 @@ impl Setup<'_> {
                 K::seg_rBX_al => {
                     let base = if narrow_strings { Register::EBX } else { Register::RBX };
                     attach(&mut instruction, i, &MemoryOperand::with_base_index(base, Register::AL));
+                }
+                K::br32_1 | K::br32_4 => {
+                    instruction.set_op_kind(i, OpKind::NearBranch32);
+                    let target = self.near_target();
+                    instruction.set_near_branch32(target as u32);
                 }
                 K::br64_1 | K::br64_4 => {
                     instruction.set_op_kind(i, OpKind::NearBranch64);

@@ -460,7 +460,14 @@ pub fn sequence(seed: u64, codes: &[Code]) -> Option<Case> {
     let favourites = (0..rng.below(6)).map(|_| rng.pick(codes)).collect();
     let count = 2 + rng.below(14);
     let mut program = Program {
-        setup: Setup { rng, registers: start, pokes: Vec::new(), ignored_memory: Vec::new(), pointers: Some(pointers) },
+        setup: Setup {
+            rng,
+            registers: start,
+            pokes: Vec::new(),
+            ignored_memory: Vec::new(),
+            bits: 64,
+            pointers: Some(pointers),
+        },
         instructions: Vec::new(),
         subroutines: Vec::new(),
         next_label: 0,
@@ -497,6 +504,7 @@ pub fn from_instructions(
     let code = assemble(&instructions, registers.rip)?;
     Some(Case {
         seed,
+        bits: 64,
         undefined_flags: undefined_flags(&instructions),
         registers,
         code,
