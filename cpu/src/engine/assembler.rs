@@ -144,6 +144,12 @@ impl Assembler {
         self.put(&[op::STORE, 0xC0 | (src & 7) << 3 | dst & 7]);
     }
 
+    /// `movzx reg32, reg16`; flags are untouched.
+    pub fn movzx16(&mut self, reg: u8) {
+        self.rex(false, reg, 0, reg);
+        self.put(&[0x0F, 0xB7, 0xC0 | (reg & 7) << 3 | reg & 7]);
+    }
+
     /// The shortest move of a constant into a register; flags are untouched.
     pub fn mov_imm(&mut self, reg: u8, value: u64) {
         if value <= u32::MAX as u64 {

@@ -1,7 +1,9 @@
 //! Decides for each guest instruction who executes it: the host processor, renamed, or the emulation in Rust.
 
 use super::mode::Mode;
-use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+};
 
 /// How the translator treats an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +14,8 @@ pub enum Treatment {
     Nothing,
     /// LEA.
     Lea,
+    /// VZEROUPPER or VZEROALL outside 64-bit mode: of eight registers.
+    ZeroUpper,
     /// BT, BTS, BTR or BTC with a register bit offset into memory.
     BitString,
     /// PUSH of a register, constant or memory.
@@ -225,6 +229,25 @@ fn near_branch(ins: &Instruction, mode: Mode) -> Treatment {
     }
 }
 
+/// The instruction writes to a memory operand in CS, which 32-bit code cannot.
+pub fn writes_code_segment(ins: &Instruction) -> bool {
+    ins.segment_prefix() == Register::CS
+        && (0..ins.op_count()).any(|i| {
+            use OpAccess::*;
+            ins.op_kind(i) == OpKind::Memory
+                && matches!(
+                    InstructionInfoFactory::new().info(ins).op_access(i),
+                    Write | CondWrite | ReadWrite | ReadCondWrite
+                )
+        })
+}
+
+/// The memory operand's address is computed in 16 bits.
+pub fn has_16_bit_address(ins: &Instruction) -> bool {
+    let register = if ins.memory_base() != Register::None { ins.memory_base() } else { ins.memory_index() };
+    register != Register::None && register.size() == 2
+}
+
 /// How to treat `ins` in `mode`.
 pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
     if ins.is_invalid() || !in_model(ins) || mode.bitness() == 16 || !mode.is_flat() {
@@ -244,7 +267,7 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         Mnemonic::Clac | Mnemonic::Stac if mode.ring0() => return Treatment::AccessFlag,
         _ => {}
     }
-    if must_emulate(ins) {
+    if must_emulate(ins) || !mode.is_64bit() && writes_code_segment(ins) {
         return Treatment::Emulate;
     }
     let permitted = match unit(ins) {
@@ -264,8 +287,9 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         | Prefetchwt1 => Treatment::Nothing,
         Lea => Treatment::Lea,
         Bt | Bts | Btr | Btc if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register => {
-            Treatment::BitString
+            if has_16_bit_address(ins) { Treatment::Emulate } else { Treatment::BitString }
         }
+        Vzeroupper | Vzeroall if !mode.is_64bit() => Treatment::ZeroUpper,
         Push if ins.stack_pointer_increment() == -stack_word => Treatment::Push,
         Pop if ins.stack_pointer_increment() == stack_word => Treatment::Pop,
         Leave if ins.code() == Code::Leaveq || ins.code() == Code::Leaved => Treatment::Leave,
@@ -294,12 +318,7 @@ fn must_emulate(ins: &Instruction) -> bool {
                     return true; // segment, control, debug, mask, tile registers
                 }
             }
-            OpKind::Memory => {
-                let sixteen = |r: Register| r != Register::None && r.size() == 2;
-                if sixteen(ins.memory_base()) || sixteen(ins.memory_index()) {
-                    return true;
-                }
-            }
+            OpKind::Memory => {}
             OpKind::Immediate8
             | OpKind::Immediate8_2nd
             | OpKind::Immediate16

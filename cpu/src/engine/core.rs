@@ -981,6 +981,9 @@ impl Core {
             return Err(Exception::InvalidOpcode);
         }
         let state = self.state();
+        if !state.is_64bit() && classify::writes_code_segment(instruction) {
+            return Err(Exception::GP0);
+        }
         let (ts, em) = (state.cr0 & CR0_TS != 0, state.cr0 & CR0_EM != 0);
         match classify::unit(instruction) {
             Unit::Integer => Ok(()),

@@ -422,6 +422,9 @@ impl Translator {
         let base_host = gpr_number(base).map(|g| self.held(g, host::RCX));
         let index_host = gpr_number(index).map(|g| (self.held(g, host::RAX), ins.memory_index_scale() as u8));
         self.a.lea(wide, dst, base_host, index_host, (disp as i32).wrapping_add(bias));
+        if classify::has_16_bit_address(ins) {
+            self.a.movzx16(dst);
+        }
     }
 
     fn add_segment_base(&mut self, ins: &Instruction) {
@@ -531,6 +534,7 @@ impl Translator {
         match treatment {
             Treatment::Nothing => {}
             Treatment::Plain => self.plain(ins),
+            Treatment::ZeroUpper => self.zero_upper(ins.mnemonic() == Mnemonic::Vzeroall),
             Treatment::Lea => self.load_effective_address(ins),
             Treatment::BitString => self.bit_string(ins),
             Treatment::Push => self.push(ins),
@@ -926,6 +930,17 @@ impl Translator {
             let site = self.site(kind, self.unretired());
             let patch = self.a.jmp(0);
             self.cold.push(Cold::Leave { patch, site });
+        }
+    }
+
+    /// VZEROUPPER or VZEROALL of the eight registers that there are outside 64-bit mode.
+    fn zero_upper(&mut self, all: bool) {
+        for n in 0..8u8 {
+            if all {
+                self.a.put(&[0xC5, 0x81 | (!n & 15) << 3, 0xEF, 0xC0 | n << 3 | n]); // vpxor xmm, xmm, xmm
+            } else {
+                self.a.put(&[0xC5, 0xF9, 0x6F, 0xC0 | n << 3 | n]); // vmovdqa xmm, xmm
+            }
         }
     }
 

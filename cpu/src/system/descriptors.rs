@@ -3,7 +3,7 @@
 
 use super::control::umip;
 use super::operand::{
-    self, Stack, mask, operand_size, read_memory, read_operand, segment_index, write_memory, write_operand,
+    self, Stack, mask, operand_size, read_memory, read_operand, segment_index, write_gpr, write_memory, write_operand,
     write_register,
 };
 use super::privileged::require_cpl0;
@@ -393,7 +393,12 @@ pub(super) fn arpl(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Syst
     let source = read_operand(state, instr, 1, 2, sys)?;
     let adjusts = destination & 3 < source & 3;
     if adjusts {
-        write_operand(state, instr, 0, 2, destination & !3 | source & 3, sys)?;
+        let adjusted = destination & !3 | source & 3;
+        // Only the selector changes, whatever the operand size.
+        match instr.op0_kind() {
+            OpKind::Register => write_gpr(state, instr.op0_register().number() & 15, 2, adjusted),
+            _ => write_operand(state, instr, 0, 2, adjusted, sys)?,
+        }
     }
     set_zero_flag(state, adjusts);
     retire(state, instr)

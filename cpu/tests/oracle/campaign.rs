@@ -79,7 +79,10 @@ pub struct Campaign {
 /// Whether the host can count by stepping: TF and ID must not be seen, and gathers behave differently with it.
 fn can_count(case: &Case) -> bool {
     !case.instructions.iter().any(|i| {
-        matches!(i.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfq | Mnemonic::Popf | Mnemonic::Popfq) || i.is_vsib()
+        matches!(
+            i.mnemonic(),
+            Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq
+        ) || i.is_vsib()
     })
 }
 

@@ -16,7 +16,7 @@ impl Setup<'_> {
     pub fn state_image(&mut self, instruction: &Instruction, linear: Option<u64>) -> bool {
         use Mnemonic::*;
         let Some(linear) = linear else {
-            if matches!(instruction.mnemonic(), Popf | Popfq) {
+            if matches!(instruction.mnemonic(), Popf | Popfd | Popfq) {
                 let flags = self.rng.next() & POPPED;
                 self.pokes.push((self.registers.gpr[4], flags.to_le_bytes().to_vec()));
                 return true;
