@@ -166,7 +166,6 @@ pub fn hash_cpu(hasher: &mut blake3::Hasher, state: &CpuState) {
     word(*tsc_offset);
     word(*tsc_adjust);
     word(*spec_ctrl);
-    word(*spec_ctrl);
     word(
         u64::from(*cpl) | u64::from(*interrupt_shadow) << 8 | u64::from(*nmi_blocked) << 16 | u64::from(*halted) << 24,
     );

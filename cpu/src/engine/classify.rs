@@ -2,7 +2,8 @@
 
 use super::mode::Mode;
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
 };
 
 /// How the translator treats an instruction.
@@ -287,7 +288,11 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         | Prefetchwt1 => Treatment::Nothing,
         Lea => Treatment::Lea,
         Bt | Bts | Btr | Btc if ins.op0_kind() == OpKind::Memory && ins.op1_kind() == OpKind::Register => {
-            if has_16_bit_address(ins) { Treatment::Emulate } else { Treatment::BitString }
+            if has_16_bit_address(ins) {
+                Treatment::Emulate
+            } else {
+                Treatment::BitString
+            }
         }
         Vzeroupper | Vzeroall if !mode.is_64bit() => Treatment::ZeroUpper,
         Push if ins.stack_pointer_increment() == -stack_word => Treatment::Push,

@@ -101,6 +101,8 @@ pub struct Core {
     ungrouped: FastMap<u64, ()>,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
+    /// Guest-physical address of the top-level table that the cached translations come from.
+    pub root: u64,
     pub tlb_mask: u32,
     code: CodeMemory,
     thunks: Thunks,
@@ -155,6 +157,7 @@ impl Core {
             ungrouped: FastMap::default(),
             used: Default::default(),
             itlb_used: Default::default(),
+            root: 0,
             tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
             code,
             thunks,
@@ -353,7 +356,8 @@ impl Core {
         // SAFETY: as above.
         unsafe { (*self.block).itlb[class as usize][slot] = identity };
         let used = &mut self.itlb_used[class as usize];
-        let list = if translation.global { &mut used.global } else { &mut used.local };
+        let kept = super::mmu::survives_address_space(vpage << 12, translation.global);
+        let list = if kept { &mut used.global } else { &mut used.local };
         list.push(slot as u16);
         if list.len() > 4 * ITLB_ENTRIES {
             list.sort_unstable();
@@ -361,7 +365,7 @@ impl Core {
         }
         // An entry that was global before and is local now must be found by a local flush, and the other way
         // round a global one in the local list is only flushed too early.
-        if translation.global {
+        if kept {
             self.itlb_used[class as usize].local.push(slot as u16);
         }
         Ok(Ok(identity))
@@ -591,7 +595,8 @@ impl Core {
             // RF lasts until an instruction retires. A fault before that pushes it set whatever it was.
             let resume = state.rflags & rflags::RF != 0;
             state.rflags &= !rflags::RF;
-            let alone = std::mem::take(&mut state.interrupt_shadow) || trap || careful || debug;
+            let shadow = std::mem::take(&mut state.interrupt_shadow);
+            let alone = shadow || trap || careful || debug;
             careful |= debug;
             if debug && !resume {
                 let hits = self.instruction_breakpoint();
@@ -663,6 +668,8 @@ impl Core {
                     self.rewind(site);
                     match std::mem::replace(&mut self.pending, Pending::None) {
                         Pending::Careful => {
+                            // It has not retired: a shadow that covers it still does.
+                            self.state_mut().interrupt_shadow = shadow;
                             self.statistics.careful += 1;
                             let rip = self.state().rip;
                             *self.statistics.careful_at.entry(rip).or_default() += 1;
@@ -711,6 +718,7 @@ impl Core {
                     SiteKind::Lookup => {
                         self.statistics.lookup += 1;
                         self.rewind(site);
+                        self.state_mut().interrupt_shadow = shadow;
                         follow = Follow::Forward { old: self.translator.sites[site as usize].block };
                     }
                     SiteKind::Emulate { instruction } => {

@@ -63,7 +63,8 @@ impl System for Core {
     fn flush(&mut self, what: Flush) {
         match what {
             Flush::All => self.flush_tlbs(true),
-            Flush::NonGlobal | Flush::AddressSpace { .. } | Flush::Pcid(_) | Flush::PcidPage(..) => {
+            Flush::AddressSpace { .. } => self.switch_address_space(),
+            Flush::NonGlobal | Flush::Pcid(_) | Flush::PcidPage(..) => {
                 self.flush_tlbs(false);
             }
             Flush::Page(linear) => self.flush_page(linear),

@@ -15,6 +15,8 @@ use crate::memory::PAGE_SIZE;
 use crate::paging::{self, Access, Translation, is_canonical};
 
 const PAGE_MASK: u64 = PAGE_SIZE - 1;
+/// The address bits of CR3.
+const ROOT_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 /// Slow writes after which a page that was a table is taken for an ordinary one again.
 const TABLE_WRITES_MAX: u16 = 600;
 
@@ -50,18 +52,60 @@ pub struct Intent {
     pub class: Class,
 }
 
+/// The translation may outlive a load of CR3, see `switch_address_space`.
+pub fn survives_address_space(linear: u64, global: bool) -> bool {
+    global && linear >> 63 != 0
+}
+
 impl Core {
     // Flushing -------------------------------------------------------------------------------------------------
 
     /// Forgets translations; those of global pages only if `global`.
     pub fn flush_tlbs(&mut self, global: bool) {
         self.statistics.flushes += 1;
+        if global {
+            self.root = self.state().cr3 & ROOT_MASK;
+        }
         for c in 0..super::block::CLASSES {
             for write in 0..2 {
                 self.flush_tlb(c, write, global);
             }
             self.flush_itlb(c, global);
         }
+    }
+
+    /// CR3 was loaded. Translations of global pages are kept if they are those of the new tables too: if both
+    /// top-level tables lead to the same tables for the upper half of the address space. Without that condition a
+    /// guest would see what happens to be cached.
+    pub fn switch_address_space(&mut self) {
+        let new = self.state().cr3 & ROOT_MASK;
+        let same = match (self.upper_half(self.root), self.upper_half(new)) {
+            (Some(old), Some(new)) => old == new,
+            _ => false,
+        };
+        if !same {
+            self.flush_tlbs(true);
+            return;
+        }
+        self.flush_tlbs(false);
+        self.root = new;
+        // What is kept comes from the new table as well from now on.
+        let page = (new / PAGE_SIZE) as usize;
+        if self.pages.flags[page] & IS_TABLE == 0 {
+            self.pages.flags[page] |= IS_TABLE;
+            self.pages.table_base[page] = MANY_BASES;
+            self.pages.table_writes[page] = 0;
+            self.watched += 1;
+            self.flush_writes();
+        }
+    }
+
+    /// Entries 256 to 511 of a top-level table; None if it is not in RAM.
+    fn upper_half(&self, root: u64) -> Option<&[u8]> {
+        let half = PAGE_SIZE / 2;
+        let table = self.memory.host(root + half, half)?;
+        // SAFETY: RAM of that length, which nobody writes while the reference lives: the guest is not running.
+        Some(unsafe { std::slice::from_raw_parts(table, half as usize) })
     }
 
     fn flush_tlb(&mut self, c: usize, write: usize, global: bool) {
@@ -156,7 +200,7 @@ impl Core {
         entry.host = host_page;
         let used = &mut self.used[class as usize][write as usize];
         // An entry that is replaced stays in the list it is in; one that turns local must be in the local list.
-        if was_empty && global {
+        if was_empty && survives_address_space(linear, global) {
             used.global.push(index as u16);
         } else {
             used.local.push(index as u16);
@@ -411,10 +455,9 @@ impl Core {
         intent: Intent,
         mut each: impl FnMut(&mut Core, Target, usize, usize),
     ) -> Result<(), Exception> {
-        // System structures stand at 64-bit addresses in compatibility mode too.
-        let wide = self.state().is_64bit() || linear > u64::from(u32::MAX);
         // 32-bit code's own addresses wrap at 4 GiB; the system's tables and stacks may lie above while it runs.
-        let mask = if wide || linear > u32::MAX as u64 { u64::MAX } else { u32::MAX as u64 };
+        let wide = self.state().is_64bit() || linear > u64::from(u32::MAX);
+        let mask = if wide { u64::MAX } else { u64::from(u32::MAX) };
         if wide && !(is_canonical(linear) && is_canonical(linear.wrapping_add(len as u64 - 1))) {
             return Err(Exception::GP0);
         }

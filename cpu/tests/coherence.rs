@@ -1,0 +1,129 @@
+//! What must not matter: what the software TLBs happen to hold, and that an instruction was tried before.
+
+use orrery_cpu::bus::MsrRefused;
+use orrery_cpu::engine::{Engine, EngineConfig, Stop};
+use orrery_cpu::memory::GuestMemory;
+use orrery_cpu::model::ModelFeatures;
+use orrery_cpu::state::{CpuState, gpr};
+use orrery_cpu::{Bus, Icount};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A machine with nothing around the vCPU.
+struct Empty;
+
+impl Bus for Empty {
+    fn port_read(&mut self, _: Icount, _: u16, _: usize) -> u32 {
+        0
+    }
+    fn port_write(&mut self, _: Icount, _: u16, _: usize, _: u32) {}
+    fn mmio_read(&mut self, _: Icount, _: u64, data: &mut [u8]) {
+        data.fill(0xFF);
+    }
+    fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
+    fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn msr_write(&mut self, _: Icount, _: u32, _: u64) -> Result<(), MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn task_priority(&mut self, _: Icount) -> u8 {
+        0
+    }
+    fn set_task_priority(&mut self, _: Icount, _: u8) {}
+    fn tsc(&mut self, now: Icount) -> u64 {
+        now.0
+    }
+    fn random(&mut self) -> u64 {
+        1
+    }
+    fn attention(&self) -> bool {
+        false
+    }
+}
+
+const CODE: u64 = 0x40_1000;
+/// Linear page that the two trees map to different frames.
+const SPLIT: u64 = 0x4000_0000;
+/// Linear page that both trees map to the same frame; it shares TLB entries with `SPLIT` in a small TLB.
+const OTHER: u64 = SPLIT + 0x2000;
+/// Guest-physical address of the leaf table of the first tree.
+const LEAVES: u64 = 0x5000;
+const SECOND_ROOT: u64 = 0x8000;
+
+/// Supervisor code in 64-bit mode with two trees of page tables: both map the first 18 MiB as they are, and `SPLIT`
+/// as a global page to frames that hold 0xAAAA and 0xBBBB.
+fn guest(code: &[u8], tlb_bits: u32) -> Engine {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
+    let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
+    for (root, frame) in [(0x1000u64, 0x60_0000u64), (SECOND_ROOT, 0x60_1000)] {
+        write(root, (root + 0x1000) | 3);
+        write(root + 0x1000, (root + 0x2000) | 3);
+        write(root + 0x1008, (root + 0x3000) | 3);
+        for i in 0..9 {
+            write(root + 0x2000 + 8 * i, i << 21 | 0x83);
+        }
+        write(root + 0x3000, (root + 0x4000) | 3);
+        write(root + 0x4000, frame | 0x103);
+        write(root + 0x4010, 0x60_2000 | 3);
+    }
+    write(0x60_0000, 0xAAAA);
+    write(0x60_1000, 0xBBBB);
+    memory.write_slice(code, GuestAddress(CODE)).expect("inside RAM");
+    let config = EngineConfig { tlb_bits, code_cache_bytes: 1 << 20, ..EngineConfig::default() };
+    let mut engine = Engine::new(memory, ModelFeatures::default(), config).expect("an engine");
+    *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
+    engine.state_replaced();
+    engine
+}
+
+#[test]
+fn a_global_page_does_not_outlive_its_tables() {
+    #[rustfmt::skip]
+    let code = [
+        0x0F, 0x20, 0xE0, 0x0C, 0x80, 0x0F, 0x22, 0xE0, // mov rax, cr4; or al, PGE; mov cr4, rax
+        0x48, 0x8B, 0x1F, 0x0F, 0x20, 0xD8, 0x0F, 0x22, 0xD8, // mov rbx, [rdi]; mov rax, cr3; mov cr3, rax
+        0x48, 0x8B, 0x1F, // mov rbx, [rdi]
+        0x48, 0x8B, 0x06, // mov rax, [rsi]
+        0xB8, 0x00, 0x80, 0x00, 0x00, 0x0F, 0x22, 0xD8, // mov eax, 0x8000; mov cr3, rax
+        0x48, 0x8B, 0x17, 0xF4, // mov rdx, [rdi]; hlt
+    ];
+    for tlb_bits in [12, 1] {
+        let mut engine = guest(&code, tlb_bits);
+        engine.state_mut().gpr[gpr::RDI] = SPLIT;
+        engine.state_mut().gpr[gpr::RSI] = OTHER;
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+        assert_eq!(engine.state().gpr[gpr::RBX], 0xAAAA);
+        assert_eq!(engine.state().gpr[gpr::RDX], 0xBBBB, "TLB of 2^{tlb_bits} entries");
+    }
+}
+
+#[test]
+fn a_changed_page_table_entry_is_seen_at_once() {
+    #[rustfmt::skip]
+    let code = [
+        0x48, 0x8B, 0x1F, // mov rbx, [rdi]
+        0x48, 0x89, 0x06, // mov [rsi], rax: another frame, and no INVLPG
+        0x48, 0x8B, 0x17, 0xF4, // mov rdx, [rdi]; hlt
+    ];
+    for tlb_bits in [12, 1] {
+        let mut engine = guest(&code, tlb_bits);
+        let state = engine.state_mut();
+        state.gpr[gpr::RDI] = SPLIT;
+        state.gpr[gpr::RSI] = LEAVES;
+        state.gpr[gpr::RAX] = 0x60_1003;
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+        assert_eq!((engine.state().gpr[gpr::RBX], engine.state().gpr[gpr::RDX]), (0xAAAA, 0xBBBB));
+    }
+}
+
+#[test]
+fn the_interrupt_shadow_covers_an_instruction_that_is_tried_twice() {
+    let code = [0xFB, 0x89, 0x07, 0x90, 0x90, 0xF4]; // sti; mov [rdi], eax; nop; nop; hlt
+    for (place, address) in [("RAM", 0x51_0000), ("memory-mapped", 0x100_0000)] {
+        let mut engine = guest(&code, 12);
+        engine.state_mut().gpr[gpr::RDI] = address;
+        engine.request_interrupt_window(true);
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::InterruptWindow);
+        assert_eq!(engine.icount(), Icount(2), "{place}");
+    }
+}
