@@ -17,7 +17,9 @@ run() {
     printf '%-28s seed %s  state %s\n' "$(basename "$image")" "$2" "$(cat "$work/$1.hash")"
 }
 
+echo "== $(basename "$image"): an unmodified Debian kernel boots"
 run first 1
+sed 's/^/   | /' "$work/first.console"
 run again 1
 run other 2
 cmp "$work/first.hash" "$work/again.hash" || { echo "equal seeds, different states" >&2; exit 1; }

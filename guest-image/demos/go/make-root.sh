@@ -10,4 +10,4 @@ program=$(realpath "$root")/bin/demo
 GOCACHE=$(realpath "$(dirname "$root")/go-cache")
 export GOCACHE
 cd "$here"
-CGO_ENABLED=0 GOOS=linux GOARCH=amd64 GOFLAGS= go build -trimpath -ldflags='-s -w -buildid=' -o "$program" .
+CGO_ENABLED=0 GOOS=linux GOARCH=amd64 GOFLAGS= go build -trimpath -buildvcs=false -ldflags='-s -w -buildid=' -o "$program" .
