@@ -69,13 +69,7 @@ pub(super) fn fxsave(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     }
     let end = if state.cr4 & control::CR4_OSFXSR != 0 { xmm_end(state) } else { XMM_BEGIN };
     let image = state.fpu;
-    // The area's reserved end is not written, but must be writable.
-    let last = at.wrapping_add(LEGACY as u64 - 1);
-    if last / PAGE_SIZE != at / PAGE_SIZE {
-        for page in [at, last & !(PAGE_SIZE - 1)] {
-            sys.page_pointer(state, page, 1, true, Privilege::Current)?;
-        }
-    }
+    require_writable(state, at, LEGACY, sys)?;
     sys.write(state, at, &image.0[..end], Privilege::Current)?;
     retire(state, instr)
 }
@@ -133,6 +127,17 @@ fn area(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Resu
     Ok(address(state, instr, size, write)?)
 }
 
+/// Errors unless the whole area can be written, its reserved parts too: an area is stored whole or not at all.
+fn require_writable(state: &mut CpuState, at: u64, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
+    let last = at.wrapping_add(size as u64 - 1);
+    if last / PAGE_SIZE != at / PAGE_SIZE {
+        for address in [at, last & !(PAGE_SIZE - 1)] {
+            sys.page_pointer(state, address, 1, true, Privilege::Current)?;
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of the area that the requested components reach to, at least the header.
 fn area_size(requested: u64) -> usize {
     if requested & AVX != 0 { XSAVE_SIZE } else { YMM_HIGH }
@@ -142,6 +147,7 @@ fn area_size(requested: u64) -> usize {
 pub(super) fn xsave(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     let requested = requested(state);
     let at = area(state, instr, area_size(requested), true)?;
+    require_writable(state, at, area_size(requested), sys)?;
     let image = state.fpu;
     let mut write = |state: &mut CpuState, from: usize, to: usize| {
         sys.write(state, at.wrapping_add(from as u64), &image.0[from..to], Privilege::Current)
