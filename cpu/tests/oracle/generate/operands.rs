@@ -207,7 +207,7 @@ impl Setup<'_> {
                 && let Some((index, count)) = pointers.index
             {
                 operand_.index = register(index);
-                rest = rest.wrapping_sub((count * u64::from(scale)) as i64);
+                rest = rest.wrapping_sub(count.wrapping_mul(u64::from(scale)) as i64);
             }
             if segment_base != 0 || i32::try_from(rest).is_err() {
                 operand_.segment_prefix = Register::None;

@@ -26,15 +26,15 @@ impl Setup<'_> {
         let narrow = matches!(instruction.memory_size().size(), 14 | 94);
         match instruction.mnemonic() {
             // FIP, FCS and FOP, FDP, FDS.
-            Fnstenv | Fnsave if narrow => self.ignored_memory.push((linear + 6, 8)),
-            Fnstenv | Fnsave => self.ignored_memory.push((linear + 12, 16)),
+            Fnstenv | Fnsave if narrow => self.ignored_memory.push((linear.wrapping_add(6), 8)),
+            Fnstenv | Fnsave => self.ignored_memory.push((linear.wrapping_add(12), 16)),
             Fldenv | Frstor => self.environment(linear, narrow, instruction.mnemonic() == Frstor),
             Fxsave | Fxsave64 => {
                 // Reserved byte, FOP, FIP, FDP; MXCSR_MASK.
-                self.ignored_memory.extend([(linear + 5, 19), (linear + 28, 4)]);
+                self.ignored_memory.extend([(linear.wrapping_add(5), 19), (linear.wrapping_add(28), 4)]);
             }
             Xsave | Xsave64 => {
-                self.ignored_memory.extend([(linear + 5, 19), (linear + 28, 4)]);
+                self.ignored_memory.extend([(linear.wrapping_add(5), 19), (linear.wrapping_add(28), 4)]);
                 self.components();
             }
             Fxrstor | Fxrstor64 => {
