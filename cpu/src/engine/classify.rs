@@ -347,6 +347,9 @@ fn must_emulate(ins: &Instruction) -> bool {
         | Fnstenv | Fstenv | Fldenv | Ldmxcsr | Vldmxcsr | Clflush | Clflushopt | Clwb | Pusha | Pushad | Popa
         | Popad | Aaa | Aas | Aam | Aad | Daa | Das | Salc | Into | Lds | Les | Lfs | Lgs | Lss | Monitor | Mwait
         | Invlpg | Invpcid | Rsm => true,
+        // Approximations: processors differ in the last bits.
+        Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss | F2xm1 | Fcos | Fpatan | Fptan
+        | Fsin | Fsincos | Fyl2x | Fyl2xp1 => true,
         _ => false,
     }
 }

@@ -17,18 +17,18 @@ const YMM_HIGH: usize = 576;
 const LANE: usize = 16;
 type Vector = [u8; 32];
 
-fn vector_number(register: Register) -> usize {
+pub(super) fn vector_number(register: Register) -> usize {
     register.number() & 15
 }
 
-fn read_vector(state: &CpuState, number: usize) -> Vector {
+pub(super) fn read_vector(state: &CpuState, number: usize) -> Vector {
     let mut value = [0; 32];
     value[..LANE].copy_from_slice(&state.fpu.0[XMM_BEGIN + number * LANE..][..LANE]);
     value[LANE..].copy_from_slice(&state.fpu.0[YMM_HIGH + number * LANE..][..LANE]);
     value
 }
 
-fn write_vector(state: &mut CpuState, number: usize, value: &Vector) {
+pub(super) fn write_vector(state: &mut CpuState, number: usize, value: &Vector) {
     state.fpu.0[XMM_BEGIN + number * LANE..][..LANE].copy_from_slice(&value[..LANE]);
     state.fpu.0[YMM_HIGH + number * LANE..][..LANE].copy_from_slice(&value[LANE..]);
 }

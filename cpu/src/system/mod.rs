@@ -9,6 +9,7 @@
 //! Not modelled: task switches, virtual-8086 mode, paging outside long mode, call gates, interrupt delivery outside
 //! long mode, alignment checks. Breakpoints and single-stepping are the engine's.
 
+mod approximate;
 mod arithmetic;
 mod availability;
 mod control;
@@ -264,6 +265,12 @@ fn dispatch(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> 
         Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq => masked::vmaskmov(state, instr, sys),
         Vgatherdps | Vgatherdpd | Vgatherqps | Vgatherqpd | Vpgatherdd | Vpgatherdq | Vpgatherqd | Vpgatherqq => {
             masked::gather(state, instr, sys)
+        }
+        Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss => {
+            approximate::reciprocal(state, instr, sys)
+        }
+        F2xm1 | Fcos | Fpatan | Fptan | Fsin | Fsincos | Fyl2x | Fyl2xp1 => {
+            approximate::transcendental(state, instr, sys)
         }
         Enter => legacy::enter(state, instr, sys),
         Bound => legacy::bound(state, instr, sys),
