@@ -46,6 +46,8 @@ pub struct Board {
     pub(super) window_requested: bool,
     /// Console input that the serial port has had no room for yet.
     backlog: VecDeque<u8>,
+    /// Input for the agent that its device has had no room for yet.
+    agent_backlog: VecDeque<u8>,
     effects: Vec<Effect>,
     output: Vec<Output>,
     /// Bytes in `output`.
@@ -77,6 +79,7 @@ impl Board {
             queue: EventQueue::default(),
             window_requested: false,
             backlog: VecDeque::new(),
+            agent_backlog: VecDeque::new(),
             effects: Vec::new(),
             output: Vec::new(),
             output_bytes: 0,
@@ -146,16 +149,26 @@ impl Board {
                 self.backlog.extend(data);
                 self.offer_input();
             }
-            InputChannel::Agent => self.agent_input(data),
+            InputChannel::Agent => {
+                self.agent_backlog.extend(data);
+                self.offer_agent_input();
+            }
         }
     }
 
-    fn agent_input(&mut self, data: &[u8]) {
+    /// Gives waiting input to the agent's device, as far as it has room.
+    pub(super) fn offer_agent_input(&mut self) {
+        if self.agent_backlog.is_empty() {
+            return;
+        }
         let now = self.clock.now(self.icount);
         for slot in 0..self.devices.virtio.len() {
             let mut ctx = Context { now, memory: &self.memory, effects: &mut self.effects };
-            if self.devices.virtio[slot].agent_input(&mut ctx, data) {
-                self.touched_memory = true;
+            let data = self.agent_backlog.make_contiguous();
+            if let Some(taken) = self.devices.virtio[slot].agent_input(&mut ctx, data) {
+                self.agent_backlog.drain(..taken.min(self.agent_backlog.len()));
+                self.touched_memory |= taken > 0;
+                self.attention |= taken > 0;
                 self.apply(Devices::virtio(slot as u8));
                 return;
             }
@@ -290,6 +303,7 @@ impl Board {
             ("clock", encode(&self.clock)),
             ("event queue", encode(&self.queue)),
             ("console backlog", encode(&self.backlog)),
+            ("agent backlog", encode(&self.agent_backlog)),
         ];
         states.extend(self.devices.states());
         states

@@ -81,6 +81,7 @@ impl Bus for Board {
             self.access(now, id, |device, ctx| device.write(ctx, offset, data));
             if Devices::is_virtio(id) && offset == VIRTIO_QUEUE_NOTIFY {
                 self.note_virtio_access();
+                self.offer_agent_input();
             }
         }
     }

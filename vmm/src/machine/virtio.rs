@@ -55,14 +55,11 @@ impl VirtioSlot {
         }
     }
 
-    /// Bytes for the guest's agent; true if this is its channel.
-    pub fn agent_input(&mut self, ctx: &mut Context, data: &[u8]) -> bool {
+    /// Bytes for the guest's agent: how many were taken, if this is its channel.
+    pub fn agent_input(&mut self, ctx: &mut Context, data: &[u8]) -> Option<usize> {
         match self {
-            VirtioSlot::Agent(device) => {
-                device.agent_input(ctx, data);
-                true
-            }
-            _ => false,
+            VirtioSlot::Agent(device) => Some(device.agent_input(ctx, data)),
+            _ => None,
         }
     }
 }
