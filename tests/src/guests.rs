@@ -12,13 +12,14 @@ use anyhow::{Context, Result};
 use crate::workshop;
 
 /// Programs with one right result.
-pub const DETERMINATE: [&str; 7] = ["selfmod", "signals", "memory", "vectors", "floats", "clock", "i386"];
+pub const DETERMINATE: [&str; 9] =
+    ["selfmod", "signals", "faults", "debugger", "memory", "vectors", "floats", "clock", "i386"];
 /// Programs whose words the seed decides.
 pub const SEEDED: [&str; 3] = ["race", "random", "gorace"];
 
 /// Programs in C, static, with threads.
-const C_PROGRAMS: [&str; 9] =
-    ["runner", "selfmod", "signals", "memory", "vectors", "floats", "clock", "race", "random"];
+const C_PROGRAMS: [&str; 11] =
+    ["runner", "selfmod", "signals", "faults", "debugger", "memory", "vectors", "floats", "clock", "race", "random"];
 
 /// Below the root: where the programs are.
 const PLACE: &str = "guests";

@@ -39,6 +39,16 @@ fn exceptions_signals_and_timers() {
 }
 
 #[test]
+fn every_exception_a_program_can_provoke() {
+    check("faults");
+}
+
+#[test]
+fn steps_breakpoints_and_watchpoints() {
+    check("debugger");
+}
+
+#[test]
 fn mappings_forks_and_executions() {
     check("memory");
 }
