@@ -110,7 +110,7 @@ impl Angle {
     }
 
     fn cosine(&self) -> Wide {
-        Angle { quadrant: self.quadrant + 1 & 3, ..*self }.sine()
+        Angle { quadrant: (self.quadrant + 1) & 3, ..*self }.sine()
     }
 }
 

@@ -132,7 +132,8 @@ pub(super) fn logarithm(y: Extended, x: Extended, plus_one: bool, control: u16) 
         return match y_kind {
             Kind::Zero => invalid(),
             Kind::Infinity => exact(Extended::infinity(!y.negative()), 0),
-            _ => exact(Extended::infinity(!y.negative()), flags | flag::ZERO_DIVIDE),
+            // Also of a denormal: division by zero comes first.
+            _ => exact(Extended::infinity(!y.negative()), flag::ZERO_DIVIDE),
         };
     }
     let below_pole = if plus_one {
