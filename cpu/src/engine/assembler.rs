@@ -132,6 +132,13 @@ impl Assembler {
         self.imm32(value);
     }
 
+    /// `cmp qword gs:[disp], imm32` (sign-extended)
+    pub fn cmp_gs_imm(&mut self, disp: u32, value: u32) {
+        self.put(&[0x65, 0x48, 0x81, 0x3C, 0x25]);
+        self.imm32(disp);
+        self.imm32(value);
+    }
+
     /// `mov dst, src` (64-bit)
     pub fn mov(&mut self, dst: u8, src: u8) {
         self.rex(true, src, 0, dst);
@@ -384,6 +391,7 @@ mod tests {
             (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
             (text(|a| a.gs_index8_op(true, op::CMP, RCX, RAX, 0x2000)), "cmp rcx,gs:[rax*8+2000h]"),
             (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
+            (text(|a| a.cmp_gs_imm(0x40, 0x40_1000)), "cmp qword ptr gs:[40h],401000h"),
             (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),
             (text(|a| a.mov32(RCX, R13)), "mov ecx,r13d"),
             (text(|a| a.lea(true, RCX, Some(RSP), None, -8)), "lea rcx,[rsp-8]"),

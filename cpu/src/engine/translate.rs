@@ -110,6 +110,8 @@ enum Flags {
 enum Cold {
     /// `patch` leads here: recover the address and take the slow path.
     Memory { patch: u32, site: u32, tlb: u32 },
+    /// `patch` leads here: take the slow path with an address that is known.
+    Constant { patch: u32, site: u32, address: u64 },
     /// `patch` leads here: leave with the site.
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
@@ -252,6 +254,12 @@ impl Translator {
                 Cold::Memory { patch, site, tlb } => {
                     self.a.land(patch);
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+                    self.a.mov_imm(host::RAX, site as u64);
+                    self.a.jmp(self.thunks.memory);
+                }
+                Cold::Constant { patch, site, address } => {
+                    self.a.land(patch);
+                    self.a.mov_imm(host::RCX, address);
                     self.a.mov_imm(host::RAX, site as u64);
                     self.a.jmp(self.thunks.memory);
                 }
@@ -490,14 +498,57 @@ impl Translator {
         Operand { base, index: Some(host::RCX), disp: offset - group.start() }
     }
 
+    /// The linear address of the memory operand, if it is a constant of the translation.
+    fn constant_address(&self, ins: &Instruction) -> Option<u64> {
+        if !self.mode.is_64bit() || matches!(ins.memory_segment(), Register::FS | Register::GS) {
+            return None;
+        }
+        if ins.is_ip_rel_memory_operand() {
+            return Some(ins.ip_rel_memory_address());
+        }
+        let none = ins.memory_base() == Register::None && ins.memory_index() == Register::None;
+        none.then(|| ins.memory_displacement64())
+    }
+
+    /// As `lookup`, for an address whose place in the TLB is known.
+    fn lookup_constant(&mut self, address: u64, size: usize, read: bool, write: bool) {
+        let class = self.mode.class();
+        let kind =
+            SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
+        let site = self.site(kind, self.unretired());
+        let entry = field::tlb(class, write) + 16 * ((address >> 12) as u32 & self.tlb_mask);
+        let tag = address & !0xFFF;
+        if tag as i64 == tag as i32 as i64 {
+            self.a.cmp_gs_imm(entry, tag as u32);
+        } else {
+            self.a.mov_imm(host::RAX, tag);
+            self.a.gs_op(true, op::CMP, host::RAX, entry);
+        }
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Constant { patch, site, address });
+        self.a.load_gs(host::RCX, entry + 8);
+        self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
+        let here = self.a.here();
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[site as usize].kind {
+            *resume = here;
+        }
+    }
+
     /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
     fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) -> Operand {
         if let Some(index) = self.plan.group(self.position, Which::Operand) {
             return self.grouped(index, ins.memory_displacement64() as i32);
         }
         self.clobber_flags();
-        self.address(ins, 0);
-        self.lookup(size, read, write);
+        match self.constant_address(ins) {
+            Some(address) if !self.careful && (address & 0xFFF) as usize + size <= 4096 => {
+                self.lookup_constant(address, size, read, write);
+            }
+            _ => {
+                self.address(ins, 0);
+                self.lookup(size, read, write);
+            }
+        }
         POINTER
     }
 
