@@ -5,9 +5,9 @@
 
 use super::super::availability::{avx_refused, sse_refused};
 use super::super::masked::{read_vector, vector_number, write_vector};
-use super::super::operand::address;
+use super::super::operand::{address, effective_offset, memory_segment};
 use super::super::{Executed, GP0, Privilege, System, retire};
-use crate::state::CpuState;
+use crate::state::{CpuState, seg};
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 
 const SIGN: u32 = 1 << 31;
@@ -71,6 +71,13 @@ pub(super) fn reciprocal_root(x: u32) -> u32 {
     pack((126 - half) as u32, rounded)
 }
 
+/// The memory operand is at a multiple of 16.
+fn is_aligned(state: &CpuState, instr: &Instruction) -> bool {
+    let segment = memory_segment(instr);
+    let base = if state.is_64bit() && segment < seg::FS { 0 } else { state.seg[segment].base };
+    base.wrapping_add(effective_offset(state, instr)).is_multiple_of(16)
+}
+
 /// Executes one of them.
 pub(in super::super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     use Mnemonic::*;
@@ -87,10 +94,11 @@ pub(in super::super) fn execute(state: &mut CpuState, instr: &Instruction, sys: 
     if instr.op_kind(last) == OpKind::Register {
         source = read_vector(state, vector_number(instr.op_register(last)));
     } else {
-        let at = address(state, instr, size, false)?;
-        if !vex && !scalar && at % 16 != 0 {
+        // That it is not aligned is said before that it is no address.
+        if !vex && !scalar && !is_aligned(state, instr) {
             return Err(GP0);
         }
+        let at = address(state, instr, size, false)?;
         sys.read(state, at, &mut source[..size], Privilege::Current)?;
     }
     let target = vector_number(instr.op0_register());

@@ -293,12 +293,8 @@ fn angle(registers: &mut Registers, mnemonic: Mnemonic) {
         }
         Answer::Value { result, pushed } => {
             let flags = result.flags | pushed.map_or(0, |pushed| pushed.flags);
-            // Of two roundings C1 tells the one of the value that ends on top, unless that is the constant 1.
-            let up = match pushed {
-                Some(pushed) if mnemonic == Mnemonic::Fsincos => pushed.up,
-                _ => result.up,
-            };
-            if registers.raise(flags, up, true) {
+            // Of the two roundings of FSINCOS, C1 tells the sine's.
+            if registers.raise(flags, result.up, true) {
                 return;
             }
             registers.set(0, result.value);

@@ -154,7 +154,10 @@ fn faults() {
         assert_eq!(state.fpu.0, before.fpu.0);
         super::raised(result)
     };
-    // Misaligned.
+    // Misaligned, which comes before the stack's #SS; RCPPS xmm0, [rsp].
+    assert_eq!(fault(|state| state.gpr[gpr::RSP] = 1 << 63 | 8, &[0x0F, 0x53, 0x04, 0x24]), Exception::GP0);
+    let stack = Exception::StackFault { error: 0 };
+    assert_eq!(fault(|state| state.gpr[gpr::RSP] = 1 << 63, &[0x0F, 0x53, 0x04, 0x24]), stack);
     assert_eq!(fault(|_| {}, &[0x0F, 0x53, 0x40, 0x04]), Exception::GP0);
     assert_eq!(fault(|state| state.cr4 &= !control::CR4_OSFXSR, &[0x0F, 0x53, 0xC1]), Exception::InvalidOpcode);
     assert_eq!(fault(|state| state.cr0 |= control::CR0_TS, &[0x0F, 0x53, 0xC1]), Exception::DeviceNotAvailable);
