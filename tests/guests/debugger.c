@@ -39,6 +39,8 @@ __attribute__((noinline, naked)) static void run_debuggee(void) {
         "debuggee_middle:\n\t"
         "pushq %%rax\n\t"
         "popq %%rdx\n\t"
+        "movl %%ss, %%eax\n\t"
+        "movl %%eax, %%ss\n\t"          // inhibits the trap behind it
         "incq watched+72(%%rip)\n\t"
         "leaq watched(%%rip), %%rsi\n\t"
         "leaq copy(%%rip), %%rdi\n\t"

@@ -164,6 +164,7 @@ static void protection(void) {
     PROVOKE("invlpg (%%rcx)", "", region);
     PROVOKE("swapgs", "", 0);
     PROVOKE("int $0x81", "", 0);
+    PROVOKE(".fill 15, 1, 0x66\n\tnop", "", 0);
     PROVOKE("ud2", "", 0);
     PROVOKE(".byte 0xf0, 0x90", "", 0);
     PROVOKE(".byte 0x0e", "", 0);

@@ -25,6 +25,9 @@ use crate::{Icount, memory::GuestMemory};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
+/// More bytes than this raise #GP(0), whatever they say.
+const LONGEST_INSTRUCTION: usize = 15;
+
 /// A translated block.
 pub struct Block {
     pub rip: u64,
@@ -639,6 +642,7 @@ impl Core {
             short = false;
             let was_careful = std::mem::take(&mut careful);
             let before = self.now();
+            let mut holds_trap = false;
             let entry = self.blocks[index as usize].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
@@ -728,6 +732,9 @@ impl Core {
                         }
                         let instruction = self.translator.emulated[instruction as usize];
                         self.statistics.emulate(instruction.mnemonic());
+                        // MOV SS and POP SS hold back the single-step trap until the next instruction.
+                        holds_trap = matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
+                            && instruction.op0_register() == Register::SS;
                         // The shadow covers the instruction just before this one, unless this is the first.
                         if let Some(stop) = self.emulate(&instruction) {
                             return stop;
@@ -736,7 +743,7 @@ impl Core {
                     SiteKind::Memory { .. } | SiteKind::Fault { .. } => unreachable!("these leave by other doors"),
                 },
             }
-            if (trap || debug) && self.now() > before {
+            if (trap || debug) && self.now() > before && !holds_trap {
                 let step = if trap { 1 << 14 } else { 0 };
                 let dr6 = std::mem::take(&mut self.debug_hits) | step;
                 if dr6 != 0
@@ -985,6 +992,9 @@ impl Core {
     /// The checks that do not depend on the operands: is the instruction in the model, is its unit switched on.
     fn permitted(&self, instruction: &Instruction) -> Result<(), Exception> {
         use crate::state::control::*;
+        if instruction.is_invalid() && instruction.len() >= LONGEST_INSTRUCTION {
+            return Err(Exception::GP0);
+        }
         if instruction.is_invalid() || !classify::in_model(instruction) {
             return Err(Exception::InvalidOpcode);
         }
