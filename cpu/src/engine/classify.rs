@@ -1,9 +1,9 @@
 //! Decides for each guest instruction who executes it: the host processor, renamed, or the emulation in Rust.
 
 use super::mode::Mode;
+use crate::system::availability::{Unit, in_model, unit};
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register,
+    Code, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
 
 /// How the translator treats an instruction.
@@ -61,140 +61,6 @@ impl Treatment {
         use Treatment::*;
         matches!(self, AccessFlag | Jump | Branch | CountBranch | Call | IndirectJump | IndirectCall | Return | Emulate)
     }
-}
-
-/// Which unit an instruction belongs to, for the checks on CR0, CR4 and XCR0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unit {
-    /// General-purpose registers only.
-    Integer,
-    /// x87 or MMX.
-    X87,
-    /// SSE with legacy encoding.
-    Sse,
-    /// VEX-encoded vector instructions.
-    Avx,
-}
-
-/// The unit of an instruction.
-pub fn unit(ins: &Instruction) -> Unit {
-    use CpuidFeature::*;
-    use Mnemonic::{
-        Cldemote, Clflush, Crc32, Fisttp, Lfence, Mfence, Movnti, Pause, Popcnt, Prefetch, Prefetchnta, Prefetcht0,
-        Prefetcht1, Prefetcht2, Prefetchw, Prefetchwt1, Sfence, Wait,
-    };
-    if ins.encoding() == EncodingKind::VEX {
-        let integer = ins.cpuid_features().iter().all(|f| matches!(f, BMI1 | BMI2));
-        return if integer { Unit::Integer } else { Unit::Avx };
-    }
-    let touches_mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
-    if touches_mmx || matches!(ins.mnemonic(), Fisttp | Wait) {
-        return Unit::X87;
-    }
-    let mut unit = Unit::Integer;
-    for feature in ins.cpuid_features() {
-        match feature {
-            FPU | FPU287 | FPU387 | MMX => unit = Unit::X87,
-            SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA => {
-                // These came with SSE, but use general registers only.
-                let integer = matches!(
-                    ins.mnemonic(),
-                    Cldemote
-                        | Clflush
-                        | Crc32
-                        | Lfence
-                        | Mfence
-                        | Movnti
-                        | Pause
-                        | Popcnt
-                        | Prefetch
-                        | Prefetchnta
-                        | Prefetcht0
-                        | Prefetcht1
-                        | Prefetcht2
-                        | Prefetchw
-                        | Prefetchwt1
-                        | Sfence
-                );
-                if !integer {
-                    unit = Unit::Sse;
-                }
-            }
-            _ => {}
-        }
-    }
-    unit
-}
-
-/// True if the CPU model has everything that the instruction needs.
-pub fn in_model(ins: &Instruction) -> bool {
-    use CpuidFeature::*;
-    ins.cpuid_features().iter().all(|f| {
-        matches!(
-            f,
-            INTEL8086
-                | INTEL8086_ONLY
-                | INTEL186
-                | INTEL286
-                | INTEL286_ONLY
-                | INTEL386
-                | INTEL386_ONLY
-                | INTEL486
-                | X64
-                | FPU
-                | FPU287
-                | FPU387
-                | MMX
-                | SSE
-                | SSE2
-                | SSE3
-                | SSSE3
-                | SSE4_1
-                | SSE4_2
-                | AVX
-                | AVX2
-                | FMA
-                | F16C
-                | BMI1
-                | BMI2
-                | LZCNT
-                | POPCNT
-                | MOVBE
-                | AES
-                | PCLMULQDQ
-                | SHA
-                | CMOV
-                | CX8
-                | CMPXCHG16B
-                | FXSR
-                | XSAVE
-                | CPUID
-                | TSC
-                | MSR
-                | SYSCALL
-                | SEP
-                | RDTSCP
-                | RDRAND
-                | RDSEED
-                | FSGSBASE
-                | INVPCID
-                | CLFSH
-                | CLFLUSHOPT
-                | CLWB
-                | SMAP
-                | PAUSE
-                | MULTIBYTENOP
-                | CET_IBT
-                | CET_SS
-                | PREFETCHW
-                | MONITOR
-                | SMM
-                | UDBG
-                | RDPMC
-                | CLDEMOTE
-                | PREFETCHITI
-        )
-    })
 }
 
 /// Near branches of the operand size that the mode uses; others are left to the emulation.

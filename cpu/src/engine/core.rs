@@ -2,7 +2,7 @@
 
 use super::assembler::Assembler;
 use super::block::{CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot};
-use super::classify::{self, Treatment, Unit};
+use super::classify::{self, Treatment};
 use super::code::CodeMemory;
 use super::fpu;
 use super::hash::FastMap;
@@ -20,6 +20,7 @@ use crate::memory::{PAGE_SIZE, PhysMemory};
 use crate::model::ModelFeatures;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, XsaveImage, rflags, seg};
+use crate::system::availability::{self, Unit};
 use crate::system::{self, ExecError, Outcome};
 use crate::{Icount, memory::GuestMemory};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
@@ -880,7 +881,7 @@ impl Core {
         }
         let Some(instruction) = self.instruction_at_rip() else { return exception };
         let waits = !matches!(instruction.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
-        if classify::unit(&instruction) == Unit::X87 && waits && fpu::error_pending() {
+        if availability::unit(&instruction) == Unit::X87 && waits && fpu::error_pending() {
             return Exception::FloatingPoint;
         }
         let operand = (0..instruction.op_count()).find(|i| instruction.op_kind(*i) == OpKind::Memory);
@@ -991,55 +992,17 @@ impl Core {
 
     /// The checks that do not depend on the operands: is the instruction in the model, is its unit switched on.
     fn permitted(&self, instruction: &Instruction) -> Result<(), Exception> {
-        use crate::state::control::*;
         if instruction.is_invalid() && instruction.len() >= LONGEST_INSTRUCTION {
             return Err(Exception::GP0);
-        }
-        if instruction.is_invalid() || !classify::in_model(instruction) {
-            return Err(Exception::InvalidOpcode);
         }
         let state = self.state();
         if !state.is_64bit() && classify::writes_code_segment(instruction) {
             return Err(Exception::GP0);
         }
-        let (ts, em) = (state.cr0 & CR0_TS != 0, state.cr0 & CR0_EM != 0);
-        match classify::unit(instruction) {
-            Unit::Integer => Ok(()),
-            Unit::X87 if instruction.mnemonic() == Mnemonic::Wait => {
-                if ts && state.cr0 & CR0_MP != 0 {
-                    Err(Exception::DeviceNotAvailable)
-                } else {
-                    Ok(())
-                }
-            }
-            Unit::X87 => {
-                let mmx = (0..instruction.op_count()).any(|i| instruction.op_register(i).is_mm());
-                if em && mmx {
-                    Err(Exception::InvalidOpcode)
-                } else if ts || em {
-                    Err(Exception::DeviceNotAvailable)
-                } else {
-                    Ok(())
-                }
-            }
-            Unit::Sse if em || state.cr4 & CR4_OSFXSR == 0 => Err(Exception::InvalidOpcode),
-            Unit::Sse if ts => Err(Exception::DeviceNotAvailable),
-            Unit::Sse => Ok(()),
-            Unit::Avx => {
-                let avx = XCR0_SSE | XCR0_AVX;
-                if state.cr4 & CR4_OSXSAVE == 0 || state.xcr0 & avx != avx {
-                    Err(Exception::InvalidOpcode)
-                } else if ts {
-                    Err(Exception::DeviceNotAvailable)
-                } else {
-                    Ok(())
-                }
-            }
-        }
+        availability::refused(state, instruction).map_or(Ok(()), Err)
     }
 }
 
-/// The emulation of this instruction reads or writes `CpuState::fpu`.
 /// The memory operand belongs to the stack segment.
 fn in_stack_segment(instruction: &Instruction) -> bool {
     let base = instruction.memory_base().full_register();
@@ -1047,9 +1010,10 @@ fn in_stack_segment(instruction: &Instruction) -> bool {
         && !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
 }
 
+/// The emulation of this instruction reads or writes `CpuState::fpu`.
 fn touches_fpu(instruction: &Instruction) -> bool {
     use Mnemonic::*;
-    classify::unit(instruction) != Unit::Integer
+    availability::unit(instruction) != Unit::Integer
         || matches!(
             instruction.mnemonic(),
             Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Ldmxcsr | Vldmxcsr | Xsetbv

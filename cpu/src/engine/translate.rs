@@ -513,8 +513,7 @@ impl Translator {
     /// As `lookup`, for an address whose place in the TLB is known.
     fn lookup_constant(&mut self, address: u64, size: usize, read: bool, write: bool) {
         let class = self.mode.class();
-        let kind =
-            SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
+        let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
         let site = self.site(kind, self.unretired());
         let entry = field::tlb(class, write) + 16 * ((address >> 12) as u32 & self.tlb_mask);
         let tag = address & !0xFFF;

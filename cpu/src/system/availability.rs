@@ -5,105 +5,158 @@ use crate::exception::Exception;
 use crate::state::{CpuState, control};
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
-/// True if the model has a feature. What is absent raises #UD.
-fn in_model(feature: CpuidFeature) -> bool {
+/// Which unit an instruction belongs to, for the checks on CR0, CR4 and XCR0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// General-purpose registers only.
+    Integer,
+    /// x87 or MMX.
+    X87,
+    /// SSE with legacy encoding.
+    Sse,
+    /// VEX-encoded vector instructions.
+    Avx,
+}
+
+/// The unit of an instruction.
+pub(crate) fn unit(ins: &Instruction) -> Unit {
     use CpuidFeature::*;
-    matches!(
-        feature,
-        INTEL8086
-            | INTEL8086_ONLY
-            | INTEL186
-            | INTEL286
-            | INTEL286_ONLY
-            | INTEL386
-            | INTEL386_ONLY
-            | INTEL486
-            | X64
-            | FPU
-            | FPU287
-            | FPU387
-            | MMX
-            | SSE
-            | SSE2
-            | SSE3
-            | SSSE3
-            | SSE4_1
-            | SSE4_2
-            | AVX
-            | AVX2
-            | FMA
-            | F16C
-            | BMI1
-            | BMI2
-            | LZCNT
-            | POPCNT
-            | MOVBE
-            | AES
-            | PCLMULQDQ
-            | SHA
-            | CMOV
-            | CX8
-            | CMPXCHG16B
-            | FXSR
-            | XSAVE
-            | CPUID
-            | TSC
-            | MSR
-            | SYSCALL
-            | SEP
-            | RDTSCP
-            | RDRAND
-            | RDSEED
-            | FSGSBASE
-            | INVPCID
-            | CLFSH
-            | CLFLUSHOPT
-            | CLWB
-            | SMAP
-            | PAUSE
-            | MULTIBYTENOP
-            | PREFETCHW
-            | RDPMC
-    )
+    use Mnemonic::{
+        Cldemote, Clflush, Crc32, Fisttp, Lfence, Mfence, Movnti, Pause, Popcnt, Prefetch, Prefetchnta, Prefetcht0,
+        Prefetcht1, Prefetcht2, Prefetchw, Prefetchwt1, Sfence, Wait,
+    };
+    if ins.encoding() == EncodingKind::VEX {
+        let integer = ins.cpuid_features().iter().all(|f| matches!(f, BMI1 | BMI2));
+        return if integer { Unit::Integer } else { Unit::Avx };
+    }
+    let touches_mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
+    if touches_mmx || matches!(ins.mnemonic(), Fisttp | Wait) {
+        return Unit::X87;
+    }
+    let mut unit = Unit::Integer;
+    for feature in ins.cpuid_features() {
+        match feature {
+            FPU | FPU287 | FPU387 | MMX => unit = Unit::X87,
+            SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | AES | PCLMULQDQ | SHA => {
+                // These came with SSE, but use general registers only.
+                let integer = matches!(
+                    ins.mnemonic(),
+                    Cldemote
+                        | Clflush
+                        | Crc32
+                        | Lfence
+                        | Mfence
+                        | Movnti
+                        | Pause
+                        | Popcnt
+                        | Prefetch
+                        | Prefetchnta
+                        | Prefetcht0
+                        | Prefetcht1
+                        | Prefetcht2
+                        | Prefetchw
+                        | Prefetchwt1
+                        | Sfence
+                );
+                if !integer {
+                    unit = Unit::Sse;
+                }
+            }
+            _ => {}
+        }
+    }
+    unit
 }
 
-fn has_operand(instr: &Instruction, test: impl Fn(iced_x86::Register) -> bool) -> bool {
-    (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Register && test(instr.op_register(i)))
+/// True if the CPU model has everything that the instruction needs.
+pub(crate) fn in_model(ins: &Instruction) -> bool {
+    use CpuidFeature::*;
+    ins.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            INTEL8086
+                | INTEL8086_ONLY
+                | INTEL186
+                | INTEL286
+                | INTEL286_ONLY
+                | INTEL386
+                | INTEL386_ONLY
+                | INTEL486
+                | X64
+                | FPU
+                | FPU287
+                | FPU387
+                | MMX
+                | SSE
+                | SSE2
+                | SSE3
+                | SSSE3
+                | SSE4_1
+                | SSE4_2
+                | AVX
+                | AVX2
+                | FMA
+                | F16C
+                | BMI1
+                | BMI2
+                | LZCNT
+                | POPCNT
+                | MOVBE
+                | AES
+                | PCLMULQDQ
+                | SHA
+                | CMOV
+                | CX8
+                | CMPXCHG16B
+                | FXSR
+                | XSAVE
+                | CPUID
+                | TSC
+                | MSR
+                | SYSCALL
+                | SEP
+                | RDTSCP
+                | RDRAND
+                | RDSEED
+                | FSGSBASE
+                | INVPCID
+                | CLFSH
+                | CLFLUSHOPT
+                | CLWB
+                | SMAP
+                | PAUSE
+                | MULTIBYTENOP
+                | CET_IBT
+                | CET_SS
+                | PREFETCHW
+                | MONITOR
+                | SMM
+                | UDBG
+                | RDPMC
+                | CLDEMOTE
+                | PREFETCHITI
+        )
+    })
 }
 
-/// The exception that an x87, MMX, SSE or AVX instruction raises before it looks at its operands: #UD or #NM.
-/// Also #UD for an instruction that the model does not have. None if it may execute.
-pub(super) fn refused(state: &CpuState, instr: &Instruction) -> Option<Exception> {
-    let features = instr.cpuid_features();
-    if !features.iter().all(|feature| in_model(*feature)) {
+/// The exception that an instruction raises before it looks at its operands: #UD for what the model does not have,
+/// #UD or #NM for an x87, MMX, SSE or AVX instruction whose unit is not switched on. None if it may execute.
+pub(crate) fn refused(state: &CpuState, instr: &Instruction) -> Option<Exception> {
+    if instr.is_invalid() || !in_model(instr) {
         return Some(Exception::InvalidOpcode);
     }
-    if instr.encoding() == EncodingKind::VEX {
-        if features.iter().all(|f| matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2)) {
-            return None;
-        }
-        return avx_refused(state);
-    }
-    if has_operand(instr, |register| register.is_xmm())
-        || matches!(instr.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr)
-    {
-        return sse_refused(state);
-    }
-    let x87 = features
-        .iter()
-        .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX));
-    if has_operand(instr, |register| register.is_mm()) {
-        return mmx_refused(state);
-    }
-    if x87 || matches!(instr.mnemonic(), Mnemonic::Fisttp) {
-        // WAIT looks at TS only together with MP.
-        if instr.mnemonic() == Mnemonic::Wait {
+    match unit(instr) {
+        Unit::Integer => None,
+        Unit::X87 if instr.mnemonic() == Mnemonic::Wait => {
+            // WAIT looks at TS only together with MP.
             let both = control::CR0_MP | control::CR0_TS;
-            return (state.cr0 & both == both).then_some(Exception::DeviceNotAvailable);
+            (state.cr0 & both == both).then_some(Exception::DeviceNotAvailable)
         }
-        return x87_refused(state);
+        Unit::X87 if (0..instr.op_count()).any(|i| instr.op_register(i).is_mm()) => mmx_refused(state),
+        Unit::X87 => x87_refused(state),
+        Unit::Sse => sse_refused(state),
+        Unit::Avx => avx_refused(state),
     }
-    None
 }
 
 /// x87: #NM if CR0.EM or CR0.TS is set.

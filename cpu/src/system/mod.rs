@@ -11,7 +11,7 @@
 
 mod approximate;
 mod arithmetic;
-mod availability;
+pub(crate) mod availability;
 mod control;
 mod descriptors;
 mod interrupts;
