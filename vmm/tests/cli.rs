@@ -171,6 +171,29 @@ fn unwritable_runs_are_223() {
     assert!(directory.path().join("elsewhere/guest-1-001/manifest.json").exists());
 }
 
+#[test]
+fn a_full_disk_is_223() {
+    let directory = with_guest(&hello());
+    // A file system of two pages, in a mount namespace of the test's own.
+    let script = "mkdir small && mount -t tmpfs -o size=8k none small && touch mounted \
+        && \"$0\" run guest.img --seed 1 --memory 32 --runs small; code=$?; cat small/*/manifest.json; exit $code";
+    let orrery = env!("CARGO_BIN_EXE_orrery");
+    let output = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script])
+        .arg(orrery)
+        .current_dir(directory.path())
+        .output();
+    if !directory.path().join("mounted").exists() {
+        eprintln!("skipped: this host permits no mounts in a user namespace: {output:?}");
+        return;
+    }
+    let output = output.expect("it has run");
+    assert_eq!(output.status.code(), Some(223), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
+    // What is there does not call the run complete.
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("power-off"), "{output:?}");
+}
+
 /// Prints what comes in until it reads 'q', then exits with 0.
 fn echo() -> orrery_guest_image::Image {
     guest(|a| {
@@ -239,7 +262,7 @@ fn a_closed_stdout_ends_the_run() {
         a.jmp(again).unwrap();
     });
     let directory = with_guest(&endless);
-    let mut child = Command::new(assert_cmd::cargo::cargo_bin("orrery"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_orrery"))
         .current_dir(directory.path())
         .args(["run", "guest.img", "--seed", "1", "--memory", "32"])
         .stdin(Stdio::null())
@@ -260,7 +283,7 @@ fn a_signal_ends_the_run_in_order() {
         a.jmp(again).unwrap();
     });
     let directory = with_guest(&endless);
-    let mut child = Command::new(assert_cmd::cargo::cargo_bin("orrery"))
+    let mut child = Command::new(env!("CARGO_BIN_EXE_orrery"))
         .current_dir(directory.path())
         .args(["run", "guest.img", "--seed", "1", "--memory", "32"])
         .stdin(Stdio::null())
