@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test demo bench clean
+.PHONY: help all build test oracle demo bench clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -20,6 +20,10 @@ test: build images ## formatting, lints, every test
 
 # Images: `make images` builds hello, go and jvm; `make deps`, which it calls, installs Debian packages (as root).
 -include guest-image/images.mk
+
+oracle: ## the engine against the host processor and against KVM; COUNT=n runs n times as many cases
+	ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test oracle -- --nocapture
+	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test kvm
 
 demo: build images ## each image twice with one seed and once with another
 	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done

@@ -1,0 +1,394 @@
+//! Steps both sides through a guest, one instruction of the engine at a time, and compares everything after each.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic};
+use orrery_cpu::engine::{Engine, EngineConfig, Stop};
+use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
+use orrery_cpu::model::ModelFeatures;
+use orrery_cpu::paging;
+use orrery_cpu::state::{CpuState, Segment, rflags, seg};
+use orrery_cpu::{Bus, Icount, PhysMemory, bus::MsrRefused};
+
+use crate::machine::{self, Guest, RAM_BYTES};
+use crate::vm::{Step, Vm};
+
+/// Most instructions of one guest.
+const BUDGET: u64 = 3_000;
+/// KVM does not stop behind some instructions (IRET here): the engine may have so many to make up for.
+const CATCH_UP: u64 = 8;
+/// A REP steps once per repetition; none of ours repeats more often.
+const REPETITIONS: u64 = 20_000;
+
+/// Bits of RFLAGS that are compared: all but RF, which says whether a stepped instruction had retired.
+const COMPARED_FLAGS: u64 = rflags::STATUS
+    | rflags::TF
+    | rflags::IF
+    | rflags::DF
+    | rflags::IOPL
+    | rflags::NT
+    | rflags::VM
+    | rflags::AC
+    | rflags::ID
+    | rflags::FIXED;
+
+struct EmptyBus;
+
+impl Bus for EmptyBus {
+    fn port_read(&mut self, _: Icount, _: u16, size: usize) -> u32 {
+        (1u64 << (8 * size)).wrapping_sub(1) as u32
+    }
+    fn port_write(&mut self, _: Icount, _: u16, _: usize, _: u32) {}
+    fn mmio_read(&mut self, _: Icount, _: u64, data: &mut [u8]) {
+        data.fill(0xFF);
+    }
+    fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
+    fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn msr_write(&mut self, _: Icount, _: u32, _: u64) -> Result<(), MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn task_priority(&mut self, _: Icount) -> u8 {
+        0
+    }
+    fn set_task_priority(&mut self, _: Icount, _: u8) {}
+    fn tsc(&mut self, now: Icount) -> u64 {
+        now.0
+    }
+    fn random(&mut self) -> u64 {
+        0x5EED
+    }
+    fn attention(&self) -> bool {
+        false
+    }
+}
+
+/// How a guest ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Both sides agreed to the end.
+    Agreed,
+    /// It was left where one side could not go on, for this reason.
+    Skipped(String),
+    /// KVM cannot execute this instruction.
+    Refused(String, Option<Instruction>),
+    /// What differed, and where.
+    Differed(String),
+}
+
+/// Both sides.
+pub struct Lockstep {
+    vm: Vm,
+    engine: Engine,
+    memory: GuestMemory,
+    view: PhysMemory,
+    /// Instructions that the engine retired.
+    pub steps: u64,
+    /// Of these, those after which both sides were compared and agreed.
+    pub comparisons: u64,
+    start: u64,
+    /// The guest is a case at CPL 0, where KVM may emulate everything.
+    emulated: bool,
+    /// How often an instruction was compared, by mnemonic.
+    pub executed: BTreeMap<String, u64>,
+}
+
+fn add(report: &mut String, what: &str, kvm: impl std::fmt::LowerHex, engine: impl std::fmt::LowerHex) {
+    let _ = writeln!(report, "  {what}: KVM {kvm:#x}, engine {engine:#x}");
+}
+
+fn segment(report: &mut String, name: &str, kvm: &Segment, engine: &Segment) {
+    let null = engine.attributes & 0x80 == 0;
+    let base_counts = !null || matches!(name, "fs" | "gs");
+    if kvm.selector != engine.selector || base_counts && kvm.base != engine.base {
+        add(report, name, kvm.selector, engine.selector);
+        add(report, &format!("{name} base"), kvm.base, engine.base);
+    } else if kvm.attributes != engine.attributes || !null && kvm.limit != engine.limit {
+        add(report, &format!("{name} attributes"), kvm.attributes, engine.attributes);
+        add(report, &format!("{name} limit"), kvm.limit, engine.limit);
+    }
+}
+
+/// Everything that differs between two states, in words; empty if nothing does.
+fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String {
+    let mut report = String::new();
+    for n in 0..16 {
+        if kvm.gpr[n] != engine.gpr[n] {
+            add(&mut report, &format!("gpr {n}"), kvm.gpr[n], engine.gpr[n]);
+        }
+    }
+    if (kvm.rflags ^ engine.rflags) & COMPARED_FLAGS & !ignored_flags != 0 {
+        add(&mut report, "rflags", kvm.rflags, engine.rflags);
+    }
+    for (n, name) in ["es", "cs", "ss", "ds", "fs", "gs"].into_iter().enumerate() {
+        segment(&mut report, name, &kvm.seg[n], &engine.seg[n]);
+    }
+    segment(&mut report, "ldtr", &kvm.ldtr, &engine.ldtr);
+    segment(&mut report, "tr", &kvm.tr, &engine.tr);
+    for (name, k, e) in [
+        ("rip", kvm.rip, engine.rip),
+        ("gdtr base", kvm.gdtr.base, engine.gdtr.base),
+        ("gdtr limit", kvm.gdtr.limit.into(), engine.gdtr.limit.into()),
+        ("idtr base", kvm.idtr.base, engine.idtr.base),
+        ("idtr limit", kvm.idtr.limit.into(), engine.idtr.limit.into()),
+        ("cr0", kvm.cr0, engine.cr0),
+        ("cr2", kvm.cr2, engine.cr2),
+        ("cr3", kvm.cr3, engine.cr3),
+        ("cr4", kvm.cr4, engine.cr4),
+        ("efer", kvm.efer, engine.efer),
+        ("xcr0", kvm.xcr0, engine.xcr0),
+        ("star", kvm.star, engine.star),
+        ("lstar", kvm.lstar, engine.lstar),
+        ("cstar", kvm.cstar, engine.cstar),
+        ("sfmask", kvm.sfmask, engine.sfmask),
+        ("kernel gs base", kvm.kernel_gs_base, engine.kernel_gs_base),
+        ("sysenter cs", kvm.sysenter_cs, engine.sysenter_cs),
+        ("sysenter esp", kvm.sysenter_esp, engine.sysenter_esp),
+        ("sysenter eip", kvm.sysenter_eip, engine.sysenter_eip),
+        ("pat", kvm.pat, engine.pat),
+    ] {
+        if k != e {
+            add(&mut report, name, k, e);
+        }
+    }
+    // The privilege level shows in CS where SS is null.
+    if kvm.seg[seg::CS].selector & 3 != u16::from(engine.cpl) {
+        add(&mut report, "cpl", kvm.seg[seg::CS].selector & 3, engine.cpl);
+    }
+    for at in (0..kvm.fpu.0.len()).step_by(16) {
+        let (k, e) = (&kvm.fpu.0[at..at + 16], &engine.fpu.0[at..at + 16]);
+        if k != e {
+            let _ = writeln!(report, "  fpu image at {at}: KVM {k:02x?}, engine {e:02x?}");
+        }
+    }
+    report
+}
+
+/// What KVM's own emulation of instructions does otherwise than a processor, by the vectors that both sides took.
+fn quirk(kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
+    match (kvm?, engine) {
+        // For user mode, an instruction that it lacks.
+        (6, vector) if vector != Some(6) => Some("#UD"),
+        (12, Some(13)) => Some("#SS instead of #GP"),
+        _ => None,
+    }
+}
+
+impl Lockstep {
+    /// Both sides, with nothing loaded.
+    pub fn new(vm: Vm) -> Lockstep {
+        let memory = machine::memory();
+        let config = EngineConfig { code_cache_bytes: 16 << 20, ..EngineConfig::default() };
+        let engine =
+            Engine::new(memory.clone(), ModelFeatures::default(), config).expect("the host can run the engine");
+        let view = PhysMemory::new(memory.clone());
+        Lockstep {
+            vm,
+            engine,
+            memory,
+            view,
+            steps: 0,
+            comparisons: 0,
+            start: 0,
+            emulated: false,
+            executed: BTreeMap::new(),
+        }
+    }
+
+    /// The instruction that the engine is about to execute, if its bytes can be read.
+    fn next_instruction(&self) -> Option<Instruction> {
+        let state = self.engine.state();
+        let bits = if state.is_64bit() { 64 } else { 32 };
+        let linear = if bits == 64 { state.rip } else { state.seg[seg::CS].base.wrapping_add(state.rip) };
+        let mut bytes = Vec::new();
+        while bytes.len() < 15 {
+            let at = linear.wrapping_add(bytes.len() as u64);
+            let Ok(translation) = paging::walk(state, &self.view, at, paging::Access::fetch(state)) else {
+                break;
+            };
+            let length = (PAGE_SIZE - at % PAGE_SIZE).min(15 - bytes.len() as u64);
+            let Some(host) = self.view.host(translation.gpa, length) else {
+                break;
+            };
+            // SAFETY: `host` is checked to be that long.
+            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(host, length as usize) });
+        }
+        let instruction = Decoder::with_ip(bits, &bytes, state.rip, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+
+    fn load(&mut self, state: &CpuState, image: &[u8]) -> Result<(), String> {
+        machine::load(&self.memory, image);
+        *self.engine.state_mut() = state.clone();
+        self.engine.memory_written(0, RAM_BYTES);
+        self.engine.state_replaced();
+        let _ = self.engine.take_dirty();
+        // A stepped HLT leaves a request to halt in KVM's emulator, which a later instruction would honour: one that
+        // is not stepped takes it along.
+        self.vm.load(&machine::halting_state(), image)?;
+        self.vm.set_stepping(false);
+        let _ = self.vm.step();
+        self.vm.set_stepping(true);
+        self.vm.load(state, image)
+    }
+
+    /// Steps KVM over one instruction or more. A REP stops after each repetition, and an exception may stop at its
+    /// handler's first instruction, where the engine never does.
+    ///
+    /// Here KVM loses its way when it steps SYSRET: from there on the guest runs without a stop.
+    fn step_kvm(&mut self, repeats: bool, returns: bool) -> Step {
+        if returns {
+            self.vm.set_stepping(false);
+            let step = self.vm.step();
+            self.vm.set_stepping(true);
+            return step;
+        }
+        let before = self.engine.state().rip;
+        for _ in 0..REPETITIONS {
+            let step = self.vm.step();
+            let rip = self.vm.rip();
+            if step != Step::Done || !(repeats && rip == before || machine::is_handler(rip)) {
+                return step;
+            }
+        }
+        Step::Refused("no end of repetitions".to_string())
+    }
+
+    /// Steps the engine until it agrees with KVM, which stands between two instructions, has halted or shut down.
+    /// True if the guest has ended.
+    fn catch_up(&mut self, target: &Step, instruction: Option<Instruction>) -> Result<bool, Verdict> {
+        let ignored_flags = instruction.map_or(0, |i| crate::generate::undefined_flags(&i));
+        let mut kvm = self.vm.capture(self.engine.state());
+        let double_fault = machine::vector_at(kvm.rip) == Some(8);
+        let mut first = None;
+        let mut left = CATCH_UP;
+        while left > 0 {
+            let now = self.engine.icount();
+            let stop = self.engine.run(Icount(now.0 + 1), &mut EmptyBus);
+            self.steps += 1;
+            let state = self.engine.state();
+            let there = match (target, &stop) {
+                (_, Stop::Unsupported { what, .. }) => return Err(Verdict::Skipped(format!("engine: {what}"))),
+                (Step::Shutdown, Stop::TripleFault) => return Ok(true),
+                (Step::Done, Stop::Limit | Stop::Halted) => {
+                    state.rip == kvm.rip && state.seg[seg::CS].selector == kvm.seg[seg::CS].selector
+                }
+                (Step::Halted, Stop::Halted) => true,
+                (_, Stop::Limit) => false,
+                (_, stop) => {
+                    first.get_or_insert(format!("  KVM {target:?} at {:#x}, engine {stop:?}\n", kvm.rip));
+                    break;
+                }
+            };
+            if there {
+                if double_fault {
+                    // A fault during the delivery of a page fault does not change CR2 in KVM's emulation.
+                    kvm.cr2 = state.cr2;
+                }
+                let mut report = differences(&kvm, state, ignored_flags);
+                // What KVM emulates may have written the first of two pages before the second one faulted.
+                let torn = self.emulated && matches!(machine::vector_at(kvm.rip), Some(8 | 14));
+                if !torn {
+                    report += &self.memory_differences();
+                }
+                if report.is_empty() {
+                    self.comparisons += 1;
+                    return Ok(stop != Stop::Limit);
+                }
+                first.get_or_insert(report);
+            }
+            if stop == Stop::Halted {
+                break;
+            }
+            // User mode runs without a stop where KVM cannot step it, and so does everything before HLT.
+            if self.engine.state().cpl != 3 && *target == Step::Done {
+                left -= 1;
+            } else if self.steps - self.start >= BUDGET {
+                if first.is_some() {
+                    break;
+                }
+                return Err(Verdict::Skipped("no end in sight".to_string()));
+            }
+        }
+        let state = self.engine.state();
+        let image = instruction.is_some_and(|i| {
+            matches!(i.mnemonic(), Mnemonic::Fxsave | Mnemonic::Fxsave64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64)
+        });
+        if image && machine::vector_at(state.rip) == Some(13) {
+            return Err(Verdict::Refused("no #GP of misalignment".to_string(), instruction));
+        }
+        if let Some(quirk) = quirk(machine::vector_at(kvm.rip), machine::vector_at(state.rip)) {
+            return Err(Verdict::Refused(quirk.to_string(), instruction));
+        }
+        Err(Verdict::Differed(first.unwrap_or_else(|| {
+            format!("  KVM {target:?} at {:#x}; the engine does not get there, but to {:#x}\n", kvm.rip, state.rip)
+        })))
+    }
+
+    /// Pages that differ, but for accessed and dirty bits of page tables.
+    fn memory_differences(&self) -> String {
+        let (kvm, engine) = (machine::contents(self.vm.memory()), machine::contents(&self.memory));
+        let mut report = String::new();
+        if kvm == engine {
+            return report;
+        }
+        for at in (0..kvm.len()).step_by(8) {
+            let word = |bytes: &[u8]| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+            let (k, e) = (word(kvm), word(engine));
+            let mask = match at as u64 {
+                at if machine::is_table(at) => !0x60,
+                // KVM leaves RF set there if a fault turned into the double fault.
+                at if machine::is_double_fault_stack(at) => !(rflags::TF | rflags::RF),
+                // Stepping shows in the flags that some KVMs push.
+                at if machine::is_kernel_stack(at) => !rflags::TF,
+                _ => !0,
+            };
+            // MXCSR_MASK of an AMD host, in an image of FXSAVE or XSAVE.
+            let mxcsr_mask = k >> 32 == 0x2_FFFF && e >> 32 == 0xFFFF && k as u32 == e as u32;
+            if (k ^ e) & mask != 0 && !mxcsr_mask {
+                add(&mut report, &format!("memory at {at:#x}"), k, e);
+            }
+        }
+        report
+    }
+
+    /// Runs `guest` on both sides to its end.
+    pub fn run(&mut self, name: &str, guest: &Guest) -> Verdict {
+        let (state, image) = (machine::state(guest), machine::ram(guest));
+        if let Err(reason) = self.load(&state, &image) {
+            return Verdict::Skipped(reason);
+        }
+        self.start = self.steps;
+        self.emulated = matches!(guest, Guest::Case(_, true));
+        let mut formatter = IntelFormatter::new();
+        while self.steps - self.start < BUDGET {
+            let instruction = self.next_instruction();
+            let mut text = String::from("(bytes that cannot be fetched or decoded)");
+            if let Some(instruction) = &instruction {
+                text.clear();
+                formatter.format(instruction, &mut text);
+            }
+            let rip = self.engine.state().rip;
+            let place = format!("{name}: {text} at {rip:#x}, step {}", self.steps - self.start);
+            if std::env::var_os("KVM_ORACLE_TRACE").is_some() {
+                eprintln!("{place}");
+            }
+            let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix());
+            let mnemonic = instruction.map_or("none".to_string(), |i| format!("{:?}", i.mnemonic()).to_lowercase());
+            *self.executed.entry(mnemonic.clone()).or_default() += 1;
+            let step = self.step_kvm(repeats, matches!(mnemonic.as_str(), "sysret" | "sysretq"));
+            if let Step::Refused(reason) = step {
+                return Verdict::Refused(reason, instruction);
+            }
+            match self.catch_up(&step, instruction) {
+                Ok(true) => return Verdict::Agreed,
+                Ok(false) => {}
+                Err(Verdict::Differed(report)) => return Verdict::Differed(format!("{place}\n{report}")),
+                Err(other) => return other,
+            }
+        }
+        Verdict::Skipped("no end in sight".to_string())
+    }
+}

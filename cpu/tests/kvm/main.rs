@@ -1,0 +1,192 @@
+//! KVM as an oracle for the engine: small guests in kernel mode and user mode are stepped on both sides, and after
+//! every instruction all registers, segments, control registers, flags, x87, SSE and AVX registers and memory must
+//! agree.
+//!
+//! `KVM_ORACLE_COUNT` multiplies the generated guests, `KVM_ORACLE_SEED` moves to others, `KVM_ORACLE_ONLY` (part of
+//! a name) narrows the hand-written ones, and `KVM_ORACLE_TRACE` prints every instruction before it runs. Without
+//! a usable /dev/kvm it says so and passes.
+
+// The rules for the vCPU (clippy.toml) do not bind its tests.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
+#[allow(dead_code)]
+#[path = "../oracle/case.rs"]
+mod case;
+#[allow(dead_code)]
+#[path = "../oracle/generate/mod.rs"]
+mod generate;
+mod lockstep;
+mod machine;
+mod programs;
+#[allow(dead_code)]
+#[path = "../oracle/rng.rs"]
+mod rng;
+#[allow(dead_code)]
+#[path = "../oracle/values.rs"]
+mod values;
+mod vm;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::ExitCode;
+
+use case::Case;
+use generate::codes::{self, Class};
+use iced_x86::{Code, Mnemonic, OpCodeOperandKind};
+use lockstep::{Lockstep, Verdict};
+use machine::Guest;
+use vm::{Unavailable, Vm};
+
+fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+/// What came of all guests.
+#[derive(Default)]
+struct Tally {
+    guests: u64,
+    agreed: u64,
+    skipped: BTreeMap<String, u64>,
+    /// Why KVM would not go on, with the instructions.
+    refused: BTreeMap<String, BTreeSet<String>>,
+    refusals: u64,
+    /// Instructions that KVM refuses: guests with them are not tried again.
+    refused_codes: BTreeSet<Code>,
+    avoided: u64,
+    differed: Vec<String>,
+}
+
+impl Tally {
+    fn add(&mut self, verdict: Verdict) {
+        self.guests += 1;
+        match verdict {
+            Verdict::Agreed => self.agreed += 1,
+            Verdict::Refused(reason, instruction) => {
+                self.refusals += 1;
+                let name = instruction.map_or("?".to_string(), |i| format!("{:?}", i.mnemonic()).to_lowercase());
+                self.refused.entry(reason).or_default().insert(name);
+                self.refused_codes.extend(instruction.map(|i| i.code()));
+            }
+            Verdict::Skipped(reason) => *self.skipped.entry(reason).or_default() += 1,
+            Verdict::Differed(report) => self.differed.push(report),
+        }
+    }
+
+    /// True, and counted, if the case has an instruction that KVM refuses.
+    fn avoids(&mut self, case: &Case) -> bool {
+        let avoided = case.instructions.iter().any(|i| self.refused_codes.contains(&i.code()));
+        self.avoided += u64::from(avoided);
+        avoided
+    }
+
+    fn print(&self, title: &str) {
+        let skipped: u64 = self.refusals + self.skipped.values().sum::<u64>();
+        println!(
+            "{title}: {} guests, {} agreed to the end, {skipped} left early, {} differ",
+            self.guests,
+            self.agreed,
+            self.differed.len()
+        );
+        for (reason, count) in &self.skipped {
+            println!("  left early {count}: {reason}");
+        }
+        for (reason, names) in &self.refused {
+            let names: Vec<_> = names.iter().map(String::as_str).collect();
+            println!("  left early, KVM: {reason} on {}", names.join(" "));
+        }
+        if self.avoided > 0 {
+            println!("  not tried for these instructions: {}", self.avoided);
+        }
+        for report in self.differed.iter().take(20) {
+            print!("{report}");
+        }
+    }
+}
+
+fn hand_written(lockstep: &mut Lockstep) -> Tally {
+    let only = std::env::var("KVM_ORACLE_ONLY").unwrap_or_default();
+    let mut tally = Tally::default();
+    for (name, code) in programs::all() {
+        if name.contains(&only) {
+            let verdict = lockstep.run(name, &Guest::Kernel(code));
+            let word = match &verdict {
+                Verdict::Agreed => "agrees to the end",
+                Verdict::Differed(_) => "DIFFERS",
+                _ => "left early",
+            };
+            println!("  {name}: {word}");
+            if std::env::var_os("KVM_ORACLE_TRACE").is_some() {
+                println!("{verdict:?}");
+            }
+            tally.add(verdict);
+        }
+    }
+    tally
+}
+
+/// The host oracle's instructions and programs, at CPL 3 or 0.
+fn generated(lockstep: &mut Lockstep, supervisor: bool, singles: u64, sequences: u64) -> Tally {
+    let mut tally = Tally::default();
+    let mut codes = codes::all();
+    if supervisor {
+        // CS and SS are others there, and SYSCALL goes elsewhere.
+        codes.retain(|code| {
+            codes::class(*code) == Some(Class::Ordinary)
+                // KVM's emulation does these otherwise: with another size, as BSF and BSR.
+                && !matches!(code.mnemonic(), Mnemonic::Enter | Mnemonic::Tzcnt | Mnemonic::Lzcnt)
+                && !code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg)
+        });
+    }
+    // INT3, with which a case ends, is not for every KVM at CPL 0.
+    let prepare = |mut case: Case| {
+        if supervisor && let Some(last) = case.code.last_mut() {
+            *last = 0xF4;
+        }
+        Guest::Case(Box::new(case), supervisor)
+    };
+    let scale = environment("KVM_ORACLE_COUNT", 1);
+    let first = environment("KVM_ORACLE_SEED", 0) << 32;
+    for seed in first..first + singles * scale {
+        let code = codes[(seed % codes.len() as u64) as usize];
+        if let Some(case) = generate::single(seed, code).filter(|case| !tally.avoids(case)) {
+            let name = format!("single {seed}, supervisor {supervisor}");
+            tally.add(lockstep.run(&name, &prepare(case)));
+        }
+    }
+    for seed in first..first + sequences * scale {
+        if let Some(case) = generate::sequence::sequence(seed, &codes).filter(|case| !tally.avoids(case)) {
+            let name = format!("sequence {seed}, supervisor {supervisor}");
+            tally.add(lockstep.run(&name, &prepare(case)));
+        }
+    }
+    tally
+}
+
+fn main() -> ExitCode {
+    if std::env::args().any(|argument| argument == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    let vm = match Vm::new() {
+        Ok(vm) => vm,
+        Err(Unavailable(reason)) => {
+            println!("KVM oracle skipped: {reason}");
+            return ExitCode::SUCCESS;
+        }
+    };
+    let mut lockstep = Lockstep::new(vm);
+    let tallies = [
+        ("hand-written", hand_written(&mut lockstep)),
+        ("generated, CPL 3", generated(&mut lockstep, false, 2_000, 200)),
+        ("generated, CPL 0", generated(&mut lockstep, true, 1_000, 100)),
+    ];
+    for (title, tally) in &tallies {
+        tally.print(title);
+    }
+    let differed: usize = tallies.iter().map(|(_, tally)| tally.differed.len()).sum();
+    println!(
+        "KVM oracle: {} instructions, compared {} times, {} different ones, {differed} differences",
+        lockstep.steps,
+        lockstep.comparisons,
+        lockstep.executed.len()
+    );
+    if differed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,283 @@
+//! The hand-written guests. Each starts at CPL 0 with R13 the first address of user data, R14 the top of the user
+//! stack, R15 the distance from the kernel's view of the code to the user's, and ends with HLT, or from user mode
+//! with INT3. With R12 set, the next exception returns there; without, a trap returns behind itself.
+
+/// Makes a program of lines of assembly: the bytes between two symbols.
+macro_rules! programs {
+    ($($name:ident: $($line:literal),+;)+) => {
+        $(
+            std::arch::global_asm!(
+                ".pushsection .rodata",
+                concat!("kvm_oracle_", stringify!($name), ":"),
+                $($line,)+
+                concat!("kvm_oracle_", stringify!($name), "_end:"),
+                ".popsection",
+            );
+        )+
+        /// All programs, with their names.
+        pub fn all() -> Vec<(&'static str, &'static [u8])> {
+            vec![$((stringify!($name), {
+                unsafe extern "C" {
+                    #[link_name = concat!("kvm_oracle_", stringify!($name))]
+                    static START: u8;
+                    #[link_name = concat!("kvm_oracle_", stringify!($name), "_end")]
+                    static END: u8;
+                }
+                // SAFETY: the two symbols delimit constant bytes of this program.
+                unsafe {
+                    let (start, end) = (&raw const START, &raw const END);
+                    std::slice::from_raw_parts(start, end as usize - start as usize)
+                }
+            })),+]
+        }
+    };
+}
+
+programs! {
+    arithmetic:
+        "mov eax, 5",
+        "add rax, 7",
+        "push rax",
+        "pop rbx",
+        "call 2f",
+        "hlt",
+        "2: imul rbx, rbx, 3",
+        "ret";
+
+    exceptions:
+        "lea r12, [rip + 2f]", "xor eax, eax", "div eax", "2:",
+        "lea r12, [rip + 2f]", "ud2", "2:",
+        "int 0x40",
+        "int 0x41",
+        // Absent page: read, write, instruction fetch.
+        "lea r12, [rip + 2f]", "mov rax, [r13 + 0x10000]", "2:",
+        "lea r12, [rip + 2f]", "mov [r13 + 0x10008], rax", "2:",
+        "lea r12, [rip + 2f]", "lea rax, [r13 + 0x10000]", "jmp rax", "2:",
+        // Read-only page, across two pages, no-execute page.
+        "lea r12, [rip + 2f]", "mov [r13 + 0x4000], eax", "2:",
+        "lea r12, [rip + 2f]", "add [r13 + 0x3ffe], eax", "2:",
+        "lea r12, [rip + 2f]", "jmp r13", "2:",
+        // Addresses that are not canonical: data, stack, jump.
+        "movabs rcx, 0x800000000000",
+        "lea r12, [rip + 2f]", "mov eax, [rcx]", "2:",
+        "mov rbx, rsp", "mov rsp, rcx", "mov rsp, rbx",
+        "lea r12, [rip + 2f]", "jmp rcx", "2:",
+        // Selectors: beyond the GDT, not present, of a TSS, privileged, null for SS.
+        "mov eax, 0x100", "lea r12, [rip + 2f]", "mov ds, eax", "2:",
+        "mov eax, 0x60", "lea r12, [rip + 2f]", "mov es, eax", "2:",
+        "mov eax, 0x40", "lea r12, [rip + 2f]", "mov fs, eax", "2:",
+        "mov eax, 0x10", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
+        "mov eax, 0x2b", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
+        "xor eax, eax", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
+        // INT through an IDT that ends before the gate.
+        "sub rsp, 16", "sidt [rsp]", "mov word ptr [rsp], 0x3ff", "lidt [rsp]",
+        "lea r12, [rip + 2f]", "int 0x40", "2:",
+        "mov word ptr [rsp], 0xfff", "lidt [rsp]", "add rsp, 16",
+        // Undefined bits of control registers and MSRs.
+        "mov rax, cr4", "bts rax, 31", "lea r12, [rip + 2f]", "mov cr4, rax", "2:",
+        "mov rax, cr0", "btr rax, 0", "lea r12, [rip + 2f]", "mov cr0, rax", "2:",
+        "mov ecx, 0xc0000080", "mov eax, 0xffffffff", "lea r12, [rip + 2f]", "wrmsr", "2:",
+        "mov ecx, 0x12345678", "lea r12, [rip + 2f]", "rdmsr", "2:",
+        "hlt";
+
+    user_exceptions:
+        "lea rcx, [rip + 9f]", "sub rcx, r15",
+        "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "9:",
+        "lea r12, [rip + 2f]", "xor eax, eax", "div eax", "2:",
+        "lea r12, [rip + 2f]", "ud2", "2:",
+        "lea r12, [rip + 7f]", "ud2", "7:",
+        "lea r12, [rip + 2f]", "int 0x40", "2:",
+        "lea r12, [rip + 2f]", "hlt", "2:",
+        "lea r12, [rip + 2f]", "mov rax, cr0", "2:",
+        "lea r12, [rip + 2f]", "mov cr3, rax", "2:",
+        "lea r12, [rip + 2f]", "rdmsr", "2:",
+        "lea r12, [rip + 2f]", "lgdt [r13]", "2:",
+        "lea r12, [rip + 2f]", "invlpg [r13]", "2:",
+        "lea r12, [rip + 2f]", "swapgs", "2:",
+        "lea r12, [rip + 2f]", "clts", "2:",
+        "lea r12, [rip + 2f]", "iretq", "2:",
+        "lea r12, [rip + 2f]", "mov rax, [r13 + 0x10000]", "2:",
+        "lea r12, [rip + 2f]", "mov [r13 + 0x4000], rax", "2:",
+        "lea r12, [rip + 2f]", "inc qword ptr [r13 + 0x3ffc]", "2:",
+        "lea r12, [rip + 2f]", "jmp r13", "2:",
+        "lea rbx, [rip + 2b]", "add rbx, r15", "lea r12, [rip + 2f]", "mov rax, [rbx]", "2:",
+        "lea r12, [rip + 2f]", "mov [rbx], rax", "2:",
+        "lea r12, [rip + 2f]", "jmp rbx", "2:",
+        "movabs rcx, 0x800000000000",
+        "lea r12, [rip + 2f]", "mov eax, [rcx]", "2:",
+        "lea r12, [rip + 2f]", "mov rbp, rcx", "mov eax, [rbp]", "2:",
+        "lea r12, [rip + 2f]", "push rcx", "ret", "2:", "pop rcx",
+        "mov eax, 0x18", "lea r12, [rip + 2f]", "mov ds, eax", "2:",
+        "mov eax, 0x63", "lea r12, [rip + 2f]", "mov es, eax", "2:",
+        "mov eax, 0x2b", "mov ds, eax", "mov es, eax", "mov fs, eax", "mov gs, eax", "mov ss, eax",
+        "pushfq", "pop rax", "or rax, 0x200001", "push rax", "popfq", "pushfq", "pop rbx",
+        "std", "pushfq", "cld", "popfq", "cld",
+        // Below the stack.
+        "mov rbx, rsp", "lea rsp, [r14 - 0x1fc0]", "lea r12, [rip + 2f]", "push rax", "2: mov rsp, rbx",
+        "sgdt [r13]", "sidt [r13 + 16]", "sldt eax", "str ebx", "smsw ecx",
+        "int3";
+
+    syscalls:
+        "mov ecx, 0xc0000081", "xor eax, eax", "mov edx, 0x00230010", "wrmsr",
+        "mov ecx, 0xc0000082", "lea rax, [rip + 8f]", "mov rdx, rax", "shr rdx, 32", "wrmsr",
+        "mov ecx, 0xc0000084", "mov eax, 0x47700", "xor edx, edx", "wrmsr",
+        "mov ecx, 0xc0000102", "mov eax, 0x5000", "mov edx, 0xffff8000", "wrmsr", "rdmsr",
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "mov r11d, 0x2", "mov rbp, rsp", "mov rsp, r14", "sysretq",
+        // The kernel's entry.
+        "8: swapgs", "mov rbx, rsp", "mov rsp, rbp", "push r11", "push rcx", "mov rax, gs:[0x100]",
+        "pop rcx", "pop r11", "mov rsp, rbx", "swapgs", "inc edi", "sysretq",
+        "9:", "mov esi, 5", "2:", "std", "stc", "mov eax, 1", "syscall", "dec esi", "jnz 2b",
+        "cld", "syscall",
+        // A target that is not canonical, in R11 flags that SYSRET must not load.
+        "int3";
+
+    same_level_returns:
+        "lea rax, [rip + 2f]", "mov rbx, rsp", "push 0x18", "lea rcx, [rbx - 0x100]", "push rcx", "push 0x2",
+        "push 0x10", "push rax", "iretq", "2: mov rsp, rbx", "nop",
+        "push 0x10", "lea rax, [rip + 2f]", "push rax", "retfq", "2:", "nop",
+        "hlt";
+
+    far_return_to_user:
+        "lea rax, [rip + 3f]", "sub rax, r15", "mov ebx, 0x2b", "mov ds, ebx", "mov ebx, 0x18", "mov es, ebx",
+        "push 0x2b", "push r14", "push 0x33", "push rax", "retfq",
+        "3:", "mov ecx, 3", "2:", "int 0x80", "loop 2b", "int3";
+
+    compatibility_mode:
+        "lea rcx, [rip + 9f]", "sub rcx, r15",
+        "mov ebx, 0x2b", "mov ds, ebx", "mov ebx, 0x18", "mov es, ebx",
+        "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "9:", "mov eax, es", "mov ebx, ds", "lea r12, [rip + 7f]", "ud2", "7:",
+        "sub rsp, 16", "lea rax, [rip + 4f]", "mov [rsp], eax", "mov dword ptr [rsp + 4], 0x23",
+        "jmp fword ptr [rsp]",
+        ".code32", "4:", "push eax", "mov eax, 0x12345678", "add esp, 4", "inc eax", "push es", "pop es",
+        "daa", "aam", "into", "pushad", "popad", "int3",
+        ".code64", "nop";
+
+    iret_to_compatibility_mode:
+        "lea rcx, [rip + 9f]", "sub rcx, r15",
+        "push 0x2b", "push r14", "push 2", "push 0x23", "push rcx", "iretq",
+        ".code32", "9:", "mov eax, 0x2b", "mov ds, eax", "mov eax, [esp - 8]", "dec eax", "int3",
+        ".code64", "nop";
+
+    segments:
+        "mov eax, 0x50", "lldt ax", "sldt ebx", "mov eax, 0x0c", "mov fs, eax", "mov gs, eax",
+        "mov eax, 0x2b", "mov ds, eax", "mov es, eax", "xor eax, eax", "mov ds, eax", "mov eax, 3", "mov es, eax",
+        "str ecx", "push fs", "pop gs", "mov ax, fs",
+        "mov ecx, 0xc0000100", "mov eax, 0x1000", "mov edx, 0x7fff", "wrmsr", "rdmsr",
+        "mov ecx, 0xc0000101", "mov eax, 0x2000", "mov edx, 0xffff8000", "wrmsr", "mov rax, gs:[0x10]",
+        "swapgs", "mov ecx, 0xc0000102", "rdmsr", "swapgs", "xor eax, eax", "lldt ax", "hlt";
+
+    segment_bases:
+        "rdfsbase rax", "wrgsbase rsp", "rdgsbase rbx", "mov ecx, 5", "wrfsbase ecx", "hlt";
+
+    segment_checks:
+        "mov ecx, 0x2b", "lar eax, ecx", "lsl ebx, ecx", "verr cx", "verw cx", "mov ecx, 0x60", "lar eax, ecx",
+        "verr cx", "mov ecx, 0x1000", "lsl eax, ecx", "hlt";
+
+    strings:
+        "cld", "lea rsi, [r13 + 0xff8]", "lea rdi, [r13 + 0x1ffb]", "mov ecx, 0x20", "rep movsb",
+        "lea rsi, [r13 + 0xffc]", "lea rdi, [r13 + 0x2ff9]", "mov ecx, 5", "rep movsq",
+        "lea rdi, [r13 + 0x1fff]", "mov eax, 0x11223344", "mov ecx, 9", "rep stosd", "stosw", "lodsb",
+        "std", "lea rsi, [r13 + 0x1003]", "lea rdi, [r13 + 0x2003]", "mov ecx, 3", "rep movsd", "cld",
+        "lea rsi, [r13 + 0xffe]", "lea rdi, [r13 + 0x1ffe]", "mov ecx, 9", "repe cmpsb", "mov al, 0x55",
+        "mov ecx, 30", "repne scasb", "xor ecx, ecx", "rep stosb", "repe scasw", "lodsq", "cmpsd", "scasq",
+        // Into the read-only page and to the end of what is mapped.
+        "lea rdi, [r13 + 0x3ff5]", "mov ecx, 40", "lea r12, [rip + 2f]", "rep stosb", "2:",
+        "lea rsi, [r13 + 0x5fe1]", "lea rdi, [r13 + 0x800]", "mov ecx, 10", "lea r12, [rip + 2f]", "rep movsq", "2:",
+        "lea rsi, [r13 + 0x5fff]", "lea r12, [rip + 2f]", "lodsw", "2:",
+        "hlt";
+
+    user_strings:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "9:", "lea rsi, [r13 + 0xff8]", "lea rdi, [r13 + 0x1ffb]", "mov ecx, 0x20", "rep movsb", "lea r12, [rip + 7f]", "ud2", "7:",
+        "lea rdi, [r13 + 0x1fff]", "mov eax, 0x11223344", "mov ecx, 1000", "rep stosd", "lea r12, [rip + 7f]", "ud2", "7:",
+        "std", "lea rsi, [r13 + 0x1003]", "lea rdi, [r13 + 0x2003]", "mov ecx, 300", "rep movsd", "cld", "lea r12, [rip + 7f]", "ud2", "7:",
+        "lea rdi, [r13 + 0x3ff5]", "mov ecx, 40", "lea r12, [rip + 2f]", "rep stosb", "2:",
+        "lea rsi, [r13 + 0x5fe1]", "lea rdi, [r13 + 0x800]", "mov ecx, 10", "lea r12, [rip + 2f]", "rep movsq", "2:",
+        "lea rsi, [r13 + 0xffe]", "lea rdi, [r13 + 0x1ffe]", "mov ecx, 9", "repe cmpsb", "int3";
+
+    self_modifying:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "9:", "mov ebx, 20", "xor eax, eax",
+        // The very next instruction.
+        "3: mov byte ptr [rip + 2f + 1], bl", "2: add al, 0", "dec ebx", "jnz 3b", "lea r12, [rip + 7f]", "ud2", "7:",
+        // A function that is written anew on each call, and one in the neighbouring page.
+        "mov ebx, 10", "lea rdi, [rip + 9b]", "add rdi, 0x1ff0",
+        "4:", "mov byte ptr [rdi], 0xb8", "mov [rdi + 1], ebx", "mov byte ptr [rdi + 5], 0xc3", "call rdi",
+        "add ebp, eax", "inc rdi", "lea r12, [rip + 7f]", "ud2", "7:", "dec ebx", "jnz 4b",
+        "lea rdi, [rip + 5f]", "mov eax, 0x90909090", "stosd", "5:", "ud2", "ud2", "int3";
+
+    kernel_self_modifying:
+        "mov ebx, 6", "3: mov byte ptr [rip + 2f + 1], bl", "2: add al, 0", "dec ebx", "jnz 3b",
+        // Through the user's view of the same page.
+        "mov ebx, 6", "lea rdi, [rip + 2f + 1]", "sub rdi, r15", "3: mov [rdi], bl", "2: sub al, 0", "dec ebx",
+        "jnz 3b", "hlt";
+
+    floating_point:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "9:", "fninit", "fld1", "fldpi", "fadd st, st(1)", "lea r12, [rip + 7f]", "ud2", "7:", "fsqrt", "fst qword ptr [r13]", "lea r12, [rip + 7f]", "ud2", "7:",
+        "fild word ptr [r13 + 8]", "fdivrp", "lea r12, [rip + 7f]", "ud2", "7:", "fxsave [r13 + 0x200]", "fninit", "lea r12, [rip + 7f]", "ud2", "7:",
+        "fxrstor [r13 + 0x200]", "lea r12, [rip + 7f]", "ud2", "7:", "movups xmm0, [r13 + 0x40]", "mulps xmm0, xmm0", "lea r12, [rip + 7f]", "ud2", "7:",
+        "vmovups ymm1, [r13 + 0x60]", "vaddpd ymm2, ymm1, ymm1", "lea r12, [rip + 7f]", "ud2", "7:",
+        "mov eax, 7", "xor edx, edx", "xsave [r13 + 0x400]", "vzeroall", "lea r12, [rip + 7f]", "ud2", "7:", "xrstor [r13 + 0x400]",
+        "lea r12, [rip + 7f]", "ud2", "7:", "mov eax, 2", "xrstor [r13 + 0x400]", "lea r12, [rip + 7f]", "ud2", "7:", "xor ecx, ecx", "xgetbv", "lea r12, [rip + 7f]", "ud2", "7:",
+        // #XM, #MF.
+        "mov dword ptr [r13], 0x1d80", "ldmxcsr [r13]", "xorps xmm3, xmm3",
+        "lea r12, [rip + 2f]", "divps xmm3, xmm3", "2:", "mov dword ptr [r13], 0x1f80", "ldmxcsr [r13]",
+        "fninit", "mov word ptr [r13], 0x37b", "fldcw [r13]", "fld1", "fldz", "fdivp",
+        "lea r12, [rip + 2f]", "fwait", "2: fnclex", "fninit", "emms", "int3";
+
+    control_registers:
+        "mov rax, cr0", "mov rbx, cr4", "mov rcx, cr3", "mov cr3, rcx", "clts",
+        "bts rax, 3", "mov cr0, rax", "clts", "smsw edx", "mov rax, cr0", "btr rax, 16", "mov cr0, rax",
+        // Without WP the read-only page can be written.
+        "mov [r13 + 0x4000], eax", "bts rax, 16", "mov cr0, rax",
+        "lea r12, [rip + 2f]", "mov [r13 + 0x4000], eax", "2:",
+        "mov rax, cr4", "btr rax, 7", "mov cr4, rax", "bts rax, 7", "mov cr4, rax", "mov cr2, rax", "mov rdx, cr2",
+        "hlt";
+
+    smap_smep:
+        "mov rax, cr4", "bts rax, 21", "bts rax, 20", "mov cr4, rax",
+        "lea r12, [rip + 2f]", "mov rax, [r13]", "2:", "lea r12, [rip + 2f]", "mov [r13], rax", "2:",
+        "lea rax, [rip + 3f]", "sub rax, r15", "lea r12, [rip + 2f]", "jmp rax", "3: nop", "2:",
+        "stac", "mov rax, [r13]", "clac", "lea r12, [rip + 2f]", "mov rax, [r13]", "2:", "hlt";
+
+    smap_by_popf:
+        "mov rax, cr4", "bts rax, 21", "bts rax, 20", "mov cr4, rax",
+        "lea r12, [rip + 2f]", "mov rax, [r13]", "2:", "lea r12, [rip + 2f]", "mov [r13], rax", "2:",
+        "pushfq", "or dword ptr [rsp], 0x40000", "popfq", "mov rax, [r13]", "mov [r13 + 0xffc], rax",
+        "pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq",
+        "lea r12, [rip + 2f]", "mov rax, [r13]", "2:", "hlt";
+
+    page_tables:
+        // Finds the entry that maps the first page of data: r8 points to it.
+        "movabs r10, 0xffff800000000000", "movabs r11, 0xffffffffff000", "mov r8, cr3",
+        "and r8, r11", "mov r8, [r8 + r10]",
+        "and r8, r11", "mov r8, [r8 + r10]", "and r8, r11", "lea r8, [r8 + r10 + 0x800]", "mov r8, [r8]",
+        "and r8, r11", "add r8, r10", "mov r9, [r8]", "mov rax, [r13]",
+        // Not present, present again, read-only, no-execute off, reserved bit.
+        "mov qword ptr [r8], 0", "invlpg [r13]", "lea r12, [rip + 2f]", "mov rax, [r13]", "2:",
+        "mov [r8], r9", "mov rax, [r13]", "btr qword ptr [r8], 1", "invlpg [r13]", "mov rax, [r13 + 8]",
+        "lea r12, [rip + 2f]", "mov [r13], rax", "2:", "mov [r8], r9", "invlpg [r13]", "mov [r13], rax",
+        "bts qword ptr [r8], 50", "invlpg [r13]", "lea r12, [rip + 2f]", "mov rax, [r13]", "2:", "mov [r8], r9",
+        // Two pages exchanged.
+        "mov rbx, [r8 + 8]", "mov [r8], rbx", "mov [r8 + 8], r9", "mov rax, cr3", "mov cr3, rax",
+        "mov rax, [r13 + 0xffc]", "mov [r13 + 0xffe], rax", "hlt";
+
+    flags:
+        "pushfq", "pop rax", "or eax, 0x245cd5", "push rax", "popfq", "pushfq", "lahf", "sahf", "cli",
+        "push 2", "popfq", "cmc", "stc", "clc", "std", "cld", "hlt";
+
+    double_fault:
+        // The #GP handler's gate is not present: #NP while delivering #GP.
+        "sub rsp, 16", "sidt [rsp]", "mov rax, [rsp + 2]", "btr dword ptr [rax + 13 * 16 + 4], 15",
+        "lea r12, [rip + 2f]", "movabs rbx, 0x800000000000", "mov rbx, [rbx]", "2:", "hlt";
+
+    triple_fault:
+        "sub rsp, 16", "mov word ptr [rsp], 0", "lidt [rsp]", "mov rbx, [r13 + 0x10000]", "hlt";
+
+    identification:
+        "xor eax, eax", "cpuid", "mov eax, 0x80000001", "cpuid", "mov eax, 0x80000008", "cpuid",
+        "mov eax, 0x40000000", "cpuid", "mov eax, 0x15", "cpuid", "hlt";
+}
