@@ -47,8 +47,6 @@ programs! {
     exceptions:
         "lea r12, [rip + 2f]", "xor eax, eax", "div eax", "2:",
         "lea r12, [rip + 2f]", "ud2", "2:",
-        "int 0x40",
-        "int 0x41",
         // Absent page: read, write, instruction fetch.
         "lea r12, [rip + 2f]", "mov rax, [r13 + 0x10000]", "2:",
         "lea r12, [rip + 2f]", "mov [r13 + 0x10008], rax", "2:",
@@ -69,10 +67,6 @@ programs! {
         "mov eax, 0x10", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
         "mov eax, 0x2b", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
         "xor eax, eax", "lea r12, [rip + 2f]", "mov ss, eax", "2:",
-        // INT through an IDT that ends before the gate.
-        "sub rsp, 16", "sidt [rsp]", "mov word ptr [rsp], 0x3ff", "lidt [rsp]",
-        "lea r12, [rip + 2f]", "int 0x40", "2:",
-        "mov word ptr [rsp], 0xfff", "lidt [rsp]", "add rsp, 16",
         // Undefined bits of control registers and MSRs.
         "mov rax, cr4", "bts rax, 31", "lea r12, [rip + 2f]", "mov cr4, rax", "2:",
         "mov rax, cr0", "btr rax, 0", "lea r12, [rip + 2f]", "mov cr0, rax", "2:",
@@ -80,9 +74,18 @@ programs! {
         "mov ecx, 0x12345678", "lea r12, [rip + 2f]", "rdmsr", "2:",
         "hlt";
 
+    software_interrupts:
+        "int 0x40",
+        "int 0x41",
+        // INT through an IDT that ends before the gate.
+        "sub rsp, 16", "sidt [rsp]", "mov word ptr [rsp], 0x3ff", "lidt [rsp]",
+        "lea r12, [rip + 2f]", "int 0x40", "2:",
+        "mov word ptr [rsp], 0xfff", "lidt [rsp]", "add rsp, 16",
+        "hlt";
+
     user_exceptions:
         "lea rcx, [rip + 9f]", "sub rcx, r15",
-        "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
         "9:",
         "lea r12, [rip + 2f]", "xor eax, eax", "div eax", "2:",
         "lea r12, [rip + 2f]", "ud2", "2:",
@@ -146,7 +149,7 @@ programs! {
     compatibility_mode:
         "lea rcx, [rip + 9f]", "sub rcx, r15",
         "mov ebx, 0x2b", "mov ds, ebx", "mov ebx, 0x18", "mov es, ebx",
-        "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
         "9:", "mov eax, es", "mov ebx, ds", "lea r12, [rip + 7f]", "ud2", "7:",
         "sub rsp, 16", "lea rax, [rip + 4f]", "mov [rsp], eax", "mov dword ptr [rsp + 4], 0x23",
         "jmp fword ptr [rsp]",
@@ -156,7 +159,7 @@ programs! {
 
     iret_to_compatibility_mode:
         "lea rcx, [rip + 9f]", "sub rcx, r15",
-        "push 0x2b", "push r14", "push 2", "push 0x23", "push rcx", "iretq",
+        "push 0x2b", "push r14", "push 0x202", "push 0x23", "push rcx", "iretq",
         ".code32", "9:", "mov eax, 0x2b", "mov ds, eax", "mov eax, [esp - 8]", "dec eax", "int3",
         ".code64", "nop";
 
@@ -172,8 +175,8 @@ programs! {
         "rdfsbase rax", "wrgsbase rsp", "rdgsbase rbx", "mov ecx, 5", "wrfsbase ecx", "hlt";
 
     segment_checks:
-        "mov ecx, 0x2b", "lar eax, ecx", "lsl ebx, ecx", "verr cx", "verw cx", "mov ecx, 0x60", "lar eax, ecx",
-        "verr cx", "mov ecx, 0x1000", "lsl eax, ecx", "hlt";
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
+        "9:", "mov ecx, 0x2b", "lsl ebx, ecx", "verr cx", "verw cx", "int3";
 
     strings:
         "cld", "lea rsi, [r13 + 0xff8]", "lea rdi, [r13 + 0x1ffb]", "mov ecx, 0x20", "rep movsb",
@@ -189,7 +192,7 @@ programs! {
         "hlt";
 
     user_strings:
-        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
         "9:", "lea rsi, [r13 + 0xff8]", "lea rdi, [r13 + 0x1ffb]", "mov ecx, 0x20", "rep movsb", "lea r12, [rip + 7f]", "ud2", "7:",
         "lea rdi, [r13 + 0x1fff]", "mov eax, 0x11223344", "mov ecx, 1000", "rep stosd", "lea r12, [rip + 7f]", "ud2", "7:",
         "std", "lea rsi, [r13 + 0x1003]", "lea rdi, [r13 + 0x2003]", "mov ecx, 300", "rep movsd", "cld", "lea r12, [rip + 7f]", "ud2", "7:",
@@ -198,7 +201,7 @@ programs! {
         "lea rsi, [r13 + 0xffe]", "lea rdi, [r13 + 0x1ffe]", "mov ecx, 9", "repe cmpsb", "int3";
 
     self_modifying:
-        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
         "9:", "mov ebx, 20", "xor eax, eax",
         // The very next instruction.
         "3: mov byte ptr [rip + 2f + 1], bl", "2: add al, 0", "dec ebx", "jnz 3b", "lea r12, [rip + 7f]", "ud2", "7:",
@@ -215,15 +218,16 @@ programs! {
         "jnz 3b", "hlt";
 
     floating_point:
-        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 2", "push 0x33", "push rcx", "iretq",
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
         "9:", "fninit", "fld1", "fldpi", "fadd st, st(1)", "lea r12, [rip + 7f]", "ud2", "7:", "fsqrt", "fst qword ptr [r13]", "lea r12, [rip + 7f]", "ud2", "7:",
         "fild word ptr [r13 + 8]", "fdivrp", "lea r12, [rip + 7f]", "ud2", "7:", "fxsave [r13 + 0x200]", "fninit", "lea r12, [rip + 7f]", "ud2", "7:",
         "fxrstor [r13 + 0x200]", "lea r12, [rip + 7f]", "ud2", "7:", "movups xmm0, [r13 + 0x40]", "mulps xmm0, xmm0", "lea r12, [rip + 7f]", "ud2", "7:",
         "vmovups ymm1, [r13 + 0x60]", "vaddpd ymm2, ymm1, ymm1", "lea r12, [rip + 7f]", "ud2", "7:",
+        "vxorps ymm5, ymm5, ymm5", "vmovups [r13 + 0x600], ymm5", "vmovups [r13 + 0x620], ymm5",
         "mov eax, 7", "xor edx, edx", "xsave [r13 + 0x400]", "vzeroall", "lea r12, [rip + 7f]", "ud2", "7:", "xrstor [r13 + 0x400]",
         "lea r12, [rip + 7f]", "ud2", "7:", "mov eax, 2", "xrstor [r13 + 0x400]", "lea r12, [rip + 7f]", "ud2", "7:", "xor ecx, ecx", "xgetbv", "lea r12, [rip + 7f]", "ud2", "7:",
         // #XM, #MF.
-        "mov dword ptr [r13], 0x1d80", "ldmxcsr [r13]", "xorps xmm3, xmm3",
+        "mov dword ptr [r13], 0x1f00", "ldmxcsr [r13]", "xorps xmm3, xmm3",
         "lea r12, [rip + 2f]", "divps xmm3, xmm3", "2:", "mov dword ptr [r13], 0x1f80", "ldmxcsr [r13]",
         "fninit", "mov word ptr [r13], 0x37b", "fldcw [r13]", "fld1", "fldz", "fdivp",
         "lea r12, [rip + 2f]", "fwait", "2: fnclex", "fninit", "emms", "int3";
