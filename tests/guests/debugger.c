@@ -22,7 +22,7 @@ uint8_t copy[64];
 
 extern char debuggee[], debuggee_loop[], debuggee_middle[], debuggee_end[];
 
-// What is debugged: kinds of instructions that a step must count once.
+// What is debugged. Each kind of instruction that a step must count once, or for a string once per round.
 __attribute__((noinline, naked)) static void run_debuggee(void) {
     __asm__ volatile(
         "pushq %%rbx\n\t"
@@ -44,7 +44,7 @@ __attribute__((noinline, naked)) static void run_debuggee(void) {
         "incq watched+72(%%rip)\n\t"
         "leaq watched(%%rip), %%rsi\n\t"
         "leaq copy(%%rip), %%rdi\n\t"
-        "movl $1, %%ecx\n\t"
+        "movl $17, %%ecx\n\t"
         "cld\n\t"
         "rep movsb\n\t"
         "xorl %%ecx, %%ecx\n\t"

@@ -23,6 +23,8 @@ pub(super) struct StringOp {
     pub(super) source: usize,
     /// With REP, REPE or REPNE.
     pub(super) repeated: bool,
+    /// Repeated with RFLAGS.TF set: every element but the last ends in a single-step trap.
+    stepping: bool,
     backward: bool,
 }
 
@@ -37,11 +39,13 @@ impl StringOp {
                 _ => continue,
             };
         }
+        let repeated = instr.has_rep_prefix() || instr.has_repne_prefix();
         StringOp {
             size,
             width,
             source: super::operand::memory_segment(instr),
-            repeated: instr.has_rep_prefix() || instr.has_repne_prefix(),
+            repeated,
+            stepping: repeated && state.rflags & rflags::TF != 0,
             backward: state.rflags & rflags::DF != 0,
         }
     }
@@ -94,7 +98,14 @@ impl StringOp {
         } else {
             ((PAGE_SIZE - in_page) / size, (mask(self.width) - offset - (size - 1)) / size + 1)
         };
-        Ok((at, page_room.min(wrap_room)))
+        let step = if self.stepping { 1 } else { u64::MAX };
+        Ok((at, page_room.min(wrap_room).min(step)))
+    }
+
+    /// The single-step trap between two elements (Intel SDM volume 3, section 18.3.1.4): RIP stays at the
+    /// instruction, which has not retired.
+    fn step(&self, state: &CpuState) -> Result<(), Exception> {
+        if self.stepping && self.count(state) > 0 { Err(Exception::Debug { dr6: 1 << 14 }) } else { Ok(()) }
     }
 
     /// Host pointer to the lowest byte of a run of `elements` elements, the first of which is at `at`. A page fault
@@ -142,6 +153,7 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 op.advance(state, gpr::RSI, done);
                 op.advance(state, gpr::RDI, done);
                 op.consume(state, done);
+                op.step(state)?;
                 if !op.repeated {
                     break;
                 }
@@ -152,6 +164,7 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 let done = store_run(state, &op, sys)?;
                 op.advance(state, gpr::RDI, done);
                 op.consume(state, done);
+                op.step(state)?;
                 if !op.repeated {
                     break;
                 }
@@ -164,6 +177,7 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 write_gpr(state, gpr::RAX, op.size, value);
                 op.advance(state, gpr::RSI, 1);
                 op.consume(state, 1);
+                op.step(state)?;
                 if !op.repeated {
                     break;
                 }
@@ -182,12 +196,16 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 op.advance(state, gpr::RDI, done);
                 op.consume(state, done);
                 flags = Some(arithmetic::sub(pair.0, pair.1, false, op.size).1);
-                if !op.repeated || (pair.0 == pair.1) != wanted {
+                if !op.repeated || op.stepping || (pair.0 == pair.1) != wanted {
                     break;
                 }
             }
             if let Some(flags) = flags {
                 state.rflags = state.rflags & !rflags::STATUS | flags;
+                let zero = state.rflags & rflags::ZF != 0;
+                if zero == wanted {
+                    op.step(state)?;
+                }
             }
         }
     }
