@@ -676,8 +676,6 @@ impl Core {
                             // It has not retired: a shadow that covers it still does.
                             self.state_mut().interrupt_shadow = shadow;
                             self.statistics.careful += 1;
-                            let rip = self.state().rip;
-                            *self.statistics.careful_at.entry(rip).or_default() += 1;
                             careful = true;
                         }
                         Pending::Exception(exception) => {

@@ -226,11 +226,13 @@ fn known_rsp_change(ins: &Instruction) -> Option<i32> {
     }
 }
 
-fn reads(access: OpAccess) -> bool {
+/// The operand's old value is used.
+pub fn reads(access: OpAccess) -> bool {
     matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 
-fn writes(access: OpAccess) -> bool {
+/// The operand may be written.
+pub fn writes(access: OpAccess) -> bool {
     matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 

@@ -32,8 +32,6 @@ pub struct Statistics {
     pub translated_special: u64,
     /// External interrupts by vector.
     pub interrupts: FastMap<u8, u64>,
-    /// Careful instructions by address.
-    pub careful_at: FastMap<u64, u64>,
     emulated: FastMap<u32, u64>,
 }
 
@@ -49,16 +47,6 @@ impl Statistics {
             .filter_map(|m| self.emulated.get(&(m as u32)).map(|count| (format!("{m:?}").to_lowercase(), *count)))
             .collect();
         list.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        list
-    }
-}
-
-impl Statistics {
-    /// The addresses with most careful instructions.
-    pub fn most_careful(&self) -> Vec<(u64, u64)> {
-        let mut list: Vec<_> = self.careful_at.iter().map(|(a, c)| (*a, *c)).collect();
-        list.sort_by_key(|(address, count)| (std::cmp::Reverse(*count), *address));
-        list.truncate(20);
         list
     }
 }

@@ -8,7 +8,7 @@
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, field};
 use super::classify::{self, Treatment};
-use super::groups::{Plan, Which, needs_pointer};
+use super::groups::{Plan, Which, needs_pointer, reads, writes};
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
 use super::thunks::Thunks;
@@ -151,14 +151,6 @@ pub struct Translator {
 }
 
 const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
-
-fn reads(access: OpAccess) -> bool {
-    matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
-}
-
-fn writes(access: OpAccess) -> bool {
-    matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
-}
 
 impl Translator {
     pub fn new(thunks: Thunks) -> Translator {
