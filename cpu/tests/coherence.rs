@@ -52,7 +52,7 @@ const SECOND_ROOT: u64 = 0x8000;
 
 /// Supervisor code in 64-bit mode with two trees of page tables: both map the first 18 MiB as they are, and `SPLIT`
 /// as a global page to frames that hold 0xAAAA and 0xBBBB.
-fn guest(code: &[u8], tlb_bits: u32) -> Engine {
+fn guest_memory(code: &[u8]) -> GuestMemory {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
     for (root, frame) in [(0x1000u64, 0x60_0000u64), (SECOND_ROOT, 0x60_1000)] {
@@ -69,6 +69,12 @@ fn guest(code: &[u8], tlb_bits: u32) -> Engine {
     write(0x60_0000, 0xAAAA);
     write(0x60_1000, 0xBBBB);
     memory.write_slice(code, GuestAddress(CODE)).expect("inside RAM");
+    memory
+}
+
+/// Such a guest in an engine with TLBs of `2^tlb_bits` entries.
+fn guest(code: &[u8], tlb_bits: u32) -> Engine {
+    let memory = guest_memory(code);
     let config = EngineConfig { tlb_bits, code_cache_bytes: 1 << 20, ..EngineConfig::default() };
     let mut engine = Engine::new(memory, ModelFeatures::default(), config).expect("an engine");
     *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
@@ -126,4 +132,48 @@ fn the_interrupt_shadow_covers_an_instruction_that_is_tried_twice() {
         assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::InterruptWindow);
         assert_eq!(engine.icount(), Icount(2), "{place}");
     }
+}
+
+#[test]
+fn a_branch_begins_with_translations_and_keeps_its_changes_to_itself() {
+    #[rustfmt::skip]
+    let code = [
+        0x48, 0xFF, 0xC3, 0xF4, // inc rbx; hlt
+        0xC6, 0x07, 0xF4, 0xEB, 0xF7, // mov byte [rdi], 0xF4 (hlt); jmp to the start
+    ];
+    let again = |engine: &mut Engine, rip: u64| {
+        let now = engine.icount();
+        let state = engine.state_mut();
+        (state.rip, state.halted) = (rip, false);
+        assert_eq!(engine.run(Icount(now.0 + 100), &mut Empty), Stop::Halted);
+        engine.state().gpr[gpr::RBX]
+    };
+    let mut parent = guest(&code, 12);
+    parent.state_mut().gpr[gpr::RDI] = CODE;
+    assert_eq!(again(&mut parent, CODE), 1);
+    let frozen = parent.freeze().expect("memory for a copy");
+    let mut children: Vec<Engine> = (0..2)
+        .map(|_| {
+            let memory = guest_memory(&code);
+            let mut child = Engine::branch(&frozen, memory).expect("an engine");
+            *child.state_mut() = parent.state().clone();
+            child.state_replaced();
+            child
+        })
+        .collect();
+    assert_eq!(again(&mut children[0], CODE), 2);
+    assert_eq!(children[0].statistics().translated, 0, "what the parent translated is found");
+    // This child changes its code: neither the parent nor the other child sees it.
+    assert_eq!(again(&mut children[0], CODE + 4), 2);
+    assert_eq!(again(&mut children[1], CODE), 2);
+    assert_eq!(again(&mut parent, CODE), 2);
+    // What was forgotten after the copy was made is not found by later branches.
+    assert_eq!(again(&mut parent, CODE + 4), 2);
+    let frozen = parent.freeze().expect("memory for a copy");
+    let memory = guest_memory(&code);
+    memory.write_obj(0xF4u8, GuestAddress(CODE)).expect("inside RAM");
+    let mut late = Engine::branch(&frozen, memory).expect("an engine");
+    *late.state_mut() = parent.state().clone();
+    late.state_replaced();
+    assert_eq!(again(&mut late, CODE), 2);
 }

@@ -45,11 +45,11 @@ pub mod cc {
     pub const S: u8 = 0x8;
 }
 
-/// A buffer of host code that will be placed at `origin`.
+/// A buffer of host code that will be placed at offset `origin` of the code memory.
 #[derive(Default)]
 pub struct Assembler {
     pub bytes: Vec<u8>,
-    /// Host address at which `bytes[0]` will stand.
+    /// Offset at which `bytes[0]` will stand.
     pub origin: u64,
 }
 

@@ -132,9 +132,10 @@ pub mod field {
     }
 }
 
-/// The tag of an empty TLB entry: a page whose addresses look at another entry.
+/// The tag of an empty TLB entry: a page whose addresses look at another entry. Zero where possible, so that a new
+/// block of zeroed memory is almost an empty one.
 pub const fn empty_tag(index: usize) -> u64 {
-    ((index ^ 1) as u64) << 12
+    if index == 0 { 1 << 12 } else { 0 }
 }
 
 /// Status flags of RFLAGS in the form of [`VcpuBlock::flags`].

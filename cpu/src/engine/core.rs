@@ -3,16 +3,15 @@
 use super::assembler::Assembler;
 use super::block::{CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot};
 use super::classify::{self, Treatment};
-use super::code::CodeMemory;
 use super::fpu;
-use super::hash::FastMap;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
-use super::pages::Pages;
+use super::region::Region;
 use super::registers::HOME;
 use super::signals::{self, SignalStack};
 use super::thunks::{self, Thunks, exit};
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
+use super::translations::{Shared, Special, Translations, start};
 use super::{Chaos, EngineConfig, EngineError, Stop};
 use crate::bus::Bus;
 use crate::exception::Exception;
@@ -29,30 +28,6 @@ use std::mem::offset_of;
 /// More bytes than this raise #GP(0), whatever they say.
 const LONGEST_INSTRUCTION: usize = 15;
 
-/// A translated block.
-pub struct Block {
-    pub rip: u64,
-    /// Identity of its page.
-    identity: u32,
-    /// Linear page and identity of a second page, for an instruction that straddles two.
-    second: Option<(u64, u32)>,
-    checked: u64,
-    entry: u64,
-    lookup_stub: u64,
-    valid: bool,
-    /// Made for one purpose: neither linked to nor found for ordinary execution.
-    special: bool,
-    /// How often a group of accesses crossed a page, and the icount when that count began.
-    crossings: (u32, u64),
-}
-
-/// A page of code at a linear address in a mode; blocks and instruction TLBs refer to it by index.
-struct CodePage {
-    vpage: u64,
-    page: u32,
-    mode: Mode,
-}
-
 /// What the slow path of a memory access left for the dispatcher.
 pub enum Pending {
     None,
@@ -62,19 +37,12 @@ pub enum Pending {
     Exception(Exception),
 }
 
-/// A block for one purpose.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Special {
-    max_instructions: u8,
-    careful: bool,
-}
-
 /// What to do with the block found next.
 enum Follow {
     Nothing,
     /// Lead this rel32 of a branch at RIP `from` to it.
     Link {
-        patch: u64,
+        patch: u32,
         source: u32,
     },
     /// Enter it in the jump cache.
@@ -88,10 +56,12 @@ enum Follow {
 /// See the module's text. Lives in a box: translated code holds its address.
 pub struct Core {
     pub block: *mut VcpuBlock,
+    /// Where the block stands.
+    _room: Region,
     pub memory: PhysMemory,
-    pub pages: Pages,
     pub translator: Translator,
-    pub blocks: Vec<Block>,
+    /// Everything that translation leaves behind.
+    pub t: Translations,
     pub pending: Pending,
     pub commit: Option<Commit>,
     /// DR6 bits of data breakpoints that the current instruction has hit.
@@ -99,27 +69,20 @@ pub struct Core {
     /// Pages that began to be watched; blocks must not keep translations across a change.
     pub watched: u64,
     pub statistics: super::Statistics,
-    /// How often all code was forgotten: indexes of blocks and sites live no longer.
-    clears: u64,
-    /// Blocks whose groups crossed pages too often: their starts are translated without groups.
-    ungrouped: FastMap<u64, ()>,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
     /// Guest-physical address of the top-level table that the cached translations come from.
     pub root: u64,
     pub tlb_mask: u32,
-    code: CodeMemory,
     thunks: Thunks,
-    code_pages: Vec<CodePage>,
-    code_page_index: FastMap<(u64, u32, u16), u32>,
-    by_start: FastMap<u64, u32>,
-    specials: FastMap<(u64, u8, bool), u32>,
     last_mode: [Mode; CLASSES],
     limit: u64,
     /// Instructions of the running block that are counted in the budget but have not retired.
     pub unretired_now: u64,
     bus: Option<*mut (dyn Bus + 'static)>,
-    config: EngineConfig,
+    /// Where signal handlers run while translated code does.
+    signal_memory: Vec<u8>,
+    pub config: EngineConfig,
     chaos: Option<Chaos>,
     pub features: ModelFeatures,
 }
@@ -131,48 +94,71 @@ impl Core {
     pub fn new(memory: GuestMemory, features: ModelFeatures, config: EngineConfig) -> Result<Box<Core>, EngineError> {
         signals::install();
         let memory = PhysMemory::new(memory);
-        let mut code = CodeMemory::new(config.code_cache_bytes).map_err(EngineError::CodeMemory)?;
-        let mut a = Assembler::default();
-        a.start(code.next());
-        let thunks = thunks::emit(&mut a);
-        code.place(&a.bytes);
-        code.keep();
+        let page_count = (memory.end() / PAGE_SIZE) as usize;
+        let t = Translations::new(config.code_cache_bytes, page_count).map_err(EngineError::CodeMemory)?;
+        let mut core = Core::over(memory, features, config, t)?;
+        core.t.place(&core.translator.a.bytes);
+        core.t.keep_code();
+        core.t.clear();
+        Ok(core)
+    }
 
-        let layout = std::alloc::Layout::new::<VcpuBlock>();
-        // SAFETY: the layout is not empty; an all-zero block is valid (integers, bools and arrays of them).
-        let block = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<VcpuBlock>();
-        if block.is_null() {
-            std::alloc::handle_alloc_error(layout);
+    /// A core that begins with translations that another one has frozen, over memory with the same content.
+    pub fn branch(
+        memory: GuestMemory,
+        features: ModelFeatures,
+        config: EngineConfig,
+        shared: &Shared,
+        invalid: &[u32],
+    ) -> Result<Box<Core>, EngineError> {
+        signals::install();
+        let end = PhysMemory::new(memory.clone()).end();
+        let t = Translations::branch(shared, config.code_cache_bytes, (end / PAGE_SIZE) as usize)
+            .map_err(EngineError::CodeMemory)?;
+        let Some(t) = t else { return Core::new(memory, features, config) };
+        let mut core = Core::over(PhysMemory::new(memory), features, config, t)?;
+        for index in invalid {
+            core.t.kill(*index);
         }
-        let pages = Pages::new(memory.end());
+        Ok(core)
+    }
+
+    /// The translator's buffer holds the doors afterwards.
+    fn over(
+        memory: PhysMemory,
+        features: ModelFeatures,
+        config: EngineConfig,
+        t: Translations,
+    ) -> Result<Box<Core>, EngineError> {
+        let room = Region::new(size_of::<VcpuBlock>(), None).map_err(EngineError::CodeMemory)?;
+        let mut a = Assembler::default();
+        a.start(0);
+        let thunks = thunks::emit(&mut a);
+        let mut translator = Translator::new(thunks);
+        translator.a = a;
         let chaos = config.chaos_seed.map(Chaos::new);
         let mut core = Box::new(Core {
-            block,
+            // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
+            block: room.at(0).cast(),
+            _room: room,
             memory,
-            pages,
-            translator: Translator::new(thunks),
-            blocks: Vec::new(),
+            translator,
+            t,
             pending: Pending::None,
             commit: None,
             debug_hits: 0,
             watched: 0,
             statistics: Default::default(),
-            clears: 0,
-            ungrouped: FastMap::default(),
             used: Default::default(),
             itlb_used: Default::default(),
             root: 0,
             tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
-            code,
             thunks,
-            code_pages: Vec::new(),
-            code_page_index: FastMap::default(),
-            by_start: FastMap::default(),
-            specials: FastMap::default(),
             last_mode: [Mode(0); CLASSES],
             limit: 0,
             unretired_now: 0,
             bus: None,
+            signal_memory: vec![0; SignalStack::SIZE],
             config,
             chaos,
             features,
@@ -180,18 +166,18 @@ impl Core {
         let address = &raw mut *core as u64;
         // SAFETY: the block was just allocated and nothing else refers to it.
         unsafe {
-            (*block).core = address;
-            (*block).memory_slow = memory_slow as *const () as u64;
-            (*block).code_start = core.code.start();
-            (*block).code_end = core.code.end();
-            (*block).fault_exit = thunks.exit_fault;
-            for tlb in (*block).tlb.iter_mut().flatten() {
-                for (i, entry) in tlb.iter_mut().enumerate() {
-                    entry.tag = empty_tag(i);
-                }
+            let block = &mut *core.block;
+            block.core = address;
+            block.memory_slow = memory_slow as *const () as u64;
+            block.code_start = core.t.code_start();
+            block.code_end = core.t.code_end();
+            block.fault_exit = core.t.address(thunks.exit_fault as u32);
+            for tlb in block.tlb.iter_mut().flatten() {
+                tlb[0].tag = empty_tag(0);
             }
+            // RIP 0 looks at entry 0: make it miss.
+            block.jump_rip[0] = 1;
         }
-        core.clear_code();
         Ok(core)
     }
 
@@ -246,18 +232,7 @@ impl Core {
 
     /// Forgets all translated code.
     pub fn clear_code(&mut self) {
-        self.clears += 1;
-        self.code.clear();
-        self.translator.clear();
-        self.blocks.clear();
-        self.by_start.clear();
-        self.ungrouped.clear();
-        self.specials.clear();
-        self.code_pages.clear();
-        self.code_page_index.clear();
-        // Identity 0 is no page.
-        self.code_pages.push(CodePage { vpage: u64::MAX, page: u32::MAX, mode: Mode(0) });
-        self.pages.clear_code();
+        self.t.clear();
         for class in 0..CLASSES {
             self.flush_itlb(class, true);
         }
@@ -280,20 +255,8 @@ impl Core {
 
     /// Makes a block unreachable: whoever enters it looks it up again.
     pub fn kill(&mut self, index: u32) {
-        let block = &mut self.blocks[index as usize];
-        if !block.valid {
-            return;
-        }
-        self.statistics.killed += 1;
-        block.valid = false;
-        self.code.patch_jmp(block.checked, block.lookup_stub);
-        self.code.patch_jmp(block.entry, block.lookup_stub);
-        let start = u64::from(block.identity) << 12 | block.rip & 0xFFF;
-        if self.by_start.get(&start) == Some(&index) {
-            self.by_start.remove(&start);
-        }
-        if block.special {
-            self.specials.retain(|_, other| *other != index);
+        if self.t.kill(index) {
+            self.statistics.killed += 1;
         }
     }
 
@@ -302,7 +265,7 @@ impl Core {
         const OFTEN: u32 = 32;
         const INSTRUCTIONS_BETWEEN: u64 = 10_000;
         let now = self.now().0;
-        let block = &mut self.blocks[index as usize];
+        let block = &mut self.t.blocks[index];
         block.crossings.0 += 1;
         if block.crossings.0 < OFTEN {
             return;
@@ -310,8 +273,8 @@ impl Core {
         let rare = now - block.crossings.1 > u64::from(OFTEN) * INSTRUCTIONS_BETWEEN;
         block.crossings = (0, now);
         if !rare {
-            let start = u64::from(block.identity) << 12 | block.rip & 0xFFF;
-            self.ungrouped.insert(start, ());
+            let start = block.start();
+            self.t.remember_ungrouped(start);
             self.kill(index);
         }
     }
@@ -323,8 +286,8 @@ impl Core {
         while at < end {
             let page = at / PAGE_SIZE;
             let piece = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
-            if let Some(&flags) = self.pages.flags.get(page as usize) {
-                self.pages.mark_dirty(page);
+            if let Some(flags) = self.t.pages.records.get(page as usize).map(|record| record.flags) {
+                self.t.pages.mark_dirty(page);
                 if flags != 0 {
                     // What a table held before is gone: forget everything that may come from it.
                     if flags & super::pages::IS_TABLE != 0 {
@@ -343,7 +306,7 @@ impl Core {
         let slot = vpage as usize % ITLB_ENTRIES;
         // SAFETY: translated code is not running.
         let cached = unsafe { (*self.block).itlb[class as usize][slot] };
-        let page = &self.code_pages[cached as usize];
+        let page = &self.t.code_pages[cached];
         if cached != 0 && page.vpage == vpage && page.mode == mode {
             return Ok(Ok(cached));
         }
@@ -352,11 +315,7 @@ impl Core {
             return Ok(Err(self.unsupported("code outside RAM", &[])));
         }
         let page = (translation.gpa / PAGE_SIZE) as u32;
-        let next = self.code_pages.len() as u32;
-        let identity = *self.code_page_index.entry((vpage, page, mode.0)).or_insert(next);
-        if identity == next {
-            self.code_pages.push(CodePage { vpage, page, mode });
-        }
+        let identity = self.t.identity(vpage, page, mode);
         // SAFETY: as above.
         unsafe { (*self.block).itlb[class as usize][slot] = identity };
         let used = &mut self.itlb_used[class as usize];
@@ -409,13 +368,8 @@ impl Core {
             Ok(identity) => identity,
             Err(stop) => return Ok(Err(stop)),
         };
-        let start = u64::from(identity) << 12 | rip & 0xFFF;
-        let found = match special {
-            None => self.by_start.get(&start).copied(),
-            Some(s) => self.specials.get(&(start, s.max_instructions, s.careful)).copied(),
-        };
-        if let Some(index) = found {
-            match self.blocks[index as usize].second {
+        if let Some(index) = self.t.find(start(identity, rip), special) {
+            match self.t.blocks[index].second {
                 None => return Ok(Ok(index)),
                 Some((vpage, second)) => match self.code_page(vpage, mode)? {
                     Ok(now) if now == second => return Ok(Ok(index)),
@@ -433,12 +387,12 @@ impl Core {
         mode: Mode,
         special: Option<Special>,
     ) -> Result<Result<u32, Stop>, Exception> {
-        if !self.code.has_room(MAX_BLOCK_BYTES) || self.code_pages.len() >= 1 << 28 {
+        if !self.t.has_room(MAX_BLOCK_BYTES) {
             self.clear_code();
             return self.find(special);
         }
         let rip = self.state().rip;
-        let page = self.code_pages[identity as usize].page;
+        let page = self.t.code_pages[identity].page;
         let offset = (rip & 0xFFF) as usize;
         let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE).expect("code pages are RAM");
         // SAFETY: the page is mapped RAM; the guest does not run while it is read.
@@ -447,17 +401,18 @@ impl Core {
             Some(chaos) => (chaos.below(self.config.max_block_instructions as u64) as u32 + 1, chaos.below(2) == 0),
             None => (self.config.max_block_instructions, true),
         };
-        let index = self.blocks.len() as u32;
-        let start = u64::from(identity) << 12 | rip & 0xFFF;
+        let index = self.t.blocks.len() as u32;
         let mut request = Request {
             rip,
             bytes,
             mode,
             max_instructions: special.map_or(longest.clamp(1, MAX_INSTRUCTIONS), |s| s.max_instructions as u32),
             careful: special.is_some_and(|s| s.careful),
-            grouping: grouping && self.config.grouping && !self.ungrouped.contains_key(&start),
+            grouping: grouping && self.config.grouping && !self.t.is_ungrouped(start(identity, rip)),
             isolated: special.is_some(),
             block: index,
+            first_site: self.t.sites.len() as u32,
+            first_emulated: self.t.emulated.len() as u32,
             page_identity: identity,
             second_page: None,
             tlb_mask: self.tlb_mask,
@@ -466,7 +421,7 @@ impl Core {
         if special.is_some() {
             self.statistics.translated_special += 1;
         }
-        let origin = self.code.next();
+        let origin = self.t.next_code();
         let mut straddling = [0u8; 15];
         let mut second_physical = None;
         let placed = match self.translator.translate(&request, origin) {
@@ -482,7 +437,7 @@ impl Core {
                     Ok(second) => second,
                     Err(stop) => return Ok(Err(stop)),
                 };
-                let second_page = self.code_pages[second as usize].page;
+                let second_page = self.t.code_pages[second].page;
                 second_physical = Some(second_page);
                 let first_len = bytes.len().min(15);
                 straddling[..first_len].copy_from_slice(&bytes[..first_len]);
@@ -497,27 +452,16 @@ impl Core {
         };
         let second = request.second_page;
         assert!(self.translator.a.bytes.len() <= MAX_BLOCK_BYTES, "a block fits its bound");
-        let at = self.code.place(&self.translator.a.bytes);
-        assert_eq!(at, origin);
-        self.blocks.push(Block {
-            rip,
-            identity,
-            second,
-            checked: placed.checked,
-            entry: placed.entry,
-            lookup_stub: placed.lookup_stub,
-            valid: true,
-            special: special.is_some(),
-            crossings: (0, self.now().0),
-        });
-        match special {
-            None => self.by_start.insert(start, index),
-            Some(s) => self.specials.insert((start, s.max_instructions, s.careful), index),
-        };
+        self.t.place(&self.translator.a.bytes);
+        self.translator.sites.drain(..).for_each(|site| self.t.sites.push(site));
+        self.translator.emulated.drain(..).for_each(|instruction| self.t.emulated.push(instruction));
+        self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
+        let now = self.now().0;
+        self.t.add_block(rip, identity, second, special, &placed, now);
         let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
-        let mut fresh = self.pages.add_block(page, index, offset as u32, in_first);
+        let mut fresh = self.t.pages.add_block(page, index, offset as u32, in_first);
         if let Some(second_page) = second_physical {
-            fresh |= self.pages.add_block(second_page, index, 0, placed.guest_len - in_first);
+            fresh |= self.t.pages.add_block(second_page, index, 0, placed.guest_len - in_first);
         }
         if fresh {
             self.flush_writes();
@@ -536,7 +480,8 @@ impl Core {
         let bus: *mut (dyn Bus + '_) = bus;
         // SAFETY: only the lifetime is forgotten; `self.bus` is cleared before `run` returns.
         self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
-        let _stack = SignalStack::install();
+        let mut memory = std::mem::take(&mut self.signal_memory);
+        let stack = SignalStack::install(&mut memory);
         let previous = signals::gs_base();
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
@@ -544,6 +489,8 @@ impl Core {
         self.store_fpu();
         fpu::reset_host();
         signals::set_gs_base(previous);
+        drop(stack);
+        self.signal_memory = memory;
         self.bus = None;
         stop
     }
@@ -560,14 +507,15 @@ impl Core {
         fpu::store(state, ymm);
     }
 
-    fn enter(&mut self, target: u64) -> u32 {
+    fn enter(&mut self, target: u32) -> u32 {
         // SAFETY: the thunk follows the System V convention; every register that translated code uses is saved by
         // it or is caller-saved. `self` is only reached through the raw pointer in the block meanwhile.
         unsafe {
             let block = self.block;
             (*block).flags = flags_to_slot((*block).state.rflags);
-            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(self.thunks.enter);
-            let argument = enter(target);
+            let door = self.t.address(self.thunks.enter as u32);
+            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(door);
+            let argument = enter(self.t.address(target));
             (*block).state.rflags = flags_from_slot((*block).state.rflags, (*block).flags);
             argument
         }
@@ -577,7 +525,7 @@ impl Core {
         let mut follow = Follow::Nothing;
         let mut careful = false;
         let mut short = false;
-        let mut clears = self.clears;
+        let mut clears = self.t.clears;
         loop {
             let budget = self.budget();
             debug_assert!(budget >= 0);
@@ -635,7 +583,7 @@ impl Core {
                 }
             };
             // Since `follow` was noted the code it is about may have been forgotten.
-            let forgotten = std::mem::replace(&mut clears, self.clears) != self.clears;
+            let forgotten = std::mem::replace(&mut clears, self.t.clears) != self.t.clears;
             if special.is_none() && !forgotten && self.config.chaining {
                 self.follow(&follow, index);
             }
@@ -644,7 +592,7 @@ impl Core {
             let was_careful = std::mem::take(&mut careful);
             let before = self.now();
             let mut holds_trap = false;
-            let entry = self.blocks[index as usize].entry;
+            let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
             if was_careful {
@@ -688,12 +636,12 @@ impl Core {
                         Pending::None => unreachable!("the slow path leaves a reason"),
                     }
                 }
-                site => match self.translator.sites[site as usize].kind {
+                site => match self.t.sites[site].kind {
                     SiteKind::Link { target, patch } => {
                         self.statistics.link += 1;
-                        let source = self.translator.sites[site as usize].block;
+                        let source = self.t.sites[site].block;
                         self.state_mut().rip = target;
-                        if !self.blocks[source as usize].special {
+                        if self.t.blocks[source].special.is_none() {
                             follow = Follow::Link { patch, source };
                         }
                     }
@@ -722,14 +670,14 @@ impl Core {
                         self.statistics.lookup += 1;
                         self.rewind(site);
                         self.state_mut().interrupt_shadow = shadow;
-                        follow = Follow::Forward { old: self.translator.sites[site as usize].block };
+                        follow = Follow::Forward { old: self.t.sites[site].block };
                     }
                     SiteKind::Emulate { instruction } => {
                         self.rewind(site);
                         if self.budget() == 0 {
                             return Stop::Limit;
                         }
-                        let instruction = self.translator.emulated[instruction as usize];
+                        let instruction = self.t.emulated[instruction];
                         self.statistics.emulate(instruction.mnemonic());
                         // MOV SS and POP SS hold back the single-step trap until the next instruction.
                         holds_trap = matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
@@ -757,7 +705,7 @@ impl Core {
 
     /// After an instruction that ran alone: sets RIP behind it.
     fn settle(&mut self, argument: u32) {
-        match self.translator.sites[argument as usize].kind {
+        match self.t.sites[argument].kind {
             SiteKind::Link { target, .. } => self.state_mut().rip = target,
             SiteKind::Indirect { .. } => {}
             _ => self.rewind(argument),
@@ -766,21 +714,21 @@ impl Core {
 
     /// Sets RIP and the budget to what they were at a site.
     fn rewind(&mut self, site: u32) {
-        let site = self.translator.sites[site as usize];
+        let site = self.t.sites[site];
         self.state_mut().rip = site.rip;
         let budget = self.budget() + site.unretired as i64;
         self.set_budget(budget);
     }
 
     fn follow(&mut self, follow: &Follow, index: u32) {
-        let target = &self.blocks[index as usize];
+        let target = &self.t.blocks[index];
         match *follow {
             Follow::Nothing => {}
             Follow::Link { patch, source } => {
-                let from = &self.blocks[source as usize];
+                let from = &self.t.blocks[source];
                 let near = from.identity == target.identity && from.second.is_none();
                 let to = if near { target.entry } else { target.checked };
-                self.code.patch_rel32(patch, to);
+                self.t.patch_rel32(patch, to);
             }
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
@@ -788,20 +736,20 @@ impl Core {
                 // SAFETY: translated code is not running.
                 unsafe {
                     (*self.block).jump_rip[slot] = rip;
-                    (*self.block).jump_host[slot] = checked;
+                    (*self.block).jump_host[slot] = self.t.address(checked);
                 }
             }
             Follow::Forward { old } => {
-                let invalid = &self.blocks[old as usize];
+                let invalid = &self.t.blocks[old];
                 if !invalid.valid
-                    && !invalid.special
+                    && invalid.special.is_none()
                     && invalid.identity == target.identity
                     && invalid.rip == target.rip
                 {
                     let (old_checked, old_entry) = (invalid.checked, invalid.entry);
                     let (checked, entry) = (target.checked, target.entry);
-                    self.code.patch_jmp(old_checked, checked);
-                    self.code.patch_jmp(old_entry, entry);
+                    self.t.patch_jmp(old_checked, checked);
+                    self.t.patch_jmp(old_entry, entry);
                 }
             }
         }
@@ -829,13 +777,13 @@ impl Core {
             let b = &*self.block;
             (b.fault_vector, b.fault_rip, b.fault_flags, b.fault_address)
         };
-        let faults = &self.translator.faults;
-        let found = faults.binary_search_by_key(&rip, |f| f.0);
+        let faults = &self.t.faults;
+        let found = faults.binary_search_by_key(&self.t.offset(rip), |f| f.0);
         let Ok(at) = found else {
             panic!("exception {vector} at {rip:#x} (address {address:#x}) in translated code without a fault site");
         };
-        let index = faults[at].1;
-        let site = self.translator.sites[index as usize];
+        let index = faults[at as u32].1;
+        let site = self.t.sites[index];
         let SiteKind::Fault { flags_in_host, borrowed } = site.kind else { unreachable!("a fault site") };
         if flags_in_host {
             let state = self.state_mut();
@@ -1018,23 +966,16 @@ fn touches_fpu(instruction: &Instruction) -> bool {
         )
 }
 
-impl Drop for Core {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { std::alloc::dealloc(self.block.cast(), std::alloc::Layout::new::<VcpuBlock>()) };
-    }
-}
-
 /// The slow path of translated memory accesses: a host address, or null with `pending` set.
 unsafe extern "sysv64" fn memory_slow(core: *mut Core, linear: u64, site: u32) -> *mut u8 {
     // SAFETY: the address was put into the block by `new`, the core is boxed and alive while its code runs, and
     // `enter` holds no reference meanwhile.
     let core = unsafe { &mut *core };
-    let record = core.translator.sites[site as usize];
+    let record = core.t.sites[site];
     core.unretired_now = record.unretired as u64;
     if let SiteKind::Memory { resume, .. } = record.kind {
         // SAFETY: translated code is suspended in the thunk that will read this.
-        unsafe { (*core.block).slow_resume = resume };
+        unsafe { (*core.block).slow_resume = core.t.address(resume) };
     }
     core.statistics.slow_accesses += 1;
     let pointer = core.slow_access(linear, site);

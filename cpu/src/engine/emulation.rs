@@ -19,7 +19,7 @@ impl Core {
 
     /// Pages that may have been written since the last call; later writes are seen again.
     pub fn take_dirty(&mut self) -> Vec<u64> {
-        let dirty = self.pages.take_dirty();
+        let dirty = self.t.pages.take_dirty();
         self.flush_writes();
         dirty
     }

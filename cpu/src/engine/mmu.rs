@@ -91,10 +91,10 @@ impl Core {
         self.root = new;
         // What is kept comes from the new table as well from now on.
         let page = (new / PAGE_SIZE) as usize;
-        if self.pages.flags[page] & IS_TABLE == 0 {
-            self.pages.flags[page] |= IS_TABLE;
-            self.pages.table_base[page] = MANY_BASES;
-            self.pages.table_writes[page] = 0;
+        if self.t.pages.records[page as u32].flags & IS_TABLE == 0 {
+            self.t.pages.records[page as u32].flags |= IS_TABLE;
+            self.t.pages.records[page as u32].table_base = MANY_BASES;
+            self.t.pages.records[page as u32].table_writes = 0;
             self.watched += 1;
             self.flush_writes();
         }
@@ -175,16 +175,16 @@ impl Core {
             let base = (linear >> (shift + 9) << (shift + 9)) & !PAGE_MASK | level;
             let page = (entry / PAGE_SIZE) as usize;
             if translation.updated & 1 << i != 0 {
-                self.pages.mark_dirty(page as u64);
+                self.t.pages.mark_dirty(page as u64);
             }
-            self.pages.table_writes[page] = 0;
-            if self.pages.flags[page] & IS_TABLE == 0 {
-                self.pages.flags[page] |= IS_TABLE;
+            self.t.pages.records[page as u32].table_writes = 0;
+            if self.t.pages.records[page as u32].flags & IS_TABLE == 0 {
+                self.t.pages.records[page as u32].flags |= IS_TABLE;
                 self.watched += 1;
-                self.pages.table_base[page] = base;
+                self.t.pages.records[page as u32].table_base = base;
                 self.flush_writes();
-            } else if self.pages.table_base[page] != base {
-                self.pages.table_base[page] = MANY_BASES;
+            } else if self.t.pages.records[page as u32].table_base != base {
+                self.t.pages.records[page as u32].table_base = MANY_BASES;
             }
         }
         Ok(translation)
@@ -221,8 +221,8 @@ impl Core {
         let page = page_gpa / PAGE_SIZE;
         let offset = linear & PAGE_MASK;
         if intent.write {
-            self.pages.mark_dirty(page);
-            let flags = self.pages.flags[page as usize];
+            self.t.pages.mark_dirty(page);
+            let flags = self.t.pages.records[page as u32].flags;
             if flags != 0 {
                 if running && self.disturbs(page, offset, len) {
                     return Ok(Target::Disturbs);
@@ -232,7 +232,7 @@ impl Core {
                 self.fill(linear, host_page as u64, translation.global, intent.class, true);
             }
         }
-        if !intent.write || self.pages.flags[page as usize] == 0 {
+        if !intent.write || self.t.pages.records[page as u32].flags == 0 {
             self.fill(linear, host_page as u64, translation.global, intent.class, false);
         }
         // SAFETY: the offset is inside the page that `host` returned.
@@ -241,8 +241,8 @@ impl Core {
 
     /// A write of `len` bytes at `offset` of a watched page is about to happen.
     pub fn watched_write(&mut self, page: u64, offset: u64, len: u64, flags: u8) {
-        if flags & HAS_CODE != 0 && self.pages.hits_code(page as u32, offset as u32, len as u32) {
-            for block in self.pages.remove_blocks(page as u32, offset as u32, len as u32) {
+        if flags & HAS_CODE != 0 && self.t.pages.hits_code(page as u32, offset as u32, len as u32) {
+            for block in self.t.pages.remove_blocks(page as u32, offset as u32, len as u32) {
                 self.kill(block);
             }
         }
@@ -252,7 +252,7 @@ impl Core {
     }
 
     fn table_write(&mut self, page: u64, offset: u64, len: u64) {
-        let base = self.pages.table_base[page as usize];
+        let base = self.t.pages.records[page as u32].table_base;
         let first = offset & !7;
         let last = (offset + len - 1) & !7;
         for entry in (first..=last).step_by(8) {
@@ -269,19 +269,19 @@ impl Core {
                 break;
             }
         }
-        let writes = &mut self.pages.table_writes[page as usize];
+        let writes = &mut self.t.pages.records[page as u32].table_writes;
         *writes = writes.saturating_add(1 + (len / 8) as u16);
         if *writes > TABLE_WRITES_MAX {
             self.flush_tlbs(true);
-            self.pages.flags[page as usize] &= !IS_TABLE;
+            self.t.pages.records[page as u32].flags &= !IS_TABLE;
         }
     }
 
     /// True if a write to watched RAM would change what the running block executes, so that the instruction has
     /// to be executed alone.
     fn disturbs(&self, page: u64, offset: u64, len: u64) -> bool {
-        let flags = self.pages.flags[page as usize];
-        if flags & HAS_CODE != 0 && self.pages.hits_code(page as u32, offset as u32, len as u32) {
+        let flags = self.t.pages.records[page as u32].flags;
+        if flags & HAS_CODE != 0 && self.t.pages.hits_code(page as u32, offset as u32, len as u32) {
             return true;
         }
         if flags & IS_TABLE != 0 {
@@ -297,7 +297,7 @@ impl Core {
 
     /// Host address for the access of site `site` at `linear`, or None with `self.pending` set.
     pub fn slow_access(&mut self, linear: u64, site: u32) -> Option<*mut u8> {
-        let site = self.translator.sites[site as usize];
+        let site = self.t.sites[site];
         let SiteKind::Memory { size, read, write, class, careful, first, .. } = site.kind else {
             unreachable!("only memory sites take the slow path")
         };
@@ -393,7 +393,7 @@ impl Core {
         match self.page_target(first, len, intent, true)? {
             Target::Ram(pointer) => {
                 let page = self.walk(first, intent.write, false, intent.class)?.gpa / PAGE_SIZE;
-                if intent.write && self.pages.flags[page as usize] != 0 {
+                if intent.write && self.t.pages.records[page as u32].flags != 0 {
                     return Ok(None);
                 }
                 Ok(Some(pointer.wrapping_sub(offset as usize)))

@@ -7,7 +7,6 @@
 mod assembler;
 mod block;
 mod classify;
-mod code;
 mod core;
 mod debug;
 mod emulation;
@@ -17,11 +16,13 @@ mod hash;
 mod mmu;
 mod mode;
 mod pages;
+mod region;
 mod registers;
 mod signals;
 mod statistics;
 mod thunks;
 mod translate;
+mod translations;
 
 use crate::Icount;
 use crate::bus::Bus;
@@ -117,6 +118,16 @@ impl Chaos {
     }
 }
 
+/// Translations that a branch's engine begins with; see [`Engine::freeze`].
+#[derive(Clone)]
+pub struct FrozenTranslations {
+    shared: std::sync::Arc<translations::Shared>,
+    /// Blocks that are not valid any more.
+    invalid: Vec<u32>,
+    features: ModelFeatures,
+    config: EngineConfig,
+}
+
 /// One vCPU and its translations.
 pub struct Engine {
     core: Box<core::Core>,
@@ -129,6 +140,19 @@ impl Engine {
             return Err(EngineError::Processor("AVX2"));
         }
         Ok(Engine { core: core::Core::new(memory, features, config)? })
+    }
+
+    /// What this engine has translated so far, for the engines of branches.
+    pub fn freeze(&mut self) -> Result<FrozenTranslations, EngineError> {
+        let (shared, invalid) = self.core.t.freeze().map_err(EngineError::CodeMemory)?;
+        Ok(FrozenTranslations { shared, invalid, features: self.core.features, config: self.core.config.clone() })
+    }
+
+    /// An engine over memory whose content is that of the frozen engine's when it was frozen, with all-zero state:
+    /// it begins with its translations. Costs the same however many they are.
+    pub fn branch(frozen: &FrozenTranslations, memory: GuestMemory) -> Result<Engine, EngineError> {
+        let core = core::Core::branch(memory, frozen.features, frozen.config.clone(), &frozen.shared, &frozen.invalid)?;
+        Ok(Engine { core })
     }
 
     /// The architectural state, complete and precise.

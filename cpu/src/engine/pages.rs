@@ -1,7 +1,7 @@
 //! What the engine remembers about each page of guest RAM: whether code was translated from it, whether it
 //! serves as a page table, whether it was written.
 
-use super::hash::FastMap;
+use super::region::Array;
 use crate::memory::PAGE_SIZE;
 
 /// Code was translated from this page: writes take the slow path.
@@ -14,23 +14,35 @@ const LINE: u32 = 64;
 /// The table maps more than one linear range.
 pub const MANY_BASES: u64 = u64::MAX;
 
-/// Per-page records, indexed by guest-physical page number.
-pub struct Pages {
-    pub flags: Vec<u8>,
-    /// For tables: linear address of what the first entry maps, with the level (1 = page table) in the low bits.
-    pub table_base: Vec<u64>,
+/// What is known of one page.
+#[derive(Clone, Copy, Default)]
+pub struct PageRecord {
+    pub flags: u8,
     /// For tables: slow writes since the page was last walked through.
-    pub table_writes: Vec<u16>,
+    pub table_writes: u16,
+    /// For pages with code: index + 1 of its first cover.
+    first_cover: u32,
+    /// For tables: linear address of what the first entry maps, with the level (1 = page table) in the low bits.
+    pub table_base: u64,
     /// For pages with code: one bit for each line that some block covers.
-    lines: FastMap<u32, CodeLines>,
-    dirty: Vec<u64>,
+    lines: u64,
 }
 
-#[derive(Default)]
-struct CodeLines {
-    bits: u64,
-    /// Blocks in the page: index, first byte, length.
-    blocks: Vec<(u32, u16, u16)>,
+/// A block covers a part of a page.
+#[derive(Clone, Copy)]
+pub struct Cover {
+    block: u32,
+    /// Index + 1 of the page's next cover.
+    next: u32,
+    first: u16,
+    len: u16,
+}
+
+/// Per-page records, indexed by guest-physical page number.
+pub struct Pages {
+    pub records: Array<PageRecord>,
+    covers: Array<Cover>,
+    dirty: Vec<u64>,
 }
 
 fn line_bits(first: u32, len: u32) -> u64 {
@@ -40,16 +52,10 @@ fn line_bits(first: u32, len: u32) -> u64 {
 }
 
 impl Pages {
-    /// Records for RAM that ends at `end`.
-    pub fn new(end: u64) -> Pages {
-        let count = (end / PAGE_SIZE) as usize;
-        Pages {
-            flags: vec![0; count],
-            table_base: vec![0; count],
-            table_writes: vec![0; count],
-            lines: FastMap::default(),
-            dirty: vec![0; count.div_ceil(64)],
-        }
+    /// Records and covers in their arrays.
+    pub fn new(records: Array<PageRecord>, covers: Array<Cover>) -> Pages {
+        let dirty = vec![0; records.len().div_ceil(64)];
+        Pages { records, covers, dirty }
     }
 
     /// Remembers that the guest may have written to the page.
@@ -71,56 +77,83 @@ impl Pages {
         pages
     }
 
+    /// True if another block can be registered.
+    pub fn has_room(&self) -> bool {
+        self.covers.has_room(2)
+    }
+
     /// Registers a block that was translated from `len` bytes at `first` of `page`. True if the page had no code.
     pub fn add_block(&mut self, page: u32, block: u32, first: u32, len: u32) -> bool {
-        let lines = self.lines.entry(page).or_default();
-        lines.bits |= line_bits(first, len);
-        lines.blocks.push((block, first as u16, len as u16));
-        let fresh = self.flags[page as usize] & HAS_CODE == 0;
-        self.flags[page as usize] |= HAS_CODE;
+        let record = &mut self.records[page];
+        record.lines |= line_bits(first, len);
+        self.covers.push(Cover { block, next: record.first_cover, first: first as u16, len: len as u16 });
+        record.first_cover = self.covers.len() as u32;
+        let fresh = record.flags & HAS_CODE == 0;
+        record.flags |= HAS_CODE;
         fresh
     }
 
     /// True if a write of `len` bytes at `first` hits a line that holds code.
     pub fn hits_code(&self, page: u32, first: u32, len: u32) -> bool {
-        self.lines.get(&page).is_some_and(|l| l.bits & line_bits(first, len) != 0)
+        self.records[page].lines & line_bits(first, len) != 0
     }
 
     /// Takes out the blocks that overlap the lines written, for the caller to invalidate.
     pub fn remove_blocks(&mut self, page: u32, first: u32, len: u32) -> Vec<u32> {
-        let Some(lines) = self.lines.get_mut(&page) else { return Vec::new() };
         let written = line_bits(first, len);
         let mut removed = Vec::new();
-        let mut left = 0;
-        lines.blocks.retain(|&(block, first, len)| {
-            let bits = line_bits(first as u32, len as u32);
+        let (mut left, mut kept) = (0, 0);
+        let mut at = self.records[page].first_cover;
+        while at != 0 {
+            let cover = &mut self.covers[at - 1];
+            let next = cover.next;
+            let bits = line_bits(cover.first as u32, cover.len as u32);
             if bits & written != 0 {
-                removed.push(block);
-                false
+                removed.push(cover.block);
             } else {
                 left |= bits;
-                true
+                cover.next = kept;
+                kept = at;
             }
-        });
-        lines.bits = left;
+            at = next;
+        }
+        let record = &mut self.records[page];
+        record.first_cover = kept;
+        record.lines = left;
         if left == 0 {
-            self.lines.remove(&page);
-            self.flags[page as usize] &= !HAS_CODE;
+            record.flags &= !HAS_CODE;
         }
         removed
     }
 
-    /// Forgets all code.
-    pub fn clear_code(&mut self) {
-        for page in self.lines.keys() {
-            self.flags[*page as usize] &= !HAS_CODE;
+    /// Forgets the code of one page.
+    pub fn forget_code(&mut self, page: u32) {
+        if let Some(record) = self.records.get_mut(page as usize) {
+            record.flags &= !HAS_CODE;
+            record.first_cover = 0;
+            record.lines = 0;
         }
-        self.lines.clear();
+    }
+
+    /// Gives back the room of all covers, after `forget_code` of every page that has code.
+    pub fn clear_covers(&mut self) {
+        self.covers.clear();
+    }
+
+    /// Where the covers are in their region: offset and length in bytes.
+    pub fn covers_extent(&self) -> (usize, usize) {
+        self.covers.extent()
+    }
+
+    /// Where the records are in their region: offset and length in bytes.
+    pub fn records_extent(&self) -> (usize, usize) {
+        self.records.extent()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::region::{Layout, Region};
     use super::*;
 
     #[test]
@@ -133,13 +166,17 @@ mod tests {
 
     #[test]
     fn a_write_removes_only_the_blocks_it_touches() {
-        let mut pages = Pages::new(16 * PAGE_SIZE);
+        let region = Region::new(8192, None).unwrap();
+        let mut pages = Pages::new(Layout::array(&region, 0, 16, 16), Layout::array(&region, 4096, 16, 0));
         pages.add_block(3, 7, 0, 10);
         pages.add_block(3, 8, 100, 200);
+        pages.add_block(3, 9, 0, 20);
         assert!(pages.hits_code(3, 5, 1) && pages.hits_code(3, 70, 8) && !pages.hits_code(3, 400, 8));
         assert_eq!(pages.remove_blocks(3, 128, 1), vec![8]);
         assert!(pages.hits_code(3, 5, 1));
-        assert_eq!(pages.remove_blocks(3, 0, 4096), vec![7]);
-        assert_eq!(pages.flags[3] & HAS_CODE, 0);
+        let mut rest = pages.remove_blocks(3, 0, 4096);
+        rest.sort_unstable();
+        assert_eq!(rest, vec![7, 9]);
+        assert_eq!(pages.records[3u32].flags & HAS_CODE, 0);
     }
 }

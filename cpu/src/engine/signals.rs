@@ -4,6 +4,7 @@
 //! interrupted context and the vCPU block, which the host's GS base points at.
 
 use super::block::VcpuBlock;
+use std::marker::PhantomData;
 use std::sync::Once;
 
 /// Signals that guest instructions can raise in the host.
@@ -32,19 +33,19 @@ pub fn install() {
 }
 
 /// A signal stack for the calling thread, given back on drop.
-pub struct SignalStack {
+pub struct SignalStack<'a> {
     previous: libc::stack_t,
-    memory: Vec<u8>,
+    _memory: PhantomData<&'a mut [u8]>,
 }
 
-impl SignalStack {
-    const SIZE: usize = 256 * 1024;
+impl SignalStack<'_> {
+    /// Bytes of memory that a stack needs.
+    pub const SIZE: usize = 256 * 1024;
 
     /// Installs a stack for this thread's handlers. Disarmed while a handler runs, so that an RSP chosen by the
     /// guest cannot make the kernel believe that it is already there.
-    pub fn install() -> SignalStack {
+    pub fn install(memory: &mut [u8]) -> SignalStack<'_> {
         const SS_AUTODISARM: libc::c_int = 1 << 31;
-        let mut memory = vec![0u8; SignalStack::SIZE];
         // SAFETY: the structures are valid; the memory outlives the installation (see drop).
         let previous = unsafe {
             let stack =
@@ -54,15 +55,14 @@ impl SignalStack {
             assert_eq!(result, 0, "sigaltstack with a valid stack");
             previous
         };
-        SignalStack { previous, memory }
+        SignalStack { previous, _memory: PhantomData }
     }
 }
 
-impl Drop for SignalStack {
+impl Drop for SignalStack<'_> {
     fn drop(&mut self) {
-        // SAFETY: gives back the stack that was there before; ours is freed afterwards.
+        // SAFETY: gives back the stack that was there before.
         unsafe { libc::sigaltstack(&self.previous, std::ptr::null_mut()) };
-        self.memory.clear();
     }
 }
 

@@ -15,7 +15,7 @@ pub mod exit {
     pub const ABORTED: u32 = u32::MAX - 2;
 }
 
-/// Host addresses of the doors.
+/// The doors, as offsets in the code memory.
 #[derive(Clone, Copy, Default)]
 pub struct Thunks {
     /// `extern "sysv64" fn(target) -> exit_argument`: enters translated code.

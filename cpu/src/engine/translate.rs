@@ -30,11 +30,11 @@ pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 /// Why and from where translated code leaves to Rust.
 #[derive(Clone, Copy, Debug)]
 pub enum SiteKind {
-    /// A memory access that missed the TLB. `resume` continues behind the check with the host address in RCX.
+    /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
     /// For a group, `first` is the access that happens now: its offset in the range, and its size.
-    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<(u16, u8)>, resume: u64 },
+    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<(u16, u8)>, resume: u32 },
     /// A direct branch whose rel32 at `patch` may be led to the target's translation.
-    Link { target: u64, patch: u64 },
+    Link { target: u64, patch: u32 },
     /// An indirect branch missed the jump cache. `popped` has been added to RSP.
     Indirect { popped: i32 },
     /// The budget does not cover the block.
@@ -74,6 +74,9 @@ pub struct Request<'a> {
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
     pub block: u32,
+    /// Indexes that the block's first site and first instruction for the emulation will have.
+    pub first_site: u32,
+    pub first_emulated: u32,
     /// Instruction-TLB identity of the page, checked at the checked entry.
     pub page_identity: u32,
     /// Linear page and identity of the second page, for an instruction that straddles two.
@@ -81,15 +84,15 @@ pub struct Request<'a> {
     pub tlb_mask: u32,
 }
 
-/// Where the pieces of a translated block stand.
+/// Where the pieces of a translated block stand: offsets in the code memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Placed {
     /// Entry that checks the page first.
-    pub checked: u64,
+    pub checked: u32,
     /// Entry for branches within the page.
-    pub entry: u64,
+    pub entry: u32,
     /// Stub that looks the block up again; invalidated entries lead there.
-    pub lookup_stub: u64,
+    pub lookup_stub: u32,
     /// Guest bytes translated.
     pub guest_len: u32,
 }
@@ -130,11 +133,13 @@ pub struct Translator {
     instructions: Vec<(Instruction, Treatment)>,
     cold: Vec<Cold>,
     plan: Plan,
+    /// Records of the block translated last: its sites, instructions for the emulation, and code offsets of
+    /// instructions that may fault with their sites, ascending.
     pub sites: Vec<Site>,
-    /// Instructions for the emulation, by index.
     pub emulated: Vec<Instruction>,
-    /// Host addresses of instructions that may fault, with their sites, in ascending order.
-    pub faults: Vec<(u64, u32)>,
+    pub faults: Vec<(u32, u32)>,
+    first_site: u32,
+    first_emulated: u32,
     flags: Flags,
     mode: Mode,
     careful: bool,
@@ -146,7 +151,7 @@ pub struct Translator {
     position: usize,
     length: usize,
     ip: u64,
-    /// Host address of the last guest instruction emitted.
+    /// Offset of the last guest instruction emitted.
     last_native: u64,
 }
 
@@ -165,6 +170,8 @@ impl Translator {
             sites: Vec::new(),
             emulated: Vec::new(),
             faults: Vec::new(),
+            first_site: 0,
+            first_emulated: 0,
             flags: Flags::Slot,
             mode: Mode(0),
             careful: false,
@@ -180,20 +187,18 @@ impl Translator {
         }
     }
 
-    /// Forgets all sites, when all code is thrown away.
-    pub fn clear(&mut self) {
-        self.sites.clear();
-        self.emulated.clear();
-        self.faults.clear();
-    }
-
-    /// Translates the block at `request.rip` into `self.a`, to be placed at `origin`.
-    pub fn translate(&mut self, request: &Request, origin: u64) -> Result<Placed, NeedsMoreBytes> {
+    /// Translates the block at `request.rip` into `self.a`, to be placed at offset `origin` of the code memory.
+    pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, NeedsMoreBytes> {
         let guest_len = self.decode(request)?;
         self.mode = request.mode;
         self.careful = request.careful;
         self.isolated = request.isolated;
         self.block = request.block;
+        self.first_site = request.first_site;
+        self.first_emulated = request.first_emulated;
+        self.sites.clear();
+        self.emulated.clear();
+        self.faults.clear();
         self.tlb_mask = request.tlb_mask;
         self.cold.clear();
         self.flags = Flags::Slot;
@@ -201,7 +206,7 @@ impl Translator {
         self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
         self.index = 0;
         self.ip = request.rip;
-        self.a.start(origin);
+        self.a.start(origin as u64);
         if request.grouping && !request.careful && request.mode.is_64bit() {
             self.plan.make(&list, &mut self.info);
         } else {
@@ -211,7 +216,7 @@ impl Translator {
         let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
         self.check_page(request.rip >> 12, request.page_identity, lookup);
-        placed.entry = self.a.here();
+        placed.entry = self.a.here() as u32;
         if let Some((vpage, identity)) = request.second_page {
             self.check_page(vpage, identity, lookup);
         }
@@ -239,7 +244,7 @@ impl Translator {
         self.instructions = list;
         self.instructions.clear();
 
-        placed.lookup_stub = self.a.here();
+        placed.lookup_stub = self.a.here() as u32;
         self.leave(lookup);
         for cold in std::mem::take(&mut self.cold) {
             match cold {
@@ -272,7 +277,7 @@ impl Translator {
                     self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
                     let jump = self.a.jmp(0);
                     self.ip = ip;
-                    let kind = SiteKind::Link { target, patch: self.a.origin + jump as u64 };
+                    let kind = SiteKind::Link { target, patch: self.a.origin as u32 + jump };
                     let site = self.site(kind, 0);
                     self.a.land(jump);
                     self.leave(site);
@@ -335,7 +340,13 @@ impl Translator {
 
     fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
         self.sites.push(Site { kind, rip: self.ip, unretired, block: self.block });
-        self.sites.len() as u32 - 1
+        self.first_site + self.sites.len() as u32 - 1
+    }
+
+    fn emulation_site(&mut self, ins: &Instruction, unretired: u32) -> u32 {
+        let instruction = self.first_emulated + self.emulated.len() as u32;
+        self.emulated.push(*ins);
+        self.site(SiteKind::Emulate { instruction }, unretired)
     }
 
     /// Instructions from the current one to the end of the block.
@@ -462,8 +473,8 @@ impl Translator {
             self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
         }
         let here = self.a.here();
-        if let SiteKind::Memory { resume, .. } = &mut self.sites[site as usize].kind {
-            *resume = here;
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            *resume = here as u32;
         }
     }
 
@@ -520,8 +531,8 @@ impl Translator {
         self.a.load_gs(host::RCX, entry + 8);
         self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
         let here = self.a.here();
-        if let SiteKind::Memory { resume, .. } = &mut self.sites[site as usize].kind {
-            *resume = here;
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            *resume = here as u32;
         }
     }
 
@@ -631,9 +642,7 @@ impl Translator {
             }
             Treatment::Emulate => {
                 self.save_flags();
-                self.emulated.push(*ins);
-                let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
-                let site = self.site(kind, 0);
+                let site = self.emulation_site(ins, 0);
                 let patch = self.a.jmp(0);
                 self.cold.push(Cold::Leave { patch, site });
             }
@@ -649,7 +658,7 @@ impl Translator {
     }
 
     fn link_site(&mut self, target: u64, patch: u32) {
-        let kind = SiteKind::Link { target, patch: self.a.origin + patch as u64 };
+        let kind = SiteKind::Link { target, patch: self.a.origin as u32 + patch };
         let site = self.site(kind, 0);
         self.cold.push(Cold::Leave { patch, site });
     }
@@ -927,9 +936,7 @@ impl Translator {
     fn set_interrupt(&mut self, ins: &Instruction) {
         self.clobber_flags();
         self.a.cmp_gs_imm32(field::WINDOW_WANTED, 0);
-        self.emulated.push(*ins);
-        let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
-        let site = self.site(kind, self.unretired());
+        let site = self.emulation_site(ins, self.unretired());
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site });
         self.system_flag(rflags::IF, true);
@@ -967,9 +974,7 @@ impl Translator {
         if result.is_err() {
             self.a.bytes.truncate(start);
             self.save_flags();
-            self.emulated.push(*ins);
-            let kind = SiteKind::Emulate { instruction: self.emulated.len() as u32 - 1 };
-            let site = self.site(kind, self.unretired());
+            let site = self.emulation_site(ins, self.unretired());
             let patch = self.a.jmp(0);
             self.cold.push(Cold::Leave { patch, site });
         }
@@ -1081,7 +1086,7 @@ impl Translator {
         });
         self.encode(ins, &out);
         if let Some(site) = fault {
-            self.faults.push((self.last_native, site));
+            self.faults.push((self.last_native as u32, site));
         }
         for (guest, temp) in write_back.into_iter().flatten() {
             self.a.store_gs(temp, field::gpr(guest));
@@ -1199,7 +1204,7 @@ impl Translator {
         });
         self.encode(ins, &out);
         if let Some(site) = fault {
-            self.faults.push((self.last_native, site));
+            self.faults.push((self.last_native as u32, site));
         }
         if let Some(guest) = rax_holds {
             self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RAX);

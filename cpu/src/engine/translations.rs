@@ -1,0 +1,489 @@
+//! Everything that translation leaves behind: host code, and the records that find it, leave it and forget it.
+//!
+//! All of it lives in one region and refers to code by offset and to records by index, never by address. So what
+//! one engine has translated can be frozen into a file in memory and mapped privately by others: a branch starts
+//! with the translations of its parent, at a cost that does not depend on their number.
+
+use super::mode::Mode;
+use super::pages::{Cover, PageRecord, Pages};
+use super::region::{Array, Layout, Region};
+use super::translate::Site;
+use iced_x86::Instruction;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::fd::FromRawFd;
+
+/// Lists of blocks with the same hash; a power of two.
+const BLOCK_LISTS: usize = 1 << 17;
+/// Lists of code pages with the same hash; a power of two.
+const PAGE_LISTS: usize = 1 << 14;
+/// Starts remembered as translated without groups; a power of two.
+const UNGROUPED: usize = 1 << 12;
+/// Bytes of code for which there is room for one block, one site, and so on. Less than any program was seen to need.
+const CODE_PER_BLOCK: usize = 96;
+const CODE_PER_SITE: usize = 20;
+const CODE_PER_EMULATED: usize = 256;
+const CODE_PER_FAULT: usize = 32;
+const CODE_PER_CODE_PAGE: usize = 512;
+/// Most records of each kind that one block can need.
+const PER_BLOCK: usize = 1024;
+
+/// A block for one purpose.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Special {
+    pub max_instructions: u8,
+    pub careful: bool,
+}
+
+/// A translated block.
+#[derive(Clone, Copy)]
+pub struct Block {
+    pub rip: u64,
+    /// Identity of its page.
+    pub identity: u32,
+    /// Linear page and identity of a second page, for an instruction that straddles two.
+    pub second: Option<(u64, u32)>,
+    /// Offsets in the code memory.
+    pub checked: u32,
+    pub entry: u32,
+    pub lookup_stub: u32,
+    /// Index + 1 of the next block with the same hash.
+    next: u32,
+    pub valid: bool,
+    /// Made for one purpose: neither linked to nor found for ordinary execution.
+    pub special: Option<Special>,
+    /// How often a group of accesses crossed a page, and the icount when that count began.
+    pub crossings: (u32, u64),
+}
+
+impl Block {
+    /// Identity of the page and offset in it.
+    pub fn start(&self) -> u64 {
+        start(self.identity, self.rip)
+    }
+}
+
+/// Identity of a page and offset in it, as one number.
+pub fn start(identity: u32, rip: u64) -> u64 {
+    u64::from(identity) << 12 | rip & 0xFFF
+}
+
+/// A page of code at a linear address in a mode; blocks and instruction TLBs refer to it by index.
+#[derive(Clone, Copy)]
+pub struct CodePage {
+    pub vpage: u64,
+    pub page: u32,
+    pub mode: Mode,
+    /// Index + 1 of the next page with the same hash.
+    next: u32,
+}
+
+/// How much of each array is in use.
+#[derive(Clone, Copy, Default)]
+struct Lengths {
+    code: usize,
+    blocks: usize,
+    sites: usize,
+    emulated: usize,
+    faults: usize,
+    code_pages: usize,
+    covers: usize,
+}
+
+/// Where each array is in the region.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Offsets {
+    code: usize,
+    code_capacity: usize,
+    page_count: usize,
+    page_records: usize,
+    covers: usize,
+    block_lists: usize,
+    page_lists: usize,
+    ungrouped: usize,
+    code_pages: usize,
+    blocks: usize,
+    faults: usize,
+    emulated: usize,
+    sites: usize,
+    size: usize,
+}
+
+impl Offsets {
+    fn new(code_capacity: usize, page_count: usize) -> Offsets {
+        let mut layout = Layout::default();
+        Offsets {
+            code: layout.room::<u8>(code_capacity),
+            code_capacity,
+            page_count,
+            page_records: layout.room::<PageRecord>(page_count),
+            covers: layout.room::<Cover>(2 * code_capacity / CODE_PER_BLOCK),
+            block_lists: layout.room::<u32>(BLOCK_LISTS),
+            page_lists: layout.room::<u32>(PAGE_LISTS),
+            ungrouped: layout.room::<u64>(UNGROUPED),
+            code_pages: layout.room::<CodePage>(code_capacity / CODE_PER_CODE_PAGE),
+            blocks: layout.room::<Block>(code_capacity / CODE_PER_BLOCK),
+            faults: layout.room::<(u32, u32)>(code_capacity / CODE_PER_FAULT),
+            emulated: layout.room::<Instruction>(code_capacity / CODE_PER_EMULATED),
+            sites: layout.room::<Site>(code_capacity / CODE_PER_SITE),
+            size: layout.size(),
+        }
+    }
+}
+
+/// See the module's text.
+pub struct Translations {
+    pub blocks: Array<Block>,
+    /// Places from which translated code can leave.
+    pub sites: Array<Site>,
+    /// Instructions for the emulation, by index.
+    pub emulated: Array<Instruction>,
+    /// Code offsets of instructions that may fault, with their sites, in ascending order.
+    pub faults: Array<(u32, u32)>,
+    pub code_pages: Array<CodePage>,
+    pub pages: Pages,
+    block_lists: Array<u32>,
+    page_lists: Array<u32>,
+    /// Blocks whose groups crossed pages too often: their starts + 1, by hash. Some may be forgotten.
+    ungrouped: Array<u64>,
+    code_used: usize,
+    /// Bytes of code at the bottom that clearing keeps: the thunks.
+    code_kept: usize,
+    offsets: Offsets,
+    /// Blocks killed since `frozen` was made.
+    killed: Vec<u32>,
+    /// How often all code was forgotten: indexes of blocks and sites live no longer.
+    pub clears: u64,
+    frozen: Option<Frozen>,
+    // Last: the arrays point into it.
+    region: Region,
+}
+
+/// What `freeze` returned before, and what has happened since.
+struct Frozen {
+    shared: std::sync::Arc<Shared>,
+    clears: u64,
+}
+
+/// Translations in a file in memory, which nobody changes any more.
+pub struct Shared {
+    file: File,
+    offsets: Offsets,
+    lengths: Lengths,
+    kept: usize,
+}
+
+fn hash(value: u64, size: usize) -> u32 {
+    debug_assert!(size.is_power_of_two());
+    (value.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - size.trailing_zeros())) as u32
+}
+
+fn page_hash(vpage: u64, page: u32, mode: Mode) -> u32 {
+    hash(vpage ^ u64::from(page) << 20 ^ u64::from(mode.0) << 48, PAGE_LISTS)
+}
+
+impl Translations {
+    /// No translations: room for `code_bytes` of code from RAM of `page_count` pages.
+    pub fn new(code_bytes: usize, page_count: usize) -> io::Result<Translations> {
+        // Offsets in code are 32 bits; a block's bound must fit in any case.
+        let code_capacity = code_bytes.clamp(1 << 20, 1 << 31).next_multiple_of(4096);
+        let offsets = Offsets::new(code_capacity, page_count);
+        let region = Region::new(offsets.size, None)?;
+        Translations::over(region, offsets, Lengths::default(), 0)
+    }
+
+    /// A private copy of shared translations, for a machine whose memory is what it was when they were frozen.
+    /// None if they are of another geometry.
+    pub fn branch(shared: &Shared, code_bytes: usize, page_count: usize) -> io::Result<Option<Translations>> {
+        let code_capacity = code_bytes.clamp(1 << 20, 1 << 31).next_multiple_of(4096);
+        if Offsets::new(code_capacity, page_count) != shared.offsets {
+            return Ok(None);
+        }
+        let region = Region::new(shared.offsets.size, Some(&shared.file))?;
+        Translations::over(region, shared.offsets, shared.lengths, shared.kept).map(Some)
+    }
+
+    fn over(region: Region, offsets: Offsets, lengths: Lengths, kept: usize) -> io::Result<Translations> {
+        region.make_executable(offsets.code, offsets.code_capacity)?;
+        let o = &offsets;
+        Ok(Translations {
+            blocks: Layout::array(&region, o.blocks, o.code_capacity / CODE_PER_BLOCK, lengths.blocks),
+            sites: Layout::array(&region, o.sites, o.code_capacity / CODE_PER_SITE, lengths.sites),
+            emulated: Layout::array(&region, o.emulated, o.code_capacity / CODE_PER_EMULATED, lengths.emulated),
+            faults: Layout::array(&region, o.faults, o.code_capacity / CODE_PER_FAULT, lengths.faults),
+            code_pages: Layout::array(&region, o.code_pages, o.code_capacity / CODE_PER_CODE_PAGE, lengths.code_pages),
+            pages: Pages::new(
+                Layout::array(&region, o.page_records, o.page_count, o.page_count),
+                Layout::array(&region, o.covers, 2 * o.code_capacity / CODE_PER_BLOCK, lengths.covers),
+            ),
+            block_lists: Layout::array(&region, o.block_lists, BLOCK_LISTS, BLOCK_LISTS),
+            page_lists: Layout::array(&region, o.page_lists, PAGE_LISTS, PAGE_LISTS),
+            ungrouped: Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED),
+            code_used: lengths.code,
+            code_kept: kept,
+            offsets,
+            killed: Vec::new(),
+            clears: 0,
+            frozen: None,
+            region,
+        })
+    }
+
+    /// Forgets everything but the code that is kept.
+    pub fn clear(&mut self) {
+        self.clears += 1;
+        self.killed.clear();
+        self.code_used = self.code_kept;
+        for code_page in self.code_pages.iter() {
+            self.pages.forget_code(code_page.page);
+        }
+        self.pages.clear_covers();
+        self.blocks.clear();
+        self.sites.clear();
+        self.emulated.clear();
+        self.faults.clear();
+        self.code_pages.clear();
+        self.block_lists.fill(0);
+        self.page_lists.fill(0);
+        self.ungrouped.fill(0);
+        // Identity 0 is no page.
+        self.code_pages.push(CodePage { vpage: u64::MAX, page: u32::MAX, mode: Mode(0), next: 0 });
+    }
+
+    /// True if another block of at most `code` bytes fits.
+    pub fn has_room(&self, code: usize) -> bool {
+        self.offsets.code_capacity - self.code_used >= code
+            && self.blocks.has_room(1)
+            && self.sites.has_room(PER_BLOCK)
+            && self.emulated.has_room(PER_BLOCK)
+            && self.faults.has_room(PER_BLOCK)
+            && self.code_pages.has_room(2)
+            && self.pages.has_room()
+    }
+
+    // Code -----------------------------------------------------------------------------------------------------
+
+    /// Host address of the code at `offset`.
+    pub fn address(&self, offset: u32) -> u64 {
+        self.code_start() + u64::from(offset)
+    }
+
+    /// Offset of the code at host address `address`.
+    pub fn offset(&self, address: u64) -> u32 {
+        address.wrapping_sub(self.code_start()) as u32
+    }
+
+    /// Host address of the code memory.
+    pub fn code_start(&self) -> u64 {
+        self.region.at(self.offsets.code) as u64
+    }
+
+    /// One past the code memory.
+    pub fn code_end(&self) -> u64 {
+        self.code_start() + self.offsets.code_capacity as u64
+    }
+
+    /// Offset at which the next piece of code will stand.
+    pub fn next_code(&self) -> u32 {
+        self.code_used as u32
+    }
+
+    /// Places code that was assembled for `next_code()`.
+    pub fn place(&mut self, code: &[u8]) {
+        assert!(self.offsets.code_capacity - self.code_used >= code.len(), "room is checked before translating");
+        let at = self.region.at(self.offsets.code + self.code_used);
+        // SAFETY: the range is inside the mapping, checked above; nobody executes there yet.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), at, code.len()) };
+        self.code_used = (self.code_used + code.len()).next_multiple_of(16).min(self.offsets.code_capacity);
+    }
+
+    /// Keeps the code that has been placed so far for good.
+    pub fn keep_code(&mut self) {
+        self.code_kept = self.code_used;
+    }
+
+    /// Overwrites the rel32 at offset `at` so that it leads to offset `target`.
+    pub fn patch_rel32(&mut self, at: u32, target: u32) {
+        assert!(at as usize + 4 <= self.offsets.code_capacity, "patches stay inside the code memory");
+        let displacement = target.wrapping_sub(at + 4);
+        // SAFETY: inside the mapping, checked above; this thread executes nothing there right now.
+        unsafe { (self.address(at) as *mut u32).write_unaligned(displacement) };
+    }
+
+    /// Overwrites the instruction at offset `at` with `jmp target`.
+    pub fn patch_jmp(&mut self, at: u32, target: u32) {
+        assert!(at as usize + 5 <= self.offsets.code_capacity, "patches stay inside the code memory");
+        // SAFETY: as above.
+        unsafe { (self.address(at) as *mut u8).write(0xE9) };
+        self.patch_rel32(at + 1, target);
+    }
+
+    // Blocks ---------------------------------------------------------------------------------------------------
+
+    /// The block with this start and purpose.
+    pub fn find(&self, start: u64, special: Option<Special>) -> Option<u32> {
+        let mut next = self.block_lists[hash(start, BLOCK_LISTS)];
+        while next != 0 {
+            let block = &self.blocks[next - 1];
+            if block.start() == start && block.special == special {
+                return Some(next - 1);
+            }
+            next = block.next;
+        }
+        None
+    }
+
+    /// Adds a block, to be found from now on. Its `next` is set here.
+    #[allow(clippy::too_many_arguments)]
+    pub fn add_block(
+        &mut self,
+        rip: u64,
+        identity: u32,
+        second: Option<(u64, u32)>,
+        special: Option<Special>,
+        placed: &super::translate::Placed,
+        now: u64,
+    ) {
+        let list = hash(start(identity, rip), BLOCK_LISTS);
+        let index = self.blocks.len() as u32;
+        self.blocks.push(Block {
+            rip,
+            identity,
+            second,
+            checked: placed.checked,
+            entry: placed.entry,
+            lookup_stub: placed.lookup_stub,
+            next: self.block_lists[list],
+            valid: true,
+            special,
+            crossings: (0, now),
+        });
+        self.block_lists[list] = index + 1;
+    }
+
+    /// Makes a block unreachable: whoever enters it looks it up again. False if it was so already.
+    pub fn kill(&mut self, index: u32) -> bool {
+        let block = self.blocks[index];
+        if !block.valid {
+            return false;
+        }
+        if self.frozen.is_some() {
+            self.killed.push(index);
+        }
+        self.blocks[index].valid = false;
+        self.patch_jmp(block.checked, block.lookup_stub);
+        self.patch_jmp(block.entry, block.lookup_stub);
+        let list = hash(block.start(), BLOCK_LISTS);
+        let mut at = self.block_lists[list];
+        if at == index + 1 {
+            self.block_lists[list] = block.next;
+            return true;
+        }
+        while at != 0 {
+            let next = self.blocks[at - 1].next;
+            if next == index + 1 {
+                self.blocks[at - 1].next = block.next;
+                break;
+            }
+            at = next;
+        }
+        true
+    }
+
+    /// The block at `start` is better translated without groups.
+    pub fn remember_ungrouped(&mut self, start: u64) {
+        self.ungrouped[hash(start, UNGROUPED)] = start + 1;
+    }
+
+    /// What `remember_ungrouped` was told, perhaps forgotten since.
+    pub fn is_ungrouped(&self, start: u64) -> bool {
+        self.ungrouped[hash(start, UNGROUPED)] == start + 1
+    }
+
+    /// Identity of a page of code, new if need be.
+    pub fn identity(&mut self, vpage: u64, page: u32, mode: Mode) -> u32 {
+        let list = page_hash(vpage, page, mode);
+        let mut next = self.page_lists[list];
+        while next != 0 {
+            let code_page = &self.code_pages[next - 1];
+            if code_page.vpage == vpage && code_page.page == page && code_page.mode == mode {
+                return next - 1;
+            }
+            next = code_page.next;
+        }
+        let index = self.code_pages.len() as u32;
+        self.code_pages.push(CodePage { vpage, page, mode, next: self.page_lists[list] });
+        self.page_lists[list] = index + 1;
+        index
+    }
+
+    // Sharing --------------------------------------------------------------------------------------------------
+
+    fn lengths(&self) -> Lengths {
+        Lengths {
+            code: self.code_used,
+            blocks: self.blocks.len(),
+            sites: self.sites.len(),
+            emulated: self.emulated.len(),
+            faults: self.faults.len(),
+            code_pages: self.code_pages.len(),
+            covers: self.pages.covers_extent().1 / size_of::<Cover>(),
+        }
+    }
+
+    /// Translations for branches, and the blocks of them that are not valid at present. Copies all of them, unless
+    /// what was copied before is still almost the same.
+    pub fn freeze(&mut self) -> io::Result<(std::sync::Arc<Shared>, Vec<u32>)> {
+        const KILLED_MAX: usize = 256;
+        if let Some(frozen) = &self.frozen
+            && frozen.clears == self.clears
+            && self.killed.len() <= KILLED_MAX
+            && self.code_used - frozen.shared.lengths.code <= frozen.shared.lengths.code / 8
+        {
+            let known = |index: &u32| (*index as usize) < frozen.shared.lengths.blocks;
+            let since = self.killed.iter().copied().filter(known).collect();
+            return Ok((frozen.shared.clone(), since));
+        }
+        let shared = std::sync::Arc::new(self.copy()?);
+        self.frozen = Some(Frozen { shared: shared.clone(), clears: self.clears });
+        self.killed.clear();
+        Ok((shared, Vec::new()))
+    }
+
+    fn copy(&self) -> io::Result<Shared> {
+        // SAFETY: the name is a C string and the flags are valid; the result is checked.
+        let fd = unsafe { libc::memfd_create(c"orrery-translations".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let mut file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(self.offsets.size as u64)?;
+        let extents = [
+            (self.offsets.code, self.code_used),
+            self.pages.covers_extent(),
+            self.block_lists.extent(),
+            self.page_lists.extent(),
+            self.ungrouped.extent(),
+            self.code_pages.extent(),
+            self.blocks.extent(),
+            self.faults.extent(),
+            self.emulated.extent(),
+            self.sites.extent(),
+        ];
+        for (offset, len) in extents {
+            file.seek(SeekFrom::Start(offset as u64))?;
+            file.write_all(self.region.bytes(offset, len))?;
+        }
+        // Page records are many and mostly empty: only pages of them that say something.
+        let (offset, len) = self.pages.records_extent();
+        for piece in (0..len).step_by(4096) {
+            let bytes = self.region.bytes(offset + piece, (len - piece).min(4096));
+            if bytes.iter().any(|b| *b != 0) {
+                file.seek(SeekFrom::Start((offset + piece) as u64))?;
+                file.write_all(bytes)?;
+            }
+        }
+        Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept })
+    }
+}
