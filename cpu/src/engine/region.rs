@@ -1,11 +1,48 @@
 //! Host memory for what the translator leaves behind: one mapping that holds arrays without a single address in
 //! them, so that it can be copied, mapped privately by many engines, and kept in a file.
 
-use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A file that exists in memory alone, for regions to map.
+pub struct MemoryFile {
+    descriptor: OwnedFd,
+}
+
+impl MemoryFile {
+    /// A file of `size` zero bytes.
+    pub fn new(size: usize) -> io::Result<MemoryFile> {
+        // SAFETY: the name is a C string and the flags are valid; the result is checked.
+        let fd = unsafe { libc::memfd_create(c"orrery-translations".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a fresh descriptor that nobody else owns.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: a system call without pointers.
+        if unsafe { libc::ftruncate(fd, size as libc::off_t) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(MemoryFile { descriptor })
+    }
+
+    /// Writes all of `bytes` at `offset`.
+    pub fn write(&self, mut offset: usize, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let fd = self.descriptor.as_raw_fd();
+            // SAFETY: the buffer is valid for its length.
+            let written = unsafe { libc::pwrite(fd, bytes.as_ptr().cast(), bytes.len(), offset as libc::off_t) };
+            if written <= 0 {
+                return Err(io::Error::last_os_error());
+            }
+            offset += written as usize;
+            bytes = &bytes[written as usize..];
+        }
+        Ok(())
+    }
+}
 
 /// One mapping, unmapped when dropped.
 pub struct Region {
@@ -18,10 +55,10 @@ unsafe impl Send for Region {}
 
 impl Region {
     /// Reserves `size` zeroed bytes, or maps `file` privately: what is written stays here.
-    pub fn new(size: usize, file: Option<&File>) -> io::Result<Region> {
+    pub fn new(size: usize, file: Option<&MemoryFile>) -> io::Result<Region> {
         let (kind, fd) = match file {
             None => (libc::MAP_ANONYMOUS, -1),
-            Some(file) => (0, file.as_raw_fd()),
+            Some(file) => (0, file.descriptor.as_raw_fd()),
         };
         // SAFETY: a fresh private mapping; nothing else is touched.
         let base = unsafe {
@@ -182,8 +219,6 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-    use std::os::fd::FromRawFd;
 
     #[test]
     fn arrays_grow_within_their_room() {
@@ -201,9 +236,8 @@ mod tests {
 
     #[test]
     fn a_private_mapping_keeps_its_writes() {
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let mut file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC)) };
-        file.write_all(&[7; PAGE]).unwrap();
+        let file = MemoryFile::new(PAGE).unwrap();
+        file.write(0, &[7; PAGE]).unwrap();
         let (a, b) = (Region::new(PAGE, Some(&file)).unwrap(), Region::new(PAGE, Some(&file)).unwrap());
         let mut bytes: Array<u8> = Layout::array(&a, 0, PAGE, PAGE);
         bytes[0u32] = 1;

@@ -6,12 +6,10 @@
 
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
-use super::region::{Array, Layout, Region};
+use super::region::{Array, Layout, MemoryFile, Region};
 use super::translate::Site;
 use iced_x86::Instruction;
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::fd::FromRawFd;
+use std::io;
 
 /// Lists of blocks with the same hash; a power of two.
 const BLOCK_LISTS: usize = 1 << 17;
@@ -167,7 +165,7 @@ struct Frozen {
 
 /// Translations in a file in memory, which nobody changes any more.
 pub struct Shared {
-    file: File,
+    file: MemoryFile,
     offsets: Offsets,
     lengths: Lengths,
     kept: usize,
@@ -451,14 +449,7 @@ impl Translations {
     }
 
     fn copy(&self) -> io::Result<Shared> {
-        // SAFETY: the name is a C string and the flags are valid; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"orrery-translations".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let mut file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(self.offsets.size as u64)?;
+        let file = MemoryFile::new(self.offsets.size)?;
         let extents = [
             (self.offsets.code, self.code_used),
             self.pages.covers_extent(),
@@ -472,16 +463,14 @@ impl Translations {
             self.sites.extent(),
         ];
         for (offset, len) in extents {
-            file.seek(SeekFrom::Start(offset as u64))?;
-            file.write_all(self.region.bytes(offset, len))?;
+            file.write(offset, self.region.bytes(offset, len))?;
         }
         // Page records are many and mostly empty: only pages of them that say something.
         let (offset, len) = self.pages.records_extent();
         for piece in (0..len).step_by(4096) {
             let bytes = self.region.bytes(offset + piece, (len - piece).min(4096));
             if bytes.iter().any(|b| *b != 0) {
-                file.seek(SeekFrom::Start((offset + piece) as u64))?;
-                file.write_all(bytes)?;
+                file.write(offset + piece, bytes)?;
             }
         }
         Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept })
