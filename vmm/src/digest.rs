@@ -12,6 +12,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 type Lanes = [u64; 4];
 
 /// Digests of all pages and their sum.
+#[derive(Clone)]
 pub struct MemoryDigest {
     /// (first page index, digests of the region's pages).
     regions: Vec<(u64, Vec<Lanes>)>,

@@ -36,4 +36,4 @@ pub mod time;
 pub mod verify;
 
 pub use config::{MachineConfig, Seed};
-pub use machine::{Limits, Machine, MachineError, Pause};
+pub use machine::{BranchError, Limits, Machine, MachineError, Pause, Template};

@@ -13,6 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::MachineError;
 use super::devices::Devices;
+use super::state::BoardState;
 use crate::config::{MachineConfig, Seed};
 use crate::inputs::InputChannel;
 use crate::queue::{DeviceId, EventQueue};
@@ -72,25 +73,15 @@ impl Board {
         seed: Seed,
         disks: &[Content],
     ) -> Result<Board, MachineError> {
-        Ok(Board {
-            devices: Devices::new(config, seed, disks)?,
-            memory,
+        let state = BoardState {
             clock: Clock::new(config.ns_per_instruction),
             queue: EventQueue::default(),
-            window_requested: false,
+            devices: Devices::new(config, seed, disks)?,
             backlog: VecDeque::new(),
             agent_backlog: VecDeque::new(),
-            effects: Vec::new(),
-            output: Vec::new(),
-            output_bytes: 0,
-            output_line: false,
-            stop_on_output: false,
             ended: None,
-            attention: false,
-            touched_memory: false,
-            run_bound: VirtualNs(0),
-            icount: Icount(0),
-        })
+        };
+        Ok(Board::at(memory, state))
     }
 
     /// Puts the ACPI tables into RAM; returns the address of the root pointer.
@@ -105,6 +96,41 @@ impl Board {
             .write_slice(&tables, GuestAddress(layout::ACPI_START))
             .map_err(|e| failed(format!("ACPI tables: {e}")))?;
         Ok(layout::ACPI_START)
+    }
+
+    /// A board over `memory` in the state of a moment. Nothing has been written yet.
+    pub(super) fn at(memory: GuestMemory, state: BoardState) -> Board {
+        Board {
+            devices: state.devices,
+            memory,
+            clock: state.clock,
+            queue: state.queue,
+            window_requested: false,
+            backlog: state.backlog,
+            agent_backlog: state.agent_backlog,
+            effects: Vec::new(),
+            output: Vec::new(),
+            output_bytes: 0,
+            output_line: false,
+            stop_on_output: false,
+            ended: state.ended,
+            attention: false,
+            touched_memory: false,
+            run_bound: VirtualNs(0),
+            icount: Icount(0),
+        }
+    }
+
+    /// Copies what the board's future depends on. Output that waits belongs to the past.
+    pub(super) fn state(&self) -> BoardState {
+        BoardState {
+            clock: self.clock.clone(),
+            queue: self.queue.clone(),
+            devices: self.devices.clone(),
+            backlog: self.backlog.clone(),
+            agent_backlog: self.agent_backlog.clone(),
+            ended: self.ended.clone(),
+        }
     }
 
     /// The engine is about to run until virtual time `bound`.

@@ -14,8 +14,9 @@ use crate::queue::DeviceId;
 /// Ticks of the TSC and of the APIC's bus clock per millisecond: one per nanosecond of virtual time.
 pub(super) const TSC_KHZ: u32 = 1_000_000;
 
-/// Everything with registers.
-pub(super) struct Devices {
+/// Everything with registers. A copy shares the disks' contents until one of the two writes.
+#[derive(Clone)]
+pub(crate) struct Devices {
     pub lapic: LocalApic,
     pub ioapic: IoApic,
     pub serial: Serial,
@@ -76,6 +77,13 @@ impl Devices {
                 self.virtio.get_mut(usize::from(slot))?.device()
             }
         })
+    }
+
+    /// Keys every random stream with another seed, as a branch does at the moment at which it leaves its past.
+    pub fn rekey(&mut self, seed: Seed) {
+        self.lapic.rekey(seed.0);
+        self.rdrand.rekey(seed.0);
+        self.virtio.iter_mut().for_each(|slot| slot.rekey(seed));
     }
 
     /// Every device's name and serialised state.

@@ -5,21 +5,29 @@
 //! stops there, and going on from there is the same as never having stopped.
 
 pub mod board;
+mod branch;
 mod bus;
 mod devices;
+pub mod dirty;
 mod hash;
+mod state;
 mod virtio;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Stop};
+use orrery_cpu::memory::PAGE_SIZE;
+use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::state::rflags;
 use orrery_cpu::{CpuState, Icount};
 use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
 
 pub use board::{Board, Output};
+pub use branch::{BranchError, Template};
 
+use self::dirty::DirtyPages;
 use crate::boot::{self, BootError};
 use crate::chain::Hash;
 use crate::config::{ConfigError, MachineConfig, Seed};
@@ -96,8 +104,17 @@ pub struct Machine {
     engine: Engine,
     board: Board,
     digest: MemoryDigest,
-    /// Pages that devices wrote since the digest was brought up to date.
-    device_dirty: Vec<u64>,
+    /// Who has still to be told of which written pages.
+    dirty: DirtyPages,
+    /// What the random streams were keyed with last.
+    seed: Seed,
+    /// Pages that were written before the machine branched off and after the last snapshot on disk.
+    inherited_unsaved: Arc<[u64]>,
+    /// Where the machine branched off, if it did.
+    origin: Option<branch::Origin>,
+    /// For the engines of branches.
+    engine_config: EngineConfig,
+    features: ModelFeatures,
     /// Inputs that have not entered yet: the replayed log, and what has just arrived.
     inputs: VecDeque<Scheduled>,
     /// Inputs that have entered since the last [`Machine::take_inputs`].
@@ -108,12 +125,20 @@ pub struct Machine {
 }
 
 /// An input waiting for its time.
-struct Scheduled {
-    at: VirtualNs,
+#[derive(Clone, Debug)]
+pub(crate) struct Scheduled {
+    pub at: VirtualNs,
     /// For replayed inputs: the icount that the log promises.
-    expected: Option<Icount>,
-    channel: InputChannel,
-    data: Vec<u8>,
+    pub expected: Option<Icount>,
+    pub channel: InputChannel,
+    pub data: Vec<u8>,
+}
+
+impl From<Input> for Scheduled {
+    fn from(input: Input) -> Scheduled {
+        let (at, icount) = input.moment();
+        Scheduled { at, expected: Some(icount), channel: input.channel, data: input.data }
+    }
 }
 
 /// A log of inputs that was made with another image, machine or seed.
@@ -148,12 +173,19 @@ impl Machine {
             rsdp: Some(rsdp),
         };
         let entry = boot::load(&memory, &kernel)?;
-        let mut engine = Engine::new(memory.clone(), devices::model_features(config), engine)?;
+        let features = devices::model_features(config);
+        let engine_config = engine.clone();
+        let mut engine = Engine::new(memory.clone(), features, engine)?;
         *engine.state_mut() = boot_state(&entry);
         engine.state_replaced();
         let mut machine = Machine {
             digest: MemoryDigest::zeroed(&memory),
-            device_dirty: Vec::new(),
+            dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
+            seed,
+            inherited_unsaved: Arc::new([]),
+            origin: None,
+            engine_config,
+            features,
             engine,
             board,
             inputs: VecDeque::new(),
@@ -178,6 +210,11 @@ impl Machine {
     /// Virtual time.
     pub fn time(&self) -> VirtualNs {
         self.board.clock.now(self.engine.icount())
+    }
+
+    /// The seed that the random streams were keyed with last.
+    pub fn seed(&self) -> Seed {
+        self.seed
     }
 
     /// Registers of the vCPU.
@@ -212,10 +249,7 @@ impl Machine {
 
     /// Gives the log of a run whose inputs are to enter again. Before the first instruction.
     pub fn replay(&mut self, inputs: Vec<Input>) {
-        self.inputs.extend(inputs.into_iter().map(|input| {
-            let (at, icount) = input.moment();
-            Scheduled { at, expected: Some(icount), channel: input.channel, data: input.data }
-        }));
+        self.inputs.extend(inputs.into_iter().map(Scheduled::from));
     }
 
     /// Gives bytes from outside. They enter at the next moment at which nothing else has happened yet.
@@ -283,12 +317,36 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the engine and the digest which pages devices have written.
+    /// Tells the engine which pages devices have written.
     fn note_device_writes(&mut self) {
         for page in crate::digest::take_device_dirty(&self.board.memory) {
-            self.engine.memory_written(page * orrery_cpu::memory::PAGE_SIZE, orrery_cpu::memory::PAGE_SIZE);
-            self.device_dirty.push(page);
+            self.engine.memory_written(page * PAGE_SIZE, PAGE_SIZE);
+            self.dirty.insert(page);
         }
+    }
+
+    /// Asks the engine which pages were written since it was asked last. Nobody else asks it: it forgets them.
+    fn collect_dirty(&mut self) {
+        for page in self.engine.take_dirty() {
+            self.dirty.insert(page);
+        }
+    }
+
+    /// Pages of RAM (guest-physical address / 4096, ascending) that may have been written since the last call, or
+    /// since power-on.
+    pub fn take_dirty_since_snapshot(&mut self) -> Vec<u64> {
+        let pages = self.unsaved().to_vec();
+        self.inherited_unsaved = Arc::new([]);
+        self.dirty.snapshot.take();
+        pages
+    }
+
+    fn unsaved(&mut self) -> Arc<[u64]> {
+        self.collect_dirty();
+        let mut pages = [&self.inherited_unsaved, self.dirty.snapshot.pages()].concat();
+        pages.sort_unstable();
+        pages.dedup();
+        pages.into()
     }
 
     /// Takes the highest pending interrupt if the vCPU accepts one now; true if it did.
@@ -344,11 +402,8 @@ impl Machine {
 
     /// Hash of the complete state at this moment.
     pub fn state_hash(&mut self) -> Hash {
-        let mut pages = self.engine.take_dirty();
-        pages.append(&mut self.device_dirty);
-        pages.sort_unstable();
-        pages.dedup();
-        self.digest.update(&self.board.memory, pages);
+        self.collect_dirty();
+        self.digest.update(&self.board.memory, self.dirty.digest.take());
         hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
     }
 }

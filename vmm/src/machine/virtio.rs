@@ -17,7 +17,8 @@ const MAC: [u8; 6] = [0x02, b'o', b'r', b'r', 0, 1];
 const FIXED_SLOTS: usize = 3;
 
 /// One slot.
-pub(super) enum VirtioSlot {
+#[derive(Clone)]
+pub(crate) enum VirtioSlot {
     Entropy(Box<VirtioMmio<Entropy>>),
     Agent(VirtioMmio<Console>),
     Net(VirtioMmio<Net>),
@@ -42,6 +43,16 @@ impl VirtioSlot {
             VirtioSlot::Agent(_) => "virtio console",
             VirtioSlot::Net(_) => "virtio net",
             VirtioSlot::Disk(_) => "virtio block",
+        }
+    }
+
+    /// Gives the device's random numbers another seed.
+    pub fn rekey(&mut self, seed: Seed) {
+        match self {
+            VirtioSlot::Entropy(device) => device.rekey(seed.0),
+            VirtioSlot::Agent(device) => device.rekey(seed.0),
+            VirtioSlot::Net(device) => device.rekey(seed.0),
+            VirtioSlot::Disk(device) => device.rekey(seed.0),
         }
     }
 

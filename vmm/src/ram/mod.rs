@@ -1,12 +1,17 @@
-//! Guest RAM: one memfd, mapped shared, so that snapshots and branches can map it again.
+//! Guest RAM: one memfd, mapped shared until it is frozen and private from then on, so that branches can map it too.
+
+mod frozen;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
 
 use orrery_cpu::memory::GuestMemory;
 use orrery_devices::layout::ram_ranges;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+pub use frozen::{FrozenFile, FrozenRam, Page};
 
 /// RAM could not be had from the host.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +20,14 @@ pub enum RamError {
     #[error("cannot create {bytes} bytes of guest memory: {source}")]
     Create {
         /// Size asked for.
+        bytes: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The memory cannot be made immutable.
+    #[error("cannot freeze {bytes} bytes of guest memory for branches: {source}")]
+    Freeze {
+        /// Size of RAM.
         bytes: u64,
         /// The system's answer.
         source: io::Error,
@@ -33,15 +46,14 @@ pub enum RamError {
 
 /// Creates zeroed guest RAM of `bytes`, a multiple of 4096.
 pub fn create(bytes: u64) -> Result<GuestMemory, RamError> {
-    let file = memory_file(bytes).map_err(|source| RamError::Create { bytes, source })?;
+    let file = Arc::new(memory_file(bytes).map_err(|source| RamError::Create { bytes, source })?);
     let mut regions = Vec::new();
     let mut offset = 0;
     for (start, len) in ram_ranges(bytes) {
         let failed = |reason: String| RamError::Map { start, bytes: len, reason };
-        let file = file.try_clone().map_err(|e| failed(e.to_string()))?;
-        let region =
-            GuestRegionMmap::from_range(GuestAddress(start), len as usize, Some(FileOffset::new(file, offset)))
-                .map_err(|e| failed(e.to_string()))?;
+        let file = FileOffset::from_arc(Arc::clone(&file), offset);
+        let region = GuestRegionMmap::from_range(GuestAddress(start), len as usize, Some(file))
+            .map_err(|e| failed(e.to_string()))?;
         advise(&region);
         regions.push(region);
         offset += len;
@@ -57,7 +69,7 @@ fn advise(region: &GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>) {
 
 fn memory_file(bytes: u64) -> io::Result<File> {
     // SAFETY: the name is a C string and the flags are valid; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"orrery-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"orrery-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -66,6 +78,11 @@ fn memory_file(bytes: u64) -> io::Result<File> {
     file.set_len(bytes)?;
     debug_assert!(file.as_raw_fd() >= 0);
     Ok(file)
+}
+
+/// One past the highest guest-physical address of RAM.
+pub fn end(memory: &GuestMemory) -> u64 {
+    memory.iter().map(|region| region.start_addr().0 + region.len()).max().unwrap_or(0)
 }
 
 /// Bytes of RAM in all regions.

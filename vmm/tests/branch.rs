@@ -1,0 +1,314 @@
+//! Branches in one process: the parent's future again, isolation, going back, branches of branches, threads.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::*;
+use iced_x86::code_asm::*;
+use orrery_cpu::Icount;
+use orrery_cpu::engine::EngineConfig;
+use orrery_guest_image::Image;
+use orrery_vmm::chain::Hash;
+use orrery_vmm::inputs::{Input, InputChannel};
+use orrery_vmm::run::Ended;
+use orrery_vmm::{BranchError, Limits, Machine, Pause, Seed, Template};
+
+const OTHER: Seed = Seed(2);
+
+fn machine(image: &Image) -> Machine {
+    Machine::new(image, &small(), SEED, EngineConfig::default()).expect("the machine is built")
+}
+
+/// A machine that has run `icount` instructions.
+fn machine_at(image: &Image, icount: u64) -> Machine {
+    let mut machine = machine(image);
+    run_until(&mut machine, icount);
+    machine
+}
+
+fn run_until(machine: &mut Machine, icount: u64) {
+    assert_eq!(machine.run(Limits::until(Icount(icount))).unwrap(), Pause::Limit);
+    assert_eq!(machine.icount(), Icount(icount));
+}
+
+/// How it ends: the hash of the last state, and what was written meanwhile.
+fn finish(machine: &mut Machine) -> (Hash, String) {
+    let pause = machine.run(Limits::until(Icount(1 << 32))).unwrap();
+    assert!(matches!(pause, Pause::Ended(Ended::PowerOff { .. })), "{pause:?}");
+    let text = machine.take_output().iter().map(|o| String::from_utf8_lossy(&o.bytes).into_owned()).collect();
+    (machine.state_hash(), text)
+}
+
+fn branch(template: &Template, seed: Seed) -> Machine {
+    template.branch(seed, None).expect("the branch is made")
+}
+
+/// Each round of the loop writes the time and a random number into another page and adds what a routine returns. Now
+/// and then it prints a character and rewrites that routine. 16 instructions a round and more.
+fn wanderer(rounds: u32, pages: u32) -> Image {
+    guest(|a| {
+        let mut routine = a.create_label();
+        let mut again = a.create_label();
+        let mut quiet = a.create_label();
+        let mut over = a.create_label();
+        a.mov(rsp, DATA).unwrap();
+        a.mov(ebp, rounds).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.rdtsc().unwrap();
+        a.rdrand(rcx).unwrap();
+        a.mov(rdi, rbx).unwrap();
+        a.shl(rdi, 12).unwrap();
+        a.add(qword_ptr(rdi + DATA as i32), rax).unwrap();
+        a.xor(qword_ptr(rdi + DATA as i32 + 8), rcx).unwrap();
+        a.call(routine).unwrap();
+        a.add(qword_ptr(rdi + DATA as i32 + 16), rax).unwrap();
+        a.test(ecx, 0x3F).unwrap();
+        a.jne(quiet).unwrap();
+        a.lea(rsi, qword_ptr(routine)).unwrap();
+        a.mov(dword_ptr(rsi + 1), ecx).unwrap();
+        a.mov(edx, SERIAL).unwrap();
+        a.mov(eax, ecx).unwrap();
+        a.shr(eax, 8).unwrap();
+        a.and(al, 15).unwrap();
+        a.add(al, 'a' as i32).unwrap();
+        a.out(dx, al).unwrap();
+        a.set_label(&mut quiet).unwrap();
+        a.inc(ebx).unwrap();
+        a.cmp(ebx, pages).unwrap();
+        let mut below = a.create_label();
+        a.jb(below).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.set_label(&mut below).unwrap();
+        a.dec(ebp).unwrap();
+        a.jne(again).unwrap();
+        a.jmp(over).unwrap();
+        a.set_label(&mut routine).unwrap();
+        a.mov(eax, 0x1234_5678).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut over).unwrap();
+        print(a, "over\n");
+        exit(a, 0);
+    })
+}
+
+#[test]
+fn with_the_parents_seed_a_branch_is_the_parents_future() {
+    let image = wanderer(3_000, 500);
+    let (expected, text) = finish(&mut machine(&image));
+    for at in [1, 777, 20_000, 40_001] {
+        let mut parent = machine_at(&image, at);
+        let before: String =
+            parent.take_output().iter().map(|o| String::from_utf8_lossy(&o.bytes).into_owned()).collect();
+        let template = parent.freeze().unwrap();
+        assert_eq!((template.icount(), template.seed()), (Icount(at), SEED));
+        let mut first = branch(&template, SEED);
+        assert_eq!(first.state_hash(), parent.state_hash(), "the first moment");
+        let after = text.strip_prefix(&before).expect("what was printed before").to_owned();
+        assert_eq!(finish(&mut first), (expected, after.clone()));
+        assert_eq!(finish(&mut parent), (expected, after.clone()), "the parent goes on as before");
+        assert_eq!(finish(&mut branch(&template, SEED)), (expected, after), "after parent and brother have ended");
+    }
+}
+
+#[test]
+fn seeds_part_at_the_branch_and_repeat() {
+    let image = wanderer(2_000, 300);
+    let mut parent = machine_at(&image, 12_345);
+    let template = parent.freeze().unwrap();
+    let mut futures: Vec<_> = (1..=20).map(|seed| finish(&mut branch(&template, Seed(seed)))).collect();
+    for (index, future) in futures.iter().enumerate() {
+        assert_eq!(*future, finish(&mut branch(&template, Seed(index as u64 + 1))));
+    }
+    // The same without any branch.
+    let mut rekeyed = machine_at(&image, 12_345);
+    rekeyed.rekey(Seed(3));
+    rekeyed.take_output();
+    assert_eq!(finish(&mut rekeyed), futures[2]);
+    futures.sort();
+    futures.dedup();
+    assert_eq!(futures.len(), 20, "twenty seeds, twenty futures");
+}
+
+#[test]
+fn relatives_do_not_disturb_each_other() {
+    let image = wanderer(1_500, 200);
+    let alone = |seed| finish(&mut branch(&machine_at(&image, 5_000).freeze().unwrap(), seed));
+    let mut parent = machine_at(&image, 5_000);
+    parent.take_output();
+    let template = parent.freeze().unwrap();
+    let mut children: Vec<_> = (1..=4).map(|seed| branch(&template, Seed(seed))).collect();
+    for at in (6_000..20_000).step_by(1_000) {
+        run_until(&mut parent, at);
+        children.iter_mut().for_each(|child| run_until(child, at));
+    }
+    for (child, seed) in children.iter_mut().zip(1..) {
+        assert_eq!(finish(child), alone(Seed(seed)), "seed {seed}");
+    }
+    assert_eq!(finish(&mut parent), alone(SEED));
+    assert_eq!(finish(&mut branch(&template, OTHER)), alone(OTHER), "born after all others have ended");
+}
+
+#[test]
+fn going_back_is_never_having_gone() {
+    let image = wanderer(1_000, 150);
+    let mut parent = machine_at(&image, 3_000);
+    parent.take_output();
+    let template = parent.freeze().unwrap();
+    let at_start = template.branch(OTHER, None).unwrap().state_hash();
+    let expected = finish(&mut branch(&template, OTHER));
+    let mut child = branch(&template, OTHER);
+    for round in 0..50 {
+        match round % 3 {
+            0 => assert_eq!(finish(&mut child), expected),
+            1 => run_until(&mut child, 3_000 + round * 97),
+            _ => {}
+        }
+        child.reset().unwrap();
+        assert_eq!(child.icount(), Icount(3_000));
+        assert_eq!(child.state_hash(), at_start, "round {round}");
+    }
+    assert_eq!(finish(&mut child), expected);
+    child.reset_as(Seed(3), None).unwrap();
+    assert_eq!(finish(&mut child), finish(&mut branch(&template, Seed(3))));
+    child.reset().unwrap();
+    assert_eq!(finish(&mut child), finish(&mut branch(&template, Seed(3))), "the seed stays the one given last");
+    // The parent goes back to where it was frozen.
+    let straight = finish(&mut parent);
+    parent.reset().unwrap();
+    assert_eq!(finish(&mut parent), straight);
+}
+
+#[test]
+fn a_machine_that_never_branched_has_no_way_back() {
+    let mut machine = machine(&wanderer(10, 10));
+    assert!(matches!(machine.reset(), Err(BranchError::NoBranchPoint)));
+}
+
+#[test]
+fn branches_branch() {
+    // Ten pages become patches of the parent's file, five hundred a file of their own.
+    for pages in [10, 500] {
+        let image = wanderer(4_000, pages);
+        let (expected, _) = finish(&mut machine(&image));
+        let mut current = machine_at(&image, 1_000);
+        let mut templates = vec![current.freeze().unwrap()];
+        for generation in 1..6u64 {
+            let mut child = branch(templates.last().unwrap(), SEED);
+            run_until(&mut child, 1_000 + generation * 12_000);
+            // Twice at different moments of one machine.
+            if generation == 3 {
+                templates.push(child.freeze().unwrap());
+                run_until(&mut child, 1_000 + generation * 12_000 + 555);
+            }
+            templates.push(child.freeze().unwrap());
+            current = child;
+        }
+        assert_eq!(finish(&mut current).0, expected);
+        for template in &templates {
+            let mut child = branch(template, SEED);
+            assert_eq!(finish(&mut child).0, expected);
+            child.reset().unwrap();
+            assert_eq!(finish(&mut child).0, expected);
+        }
+        // Another seed, three generations down, against the same without branches.
+        let mut straight = machine_at(&image, 1_000);
+        straight.rekey(OTHER);
+        run_until(&mut straight, 25_000);
+        straight.rekey(Seed(7));
+        let mut child = branch(&templates[0], OTHER);
+        run_until(&mut child, 25_000);
+        let mut grandchild = branch(&child.freeze().unwrap(), Seed(7));
+        assert_eq!(finish(&mut grandchild).0, finish(&mut straight).0);
+    }
+}
+
+#[test]
+fn threads_branch_from_one_template() {
+    let image = wanderer(1_500, 200);
+    let template = machine_at(&image, 5_000).freeze().unwrap();
+    let expected: Vec<_> = (0..8).map(|seed| finish(&mut branch(&template, Seed(seed)))).collect();
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (template, expected) = (template.clone(), &expected);
+            scope.spawn(move || {
+                let mut kept = branch(&template, Seed(thread));
+                for seed in 0..8 {
+                    assert_eq!(finish(&mut branch(&template, Seed(seed))), expected[seed as usize]);
+                    kept.reset_as(Seed(seed), None).unwrap();
+                    assert_eq!(finish(&mut kept), expected[seed as usize]);
+                }
+            });
+        }
+    });
+}
+
+/// Echoes what comes in on the serial port, until a `q`.
+fn echo() -> Image {
+    guest(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.mov(edx, SERIAL + 5).unwrap();
+        a.in_(al, dx).unwrap();
+        a.test(al, 1).unwrap();
+        a.je(again).unwrap();
+        a.mov(edx, SERIAL).unwrap();
+        a.in_(al, dx).unwrap();
+        a.out(dx, al).unwrap();
+        a.cmp(al, 'q' as i32).unwrap();
+        a.jne(again).unwrap();
+        exit(a, 0);
+    })
+}
+
+#[test]
+fn inputs_that_wait_are_inherited_and_new_ones_replace_them() {
+    let image = echo();
+    let mut recorded = machine_at(&image, 1_000);
+    recorded.input(InputChannel::Console, b"one".to_vec());
+    run_until(&mut recorded, 50_000);
+    recorded.input(InputChannel::Console, b"twoq".to_vec());
+    let (expected, text) = finish(&mut recorded);
+    assert_eq!(text, "onetwoq");
+    let log = recorded.take_inputs();
+
+    let mut parent = machine(&image);
+    parent.replay(log.clone());
+    run_until(&mut parent, 30_000);
+    parent.take_output();
+    let template = parent.freeze().unwrap();
+    let rest = (expected, "twoq".to_owned());
+    assert_eq!(finish(&mut branch(&template, SEED)), rest, "inherited");
+    assert_eq!(finish(&mut parent), rest);
+    let given = Input { icount: 40_000, virtual_ns: 40_000, channel: InputChannel::Console, data: b"xq".to_vec() };
+    let mut other = template.branch(SEED, Some(vec![given.clone()])).unwrap();
+    assert_eq!(finish(&mut other).1, "xq");
+    assert_eq!(other.take_inputs(), [given]);
+    other.reset().unwrap();
+    assert_eq!(finish(&mut other).1, "xq", "the way back keeps the inputs");
+    // With the inputs that the parent had, given as a log.
+    assert_eq!(finish(&mut template.branch(SEED, Some(log[1..].to_vec())).unwrap()), rest);
+    // Inputs that belong elsewhere are refused, not bent.
+    let late = Input { icount: 40_001, virtual_ns: 40_000, channel: InputChannel::Console, data: b"q".to_vec() };
+    assert!(template.branch(SEED, Some(vec![late])).unwrap().run(Limits::until(Icount(1 << 20))).is_err());
+}
+
+#[test]
+fn what_was_written_since_a_snapshot_is_inherited() {
+    let image = wanderer(3_000, 40);
+    let page = DATA / 4096;
+    let mut parent = machine_at(&image, 500);
+    let booted = parent.take_dirty_since_snapshot();
+    assert!(booted.contains(&page) && !booted.contains(&(page + 39)), "{booted:?}");
+    run_until(&mut parent, 2_000);
+    let template = parent.freeze().unwrap();
+    let mut child = branch(&template, SEED);
+    run_until(&mut child, 2_500);
+    let since = child.take_dirty_since_snapshot();
+    assert!(since.contains(&(page + 39)), "{since:?}");
+    assert_eq!(parent.take_dirty_since_snapshot(), branch(&template, SEED).take_dirty_since_snapshot());
+    // Going back changes RAM as well.
+    child.reset().unwrap();
+    let back = child.take_dirty_since_snapshot();
+    assert!(!back.is_empty());
+}
