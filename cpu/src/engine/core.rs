@@ -69,6 +69,7 @@ pub struct Core {
     /// Pages that began to be watched; blocks must not keep translations across a change.
     pub watched: u64,
     pub statistics: super::Statistics,
+    pub observed: super::observe::Observed,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
     /// Guest-physical address of the top-level table that the cached translations come from.
@@ -149,6 +150,7 @@ impl Core {
             debug_hits: 0,
             watched: 0,
             statistics: Default::default(),
+            observed: Default::default(),
             used: Default::default(),
             itlb_used: Default::default(),
             root: 0,
@@ -288,6 +290,7 @@ impl Core {
             let piece = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
             if let Some(flags) = self.t.pages.records.get(page as usize).map(|record| record.flags) {
                 self.t.pages.mark_dirty(page);
+                self.observe_device(at, piece);
                 if flags != 0 {
                     // What a table held before is gone: forget everything that may come from it.
                     if flags & super::pages::IS_TABLE != 0 {
@@ -402,6 +405,7 @@ impl Core {
             None => (self.config.max_block_instructions, true),
         };
         let index = self.t.blocks.len() as u32;
+        let cuts = self.observed.cuts();
         let mut request = Request {
             rip,
             bytes,
@@ -416,6 +420,7 @@ impl Core {
             page_identity: identity,
             second_page: None,
             tlb_mask: self.tlb_mask,
+            cuts: &cuts,
         };
         self.statistics.translated += 1;
         if special.is_some() {
@@ -486,6 +491,7 @@ impl Core {
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
         let stop = self.dispatch();
+        self.observe_retirement();
         self.store_fpu();
         fpu::reset_host();
         signals::set_gs_base(previous);
@@ -529,6 +535,10 @@ impl Core {
         loop {
             let budget = self.budget();
             debug_assert!(budget >= 0);
+            self.observe_retirement();
+            if self.observed.stops() {
+                return Stop::Observed;
+            }
             if budget == 0 {
                 return Stop::Limit;
             }
@@ -548,7 +558,7 @@ impl Core {
             let resume = state.rflags & rflags::RF != 0;
             state.rflags &= !rflags::RF;
             let shadow = std::mem::take(&mut state.interrupt_shadow);
-            let alone = shadow || trap || careful || debug;
+            let alone = shadow || trap || careful || debug || self.records_execution();
             careful |= debug;
             if debug && !resume {
                 let hits = self.instruction_breakpoint();
@@ -582,6 +592,12 @@ impl Core {
                     continue;
                 }
             };
+            if self.observe_entry() {
+                let state = self.state_mut();
+                state.interrupt_shadow = shadow;
+                state.rflags |= if resume { rflags::RF } else { 0 };
+                return Stop::Observed;
+            }
             // Since `follow` was noted the code it is about may have been forgotten.
             let forgotten = std::mem::replace(&mut clears, self.t.clears) != self.t.clears;
             if special.is_none() && !forgotten && self.config.chaining {
@@ -598,6 +614,7 @@ impl Core {
             if was_careful {
                 if argument == exit::ABORTED {
                     self.commit = None;
+                    self.observe_abort();
                 } else {
                     self.commit();
                     if self.bus().attention() {
@@ -722,6 +739,9 @@ impl Core {
 
     fn follow(&mut self, follow: &Follow, index: u32) {
         let target = &self.t.blocks[index];
+        if self.observed.is_cut(target.rip) {
+            return;
+        }
         match *follow {
             Follow::Nothing => {}
             Follow::Link { patch, source } => {

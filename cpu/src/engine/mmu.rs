@@ -176,6 +176,7 @@ impl Core {
             let page = (entry / PAGE_SIZE) as usize;
             if translation.updated & 1 << i != 0 {
                 self.t.pages.mark_dirty(page as u64);
+                self.observe_walk(*entry);
             }
             self.t.pages.records[page as u32].table_writes = 0;
             if self.t.pages.records[page as u32].flags & IS_TABLE == 0 {
@@ -220,6 +221,9 @@ impl Core {
         };
         let page = page_gpa / PAGE_SIZE;
         let offset = linear & PAGE_MASK;
+        if self.observe_access(linear, translation.gpa, len, intent, running) {
+            return Ok(Target::Disturbs);
+        }
         if intent.write {
             self.t.pages.mark_dirty(page);
             let flags = self.t.pages.records[page as u32].flags;
@@ -228,11 +232,13 @@ impl Core {
                     return Ok(Target::Disturbs);
                 }
                 self.watched_write(page, offset, len, flags);
-            } else {
+            } else if !self.observes_page(linear, page_gpa, true) {
                 self.fill(linear, host_page as u64, translation.global, intent.class, true);
             }
         }
-        if !intent.write || self.t.pages.records[page as u32].flags == 0 {
+        if (!intent.write || self.t.pages.records[page as u32].flags == 0)
+            && !self.observes_page(linear, page_gpa, false)
+        {
             self.fill(linear, host_page as u64, translation.global, intent.class, false);
         }
         // SAFETY: the offset is inside the page that `host` returned.
@@ -315,6 +321,10 @@ impl Core {
             // A page is watched from now on that the running block may hold a translation of.
             found = Ok(None);
         }
+        if !careful && self.observed.stops() && found.is_ok() {
+            // The walk has found something: the run stops behind this instruction.
+            found = Ok(None);
+        }
         match found {
             Ok(Some(pointer)) => Some(pointer),
             Ok(None) => {
@@ -350,6 +360,9 @@ impl Core {
         let running = !careful;
         let low = self.page_target(linear, in_first, intent, running)?;
         let high = self.page_target(second, size - in_first, intent, running)?;
+        if matches!(low, Target::Disturbs) || matches!(high, Target::Disturbs) {
+            return Ok(None);
+        }
         if let (Target::Ram(low), Target::Ram(high)) = (&low, &high)
             && low.wrapping_add(in_first as usize) == *high
         {
@@ -392,8 +405,10 @@ impl Core {
         }
         match self.page_target(first, len, intent, true)? {
             Target::Ram(pointer) => {
-                let page = self.walk(first, intent.write, false, intent.class)?.gpa / PAGE_SIZE;
-                if intent.write && self.t.pages.records[page as u32].flags != 0 {
+                let gpa = self.walk(first, intent.write, false, intent.class)?.gpa;
+                if intent.write && self.t.pages.records[(gpa / PAGE_SIZE) as u32].flags != 0
+                    || self.observes_range(linear, gpa.wrapping_sub(offset), span)
+                {
                     return Ok(None);
                 }
                 Ok(Some(pointer.wrapping_sub(offset as usize)))

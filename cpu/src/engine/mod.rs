@@ -15,6 +15,7 @@ mod groups;
 mod hash;
 mod mmu;
 mod mode;
+mod observe;
 mod pages;
 mod region;
 mod registers;
@@ -30,6 +31,7 @@ use crate::memory::GuestMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
 
+pub use observe::{Accessor, Hit, Observation, Place, WATCH_BYTES_MAX, Watchpoint};
 pub use statistics::Statistics;
 
 /// How the engine works. None of it can change a state or a hash; tests vary all of it.
@@ -84,6 +86,8 @@ pub enum Stop {
     Attention,
     /// An interrupt window was requested and the guest accepts interrupts now.
     InterruptWindow,
+    /// The observation has found something, see [`Engine::take_hits`].
+    Observed,
     /// HLT has retired.
     Halted,
     /// An exception could not be delivered: the processor shuts down.
@@ -204,6 +208,29 @@ impl Engine {
     /// Tells the engine that something else than the vCPU has written `len` bytes of RAM at `gpa`.
     pub fn memory_written(&mut self, gpa: u64, len: u64) {
         self.core.memory_written(gpa, len);
+    }
+
+    /// Replaces what is observed. What has been found and not been taken yet is dropped. The guest cannot tell.
+    pub fn observe(&mut self, observation: &Observation) {
+        self.core.observe(observation);
+    }
+
+    /// What the observation has found since the last call. Look after every call that lets the guest go on: `run`
+    /// may have returned for another reason at the same moment, and `interrupt` and `memory_written` find things
+    /// as well.
+    pub fn take_hits(&mut self) -> Vec<Hit> {
+        self.core.take_hits()
+    }
+
+    /// The observation has found something that is to stop the run.
+    pub fn has_hits(&self) -> bool {
+        self.core.has_hits()
+    }
+
+    /// Makes the next `run` execute the instruction at RIP even if there is a breakpoint on it. A breakpoint that has
+    /// been reported is passed by itself.
+    pub fn pass_breakpoint(&mut self) {
+        self.core.pass_breakpoint();
     }
 
     /// What the engine has done so far, for tuning. It says nothing about the guest.

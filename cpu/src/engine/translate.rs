@@ -82,6 +82,8 @@ pub struct Request<'a> {
     /// Linear page and identity of the second page, for an instruction that straddles two.
     pub second_page: Option<(u64, u32)>,
     pub tlb_mask: u32,
+    /// Addresses before which the block ends, ascending.
+    pub cuts: &'a [u64],
 }
 
 /// Where the pieces of a translated block stand: offsets in the code memory.
@@ -299,6 +301,9 @@ impl Translator {
         let mut len = 0;
         let mut side_branches = 0;
         while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
+            if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
+                break;
+            }
             let mut ins = Instruction::default();
             decoder.decode_out(&mut ins);
             if ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
