@@ -16,7 +16,7 @@ mod virtio;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Stop};
+use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Hit, Observation, Stop};
 use orrery_cpu::memory::PAGE_SIZE;
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::state::rflags;
@@ -71,6 +71,8 @@ pub enum Pause {
         /// When time would go on; None if nothing is queued.
         until: Option<VirtualNs>,
     },
+    /// The observation has found something, see [`Machine::take_hits`].
+    Observed,
     /// The run is over.
     Ended(Ended),
 }
@@ -237,6 +239,23 @@ impl Machine {
         self.ended.as_ref()
     }
 
+    /// Replaces what is observed: breakpoints, watchpoints, records of executions. The guest cannot tell, and the
+    /// states are the same. [`Machine::run`] pauses with [`Pause::Observed`] when something is found, which may be a
+    /// moment that is not the first of its icount: an interrupt may have been taken.
+    pub fn observe(&mut self, observation: &Observation) {
+        self.engine.observe(observation);
+    }
+
+    /// What the observation has found since the last call. To be called after every pause.
+    pub fn take_hits(&mut self) -> Vec<Hit> {
+        self.engine.take_hits()
+    }
+
+    /// Lets the next [`Machine::run`] execute the instruction at RIP even if there is a breakpoint on it.
+    pub fn pass_breakpoint(&mut self) {
+        self.engine.pass_breakpoint();
+    }
+
     /// Output since the last call.
     pub fn take_output(&mut self) -> Vec<Output> {
         self.board.take_output()
@@ -265,6 +284,9 @@ impl Machine {
         loop {
             let icount = self.engine.icount();
             let now = self.board.clock.now(icount);
+            if self.engine.has_hits() {
+                return Ok(Pause::Observed);
+            }
             if let Some(ended) = &self.ended {
                 return Ok(Pause::Ended(ended.clone()));
             }
@@ -383,7 +405,7 @@ impl Machine {
 
     fn stopped(&mut self, stop: Stop) {
         match stop {
-            Stop::Limit | Stop::Attention | Stop::InterruptWindow | Stop::Halted => {}
+            Stop::Limit | Stop::Attention | Stop::InterruptWindow | Stop::Halted | Stop::Observed => {}
             Stop::TripleFault => {
                 self.ended = Some(Ended::TripleFault { registers: registers(self.engine.state()) });
             }

@@ -191,6 +191,8 @@ impl Recorder {
             Pause::Limit if self.reached_end() => return Ok(Some(Ended::Limit)),
             Pause::Limit => self.link_at_epoch()?,
             Pause::Idle { until } => self.wait(host, until)?,
+            // Nothing is observed while a run is recorded.
+            Pause::Observed => {}
             Pause::Output => {}
         }
         if !open {
