@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test oracle demo bench clean
+.PHONY: help all build test oracle test-svm demo bench clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -24,6 +24,9 @@ test: build images ## formatting, lints, every test
 oracle: ## the engine against the host processor and against KVM; COUNT=n runs n times as many cases
 	ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test oracle -- --nocapture
 	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test kvm
+
+test-svm: ## tests on a KVM that has SVM, in QEMU: those of tests/svm/list; COUNT=n as for oracle, SVM='...' for more flags
+	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) run --release --locked -p orrery-tests --bin svm -- $(SVM)
 
 demo: build images ## each image twice with one seed and once with another
 	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done

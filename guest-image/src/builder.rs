@@ -17,7 +17,7 @@ use crate::modules::{Module, ModuleLibrary};
 use crate::tree::{Kind, Tree};
 
 /// `/init` for the guest, compiled from `init/` when this crate was.
-static INIT: &[u8] = include_bytes!(env!("ORRERY_INIT"));
+pub static INIT: &[u8] = include_bytes!(env!("ORRERY_INIT"));
 
 /// The command line of every image; the options of [`BuildOptions::command_line`] follow and override.
 ///

@@ -132,6 +132,16 @@ impl<'a> ModuleLibrary<'a> {
         Ok(chosen)
     }
 
+    /// These modules, whatever the machine, each after those it depends on: for a guest that is more than its workload.
+    /// What is part of the kernel is left out.
+    pub fn select_named(&self, names: &[&str]) -> Result<Vec<Module>, BuildError> {
+        let mut chosen = Vec::new();
+        for name in names {
+            self.add(name, Condition::Always, &mut chosen, &mut Vec::new())?;
+        }
+        Ok(chosen)
+    }
+
     /// Adds a module after its dependencies. `path` is the chain of modules being added, against cycles.
     fn add(
         &self,
@@ -304,6 +314,15 @@ mod tests {
         assert_eq!(names, expected);
         assert_eq!(selected[0].condition, Condition::Always);
         assert_eq!(selected[4].condition, Condition::VirtioDevice(VIRTIO_NET));
+    }
+
+    #[test]
+    fn modules_can_be_named() {
+        let (_directory, library) = library(&[("kvm", "irqbypass"), ("kvm-amd", "kvm"), ("irqbypass", "")], "");
+        let names = |selected: Vec<Module>| selected.into_iter().map(|module| module.name).collect::<Vec<_>>();
+        assert_eq!(names(library.select_named(&["kvm_amd", "kvm"]).unwrap()), ["irqbypass", "kvm", "kvm_amd"]);
+        let error = library.select_named(&["kvm_intel"]).unwrap_err();
+        assert!(matches!(&error, BuildError::ModuleMissing { module, .. } if module == "kvm_intel"), "{error}");
     }
 
     #[test]

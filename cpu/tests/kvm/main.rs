@@ -4,7 +4,7 @@
 //!
 //! `KVM_ORACLE_COUNT` multiplies the generated guests, `KVM_ORACLE_SEED` moves to others, `KVM_ORACLE_ONLY` (part of
 //! a name) narrows the hand-written ones, and `KVM_ORACLE_TRACE` prints every instruction before it runs. Without
-//! a usable /dev/kvm it says so and passes.
+//! a usable /dev/kvm it says so and passes, or fails with `ORRERY_REQUIRE_KVM`.
 
 // The rules for the vCPU (clippy.toml) do not bind its tests.
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
@@ -183,8 +183,9 @@ fn main() -> ExitCode {
     let vm = match Vm::new() {
         Ok(vm) => vm,
         Err(Unavailable(reason)) => {
+            let required = std::env::var_os("ORRERY_REQUIRE_KVM").is_some();
             println!("KVM oracle skipped: {reason}");
-            return ExitCode::SUCCESS;
+            return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
     let mut lockstep = Lockstep::new(vm);
