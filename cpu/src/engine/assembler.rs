@@ -13,6 +13,7 @@ pub mod host {
     pub const RBP: u8 = 5;
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
+    pub const R11: u8 = 11;
     pub const R13: u8 = 13;
     pub const R15: u8 = 15;
 }
@@ -20,6 +21,7 @@ pub mod host {
 /// Two-operand ALU opcodes of the form `op reg, r/m`.
 pub mod op {
     pub const ADD: u8 = 0x03;
+    pub const SUB: u8 = 0x2B;
     pub const XOR: u8 = 0x33;
     pub const CMP: u8 = 0x3B;
     pub const LOAD: u8 = 0x8B;
@@ -42,6 +44,7 @@ pub mod cc {
     pub const NE: u8 = 0x5;
     pub const E: u8 = 0x4;
     pub const A: u8 = 0x7;
+    pub const AE: u8 = 0x3;
     pub const S: u8 = 0x8;
 }
 
@@ -99,14 +102,6 @@ impl Assembler {
         self.bytes.push(0x65);
         self.rex(wide, reg, 0, base);
         self.put(&[opcode, 0x80 | (reg & 7) << 3 | base & 7]);
-        self.imm32(disp);
-    }
-
-    /// `op reg, gs:[index*8 + disp]`.
-    pub fn gs_index8_op(&mut self, wide: bool, opcode: u8, reg: u8, index: u8, disp: u32) {
-        self.bytes.push(0x65);
-        self.rex(wide, reg, index, 0);
-        self.put(&[opcode, 0x04 | (reg & 7) << 3, 0xC5 | (index & 7) << 3]);
         self.imm32(disp);
     }
 
@@ -249,12 +244,6 @@ impl Assembler {
         self.put(&[0x29, 0xC0 | (src & 7) << 3 | dst & 7]);
     }
 
-    /// `shr reg32, count`
-    pub fn shr32(&mut self, reg: u8, count: u8) {
-        debug_assert!(reg < 8);
-        self.put(&[0xC1, 0xE8 | reg, count]);
-    }
-
     /// `and reg32, imm32`
     pub fn and32(&mut self, reg: u8, value: u32) {
         if reg == host::RAX {
@@ -263,11 +252,6 @@ impl Assembler {
             self.put(&[0x81, 0xE0 | reg]);
         }
         self.imm32(value);
-    }
-
-    /// `xor dst32, src32`
-    pub fn xor32(&mut self, dst: u8, src: u8) {
-        self.put(&[0x31, 0xC0 | src << 3 | dst]);
     }
 
     /// `cmp reg, imm32` (64-bit, sign-extended)
@@ -319,10 +303,22 @@ impl Assembler {
         self.imm32(disp);
     }
 
-    /// `jmp gs:[rax*8 + disp]`
-    pub fn jmp_gs_rax8(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0x24, 0xC5]);
+    /// `jmp gs:[rax + disp]`
+    pub fn jmp_gs_rax(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0xA0]);
         self.imm32(disp);
+    }
+
+    /// `rorx eax, ecx, count`: flags are untouched.
+    pub fn rorx_eax_ecx(&mut self, count: u8) {
+        self.put(&[0xC4, 0xE3, 0x7B, 0xF0, 0xC1, count]);
+    }
+
+    /// `sub dword gs:[disp], 1`
+    pub fn decrement_gs32(&mut self, disp: u32) {
+        self.put(&[0x65, 0x83, 0x2C, 0x25]);
+        self.imm32(disp);
+        self.bytes.push(1);
     }
 
     /// `call gs:[disp]`
@@ -389,7 +385,9 @@ mod tests {
             (text(|a| a.load_gs(R13, 0x88)), "mov r13,gs:[88h]"),
             (text(|a| a.gs_op(false, op::STORE, RAX, 0x10)), "mov gs:[10h],eax"),
             (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
-            (text(|a| a.gs_index8_op(true, op::CMP, RCX, RAX, 0x2000)), "cmp rcx,gs:[rax*8+2000h]"),
+            (text(|a| a.rorx_eax_ecx(28)), "rorx eax,ecx,1Ch"),
+            (text(|a| a.jmp_gs_rax(0x2008)), "jmp qword ptr gs:[rax+2008h]"),
+            (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),
             (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
             (text(|a| a.cmp_gs_imm(0x40, 0x40_1000)), "cmp qword ptr gs:[40h],401000h"),
             (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),
@@ -411,7 +409,6 @@ mod tests {
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
             (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),
             (text(|a| a.push(R15)), "push r15"),
-            (text(|a| a.jmp_gs_rax8(0x30)), "jmp qword ptr gs:[rax*8+30h]"),
             (text(|a| a.call_gs(0x30)), "call qword ptr gs:[30h]"),
         ];
         for (got, want) in cases {

@@ -27,6 +27,11 @@ pub enum Class {
     User = 2,
 }
 
+/// Which of the stack windows serves a class: supervisor code has one whether SMAP is in force or not.
+pub const fn window_of(class: usize) -> usize {
+    (class == Class::User as usize) as usize
+}
+
 /// Number of [`Class`]es.
 pub const CLASSES: usize = 3;
 
@@ -43,9 +48,34 @@ pub struct TlbEntry {
 /// One direct-mapped software TLB.
 pub type Tlb = [TlbEntry; TLB_ENTRIES];
 
+/// Widths of a block's reach around RSP for which the stack window has a size of its own.
+pub const WINDOW_SPANS: [i32; 3] = [64, 256, 1024];
+
+/// Linear memory around RSP that is contiguous in the host, writable, and watched by nobody: what it covers needs no
+/// look into a TLB. It is a copy of some write TLB entries and is forgotten with them.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct StackWindow {
+    /// Linear address of the first byte.
+    pub low: u64,
+    /// For each of [`WINDOW_SPANS`]: how many places from `low` on can hold that span. 0 if there is no window.
+    pub places: [u64; 3],
+    /// Host minus linear address.
+    pub distance: u64,
+}
+
 /// Space for an operand that has no single host address: page-crossing or memory-mapped I/O.
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 128]);
+
+/// Where an indirect branch to `rip` goes; an entry that holds no address looked up in it is empty.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct JumpEntry {
+    pub rip: u64,
+    /// Host address of the translation's checked entry.
+    pub host: u64,
+}
 
 /// See the module's text.
 #[repr(C, align(4096))]
@@ -77,8 +107,13 @@ pub struct VcpuBlock {
     pub read_bounce: Bounce,
     pub write_bounce: Bounce,
     pub itlb: [[u32; ITLB_ENTRIES]; CLASSES],
-    pub jump_rip: [u64; JUMP_ENTRIES],
-    pub jump_host: [u64; JUMP_ENTRIES],
+    /// For supervisor and for user code.
+    pub windows: [StackWindow; 2],
+    /// Distance of the window in use.
+    pub window_distance: u64,
+    /// How often a block may still miss the window before Rust is asked for a better one.
+    pub window_patience: u32,
+    pub jumps: [JumpEntry; JUMP_ENTRIES],
     /// Indexed by class, then 0 for reads and 1 for writes.
     pub tlb: [[Tlb; 2]; CLASSES],
 }
@@ -113,8 +148,19 @@ pub mod field {
     pub const SLOW_ADDRESS: u32 = offset!(slow_address);
     pub const SLOW_SITE: u32 = offset!(slow_site);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
-    pub const JUMP_RIP: u32 = offset!(jump_rip);
-    pub const JUMP_HOST: u32 = offset!(jump_host);
+    pub const JUMP_RIP: u32 = offset!(jumps);
+    pub const JUMP_HOST: u32 = offset!(jumps) + 8;
+    pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
+    pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
+    const fn window(class: Class) -> u32 {
+        offset!(windows) + (window_of(class as usize) * size_of::<StackWindow>()) as u32
+    }
+    pub const fn window_low(class: Class) -> u32 {
+        window(class) + offset_of!(StackWindow, low) as u32
+    }
+    pub const fn window_places(class: Class, span: usize) -> u32 {
+        window(class) + offset_of!(StackWindow, places) as u32 + 8 * span as u32
+    }
     pub const fn temporary(index: u32) -> u32 {
         offset!(temporary) + 8 * index
     }

@@ -1,7 +1,10 @@
 //! The soft engine's heart: finds or makes translations, enters them, and acts on why they come back.
 
 use super::assembler::Assembler;
-use super::block::{CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot};
+use super::block::{
+    CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, JumpEntry, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot,
+    window_of,
+};
 use super::classify::{self, Treatment};
 use super::fpu;
 use super::mmu::{Commit, Used};
@@ -11,7 +14,7 @@ use super::registers::HOME;
 use super::signals::{self, SignalStack};
 use super::thunks::{self, Thunks, exit};
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
-use super::translations::{Shared, Special, Translations, start};
+use super::translations::{Purpose, Shared, Translations, start};
 use super::{Chaos, EngineConfig, EngineError, Stop};
 use crate::bus::Bus;
 use crate::exception::Exception;
@@ -44,6 +47,11 @@ enum Follow {
     Link {
         patch: u32,
         source: u32,
+        same_stack: bool,
+    },
+    /// Lead this rel32 of a block that the stack window does not cover to it.
+    Windowless {
+        patch: u32,
     },
     /// Enter it in the jump cache.
     Jump,
@@ -178,7 +186,7 @@ impl Core {
                 tlb[0].tag = empty_tag(0);
             }
             // RIP 0 looks at entry 0: make it miss.
-            block.jump_rip[0] = 1;
+            block.jumps[0].rip = 1;
         }
         Ok(core)
     }
@@ -249,9 +257,9 @@ impl Core {
     fn forget_jumps(&mut self) {
         // SAFETY: translated code is not running.
         unsafe {
-            (*self.block).jump_rip = [0; JUMP_ENTRIES];
+            (*self.block).jumps = [JumpEntry { rip: 0, host: 0 }; JUMP_ENTRIES];
             // RIP 0 looks at entry 0: make it miss.
-            (*self.block).jump_rip[0] = 1;
+            (*self.block).jumps[0].rip = 1;
         }
     }
 
@@ -342,7 +350,7 @@ impl Core {
     }
 
     /// The block at RIP, translated if need be.
-    fn find(&mut self, special: Option<Special>) -> Result<Result<u32, Stop>, Exception> {
+    fn find(&mut self, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
         let state = self.state();
         let rip = state.rip;
         let mode = Mode::of(state);
@@ -371,7 +379,7 @@ impl Core {
             Ok(identity) => identity,
             Err(stop) => return Ok(Err(stop)),
         };
-        if let Some(index) = self.t.find(start(identity, rip), special) {
+        if let Some(index) = self.t.find(start(identity, rip), purpose) {
             match self.t.blocks[index].second {
                 None => return Ok(Ok(index)),
                 Some((vpage, second)) => match self.code_page(vpage, mode)? {
@@ -381,18 +389,13 @@ impl Core {
                 },
             }
         }
-        self.translate(identity, mode, special)
+        self.translate(identity, mode, purpose)
     }
 
-    fn translate(
-        &mut self,
-        identity: u32,
-        mode: Mode,
-        special: Option<Special>,
-    ) -> Result<Result<u32, Stop>, Exception> {
+    fn translate(&mut self, identity: u32, mode: Mode, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
         if !self.t.has_room(MAX_BLOCK_BYTES) {
             self.clear_code();
-            return self.find(special);
+            return self.find(purpose);
         }
         let rip = self.state().rip;
         let page = self.t.code_pages[identity].page;
@@ -410,10 +413,15 @@ impl Core {
             rip,
             bytes,
             mode,
-            max_instructions: special.map_or(longest.clamp(1, MAX_INSTRUCTIONS), |s| s.max_instructions as u32),
-            careful: special.is_some_and(|s| s.careful),
+            max_instructions: match purpose {
+                Purpose::Ordinary | Purpose::Windowless => longest.clamp(1, MAX_INSTRUCTIONS),
+                Purpose::Short(most) => most as u32,
+                Purpose::Careful => 1,
+            },
+            careful: purpose == Purpose::Careful,
+            window: purpose == Purpose::Ordinary,
             grouping: grouping && self.config.grouping && !self.t.is_ungrouped(start(identity, rip)),
-            isolated: special.is_some(),
+            isolated: !purpose.is_linked(),
             block: index,
             first_site: self.t.sites.len() as u32,
             first_emulated: self.t.emulated.len() as u32,
@@ -423,7 +431,7 @@ impl Core {
             cuts: &cuts,
         };
         self.statistics.translated += 1;
-        if special.is_some() {
+        if purpose != Purpose::Ordinary {
             self.statistics.translated_special += 1;
         }
         let origin = self.t.next_code();
@@ -462,7 +470,7 @@ impl Core {
         self.translator.emulated.drain(..).for_each(|instruction| self.t.emulated.push(instruction));
         self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
         let now = self.now().0;
-        self.t.add_block(rip, identity, second, special, &placed, now);
+        self.t.add_block(rip, identity, second, purpose, &placed, now);
         let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
         let mut fresh = self.t.pages.add_block(page, index, offset as u32, in_first);
         if let Some(second_page) = second_physical {
@@ -519,6 +527,7 @@ impl Core {
         unsafe {
             let block = self.block;
             (*block).flags = flags_to_slot((*block).state.rflags);
+            (*block).window_distance = (*block).windows[window_of(self.current_class() as usize)].distance;
             let door = self.t.address(self.thunks.enter as u32);
             let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(door);
             let argument = enter(self.t.address(target));
@@ -570,16 +579,20 @@ impl Core {
                     continue;
                 }
             }
-            let special = if alone {
-                Some(Special { max_instructions: 1, careful })
+            let purpose = if careful {
+                Purpose::Careful
+            } else if alone {
+                Purpose::Short(1)
             } else if short {
                 // The largest power of two that the budget covers.
                 let most = budget.min(MAX_INSTRUCTIONS as i64) as u64;
-                Some(Special { max_instructions: 1 << most.ilog2(), careful: false })
+                Purpose::Short(1 << most.ilog2())
+            } else if matches!(follow, Follow::Windowless { .. }) {
+                Purpose::Windowless
             } else {
-                None
+                Purpose::Ordinary
             };
-            let index = match self.find(special) {
+            let index = match self.find(purpose) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
                 Err(exception) => {
@@ -600,7 +613,7 @@ impl Core {
             }
             // Since `follow` was noted the code it is about may have been forgotten.
             let forgotten = std::mem::replace(&mut clears, self.t.clears) != self.t.clears;
-            if special.is_none() && !forgotten && self.config.chaining {
+            if purpose.is_linked() && !forgotten && self.config.chaining {
                 self.follow(&follow, index);
             }
             follow = Follow::Nothing;
@@ -654,12 +667,12 @@ impl Core {
                     }
                 }
                 site => match self.t.sites[site].kind {
-                    SiteKind::Link { target, patch } => {
+                    SiteKind::Link { target, patch, same_stack } => {
                         self.statistics.link += 1;
                         let source = self.t.sites[site].block;
                         self.state_mut().rip = target;
-                        if self.t.blocks[source].special.is_none() {
-                            follow = Follow::Link { patch, source };
+                        if self.t.blocks[source].purpose.is_linked() {
+                            follow = Follow::Link { patch, source, same_stack };
                         }
                     }
                     SiteKind::Indirect { popped } => {
@@ -674,7 +687,7 @@ impl Core {
                             }
                             continue;
                         }
-                        if special.is_none() {
+                        if purpose.is_linked() {
                             follow = Follow::Jump;
                         }
                     }
@@ -682,6 +695,13 @@ impl Core {
                         self.statistics.budget += 1;
                         self.rewind(site);
                         short = true;
+                    }
+                    SiteKind::Window { patch } => {
+                        self.rewind(site);
+                        self.state_mut().interrupt_shadow = shadow;
+                        if !self.move_window(self.t.sites[site].block) {
+                            follow = Follow::Windowless { patch };
+                        }
                     }
                     SiteKind::Lookup => {
                         self.statistics.lookup += 1;
@@ -744,32 +764,44 @@ impl Core {
         }
         match *follow {
             Follow::Nothing => {}
-            Follow::Link { patch, source } => {
+            Follow::Link { patch, source, same_stack } => {
                 let from = &self.t.blocks[source];
-                let near = from.identity == target.identity && from.second.is_none();
-                let to = if near { target.entry } else { target.checked };
+                let near = from.identity == target.identity && from.second.is_none() && target.second.is_none();
+                let covered = match (from.window, target.window) {
+                    (Some((low, high)), Some((min, max))) => same_stack && low <= min && max <= high,
+                    _ => false,
+                };
+                let to = match (near, covered) {
+                    (false, _) => target.checked,
+                    (true, false) => target.entry,
+                    (true, true) => target.inner,
+                };
                 self.t.patch_rel32(patch, to);
             }
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
-                let slot = (rip as u32 ^ (rip as u32 >> 12)) as usize % JUMP_ENTRIES;
+                let entry = JumpEntry { rip, host: self.t.address(checked) };
                 // SAFETY: translated code is not running.
-                unsafe {
-                    (*self.block).jump_rip[slot] = rip;
-                    (*self.block).jump_host[slot] = self.t.address(checked);
-                }
+                unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES] = entry };
+            }
+            Follow::Windowless { patch } => {
+                let entry = target.entry;
+                self.t.patch_rel32(patch, entry);
             }
             Follow::Forward { old } => {
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid
-                    && invalid.special.is_none()
+                    && invalid.purpose.is_linked()
                     && invalid.identity == target.identity
                     && invalid.rip == target.rip
                 {
-                    let (old_checked, old_entry) = (invalid.checked, invalid.entry);
+                    let (old_checked, old_entry, old_inner) = (invalid.checked, invalid.entry, invalid.inner);
                     let (checked, entry) = (target.checked, target.entry);
                     self.t.patch_jmp(old_checked, checked);
                     self.t.patch_jmp(old_entry, entry);
+                    if old_inner != old_entry {
+                        self.t.patch_jmp(old_inner, entry);
+                    }
                 }
             }
         }
@@ -787,6 +819,9 @@ impl Core {
         }
         if draw % 127 == 3 {
             self.forget_jumps();
+        }
+        if draw % 31 == 5 {
+            self.forget_windows();
         }
     }
 

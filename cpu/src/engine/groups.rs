@@ -4,7 +4,11 @@
 //! The first access of a group is translated for the whole range; if the range lies in one page, the others need
 //! no check of their own, because they touch a page that the first one has just touched in the same way. A group
 //! is therefore either of reads, or begins with a write.
+//!
+//! Accesses near RSP, or near RBP where it is known to be RSP and a constant, need no group: the block checks once,
+//! in front, that all of them fall into the stack window, and then adds the window's distance.
 
+use super::block::WINDOW_SPANS;
 use super::classify::Treatment;
 use super::registers::{HOME, gpr_number};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
@@ -51,10 +55,22 @@ impl Group {
     }
 }
 
+/// Offsets from RSP that a block may reach in the stack window.
+const WINDOW_REACH: std::ops::Range<i32> = -1024..2048;
+
 /// The plan for one block.
 #[derive(Default)]
 pub struct Plan {
     pub groups: Vec<Group>,
+    /// Lowest and one past the highest offset from RSP, at the block's beginning, that is reached by the window.
+    pub window: Option<(i32, i32)>,
+    windowed: Vec<[bool; 2]>,
+    /// RSP and RBP relative to RSP at the block's beginning, while that is known.
+    rsp_now: Option<i32>,
+    rbp_now: Option<i32>,
+    use_window: bool,
+    /// RSP relative to the block's beginning before each instruction, and at the end.
+    depth: Vec<Option<i32>>,
     /// For every instruction: the group of its memory operand and of its stack access.
     assigned: Vec<[Option<u8>; 2]>,
     open: [[Option<u8>; 2]; 16],
@@ -73,6 +89,19 @@ impl Plan {
     pub fn clear(&mut self) {
         self.groups.clear();
         self.assigned.clear();
+        self.windowed.clear();
+        self.depth.clear();
+        self.window = None;
+    }
+
+    /// True if an access goes through the stack window.
+    pub fn windowed(&self, instruction: usize, which: Which) -> bool {
+        self.windowed.get(instruction).is_some_and(|w| w[which as usize])
+    }
+
+    /// True if RSP before this instruction is what it was when the block began.
+    pub fn same_stack(&self, instruction: usize) -> bool {
+        self.depth.get(instruction).is_some_and(|depth| *depth == Some(0))
     }
 
     /// The group of an access, if it shares its translation with another.
@@ -82,15 +111,39 @@ impl Plan {
     }
 
     /// Plans a block of 64-bit code.
-    pub fn make(&mut self, list: &[(Instruction, Treatment)], info: &mut InstructionInfoFactory) {
+    pub fn make(&mut self, list: &[(Instruction, Treatment)], info: &mut InstructionInfoFactory, use_window: bool) {
         self.clear();
         self.open = Default::default();
         self.rsp = 0;
+        (self.rsp_now, self.rbp_now) = (Some(0), None);
+        self.use_window = use_window;
         for (i, (ins, treatment)) in list.iter().enumerate() {
             self.assigned.push([None; 2]);
+            self.windowed.push([false; 2]);
+            self.depth.push(self.rsp_now);
             self.accesses(i, ins, *treatment, info);
             self.changes(ins, *treatment, info);
         }
+        self.depth.push(self.rsp_now);
+    }
+
+    /// Takes an access into the stack window, if it is known to be near.
+    fn through_window(&mut self, i: usize, which: Which, base: usize, offset: i32, size: i32) -> bool {
+        let known = match base {
+            RSP => self.rsp_now,
+            RBP => self.rbp_now,
+            _ => None,
+        };
+        let Some(low) = known.map(|base| base + offset).filter(|_| self.use_window) else { return false };
+        let high = low + size;
+        let (min, max) = self.window.unwrap_or((low, high));
+        let (min, max) = (min.min(low), max.max(high));
+        let near = min >= WINDOW_REACH.start && max <= WINDOW_REACH.end && max - min <= WINDOW_SPANS[2];
+        if near {
+            self.window = Some((min, max));
+            self.windowed[i][which as usize] = true;
+        }
+        near
     }
 
     fn accesses(&mut self, i: usize, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
@@ -142,6 +195,9 @@ impl Plan {
 
     #[allow(clippy::too_many_arguments)]
     fn access(&mut self, i: usize, which: Which, base: usize, offset: i32, size: i32, read: bool, write: bool) {
+        if self.through_window(i, which, base, offset, size) {
+            return;
+        }
         let bias = if base == RSP { self.rsp } else { 0 };
         let (low, high) = (offset + bias, offset + bias + size);
         // A read may use a group that began with a write, not the other way round.
@@ -178,6 +234,7 @@ impl Plan {
     }
 
     fn changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
+        self.stack_changes(ins, treatment, info);
         let mut rsp_known = true;
         match treatment {
             Treatment::Push | Treatment::PushFlags => self.rsp -= 8,
@@ -200,6 +257,68 @@ impl Plan {
                 self.open[guest as usize] = [None; 2];
                 if guest as usize == RSP {
                     self.rsp = 0;
+                }
+            }
+        }
+    }
+}
+
+impl Plan {
+    /// Follows RSP and RBP from the block's beginning.
+    fn stack_changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
+        let moved = |at: Option<i32>, by: i32| at.map(|at| at + by).filter(|at| at.abs() < 1 << 20);
+        match treatment {
+            Treatment::Push | Treatment::PushFlags | Treatment::Call | Treatment::IndirectCall => {
+                self.rsp_now = moved(self.rsp_now, -8);
+                return;
+            }
+            Treatment::Return => {
+                let extra = if ins.op_count() == 1 { ins.immediate16() as i32 } else { 0 };
+                self.rsp_now = moved(self.rsp_now, 8 + extra);
+                return;
+            }
+            Treatment::Pop if ins.op0_kind() != OpKind::Register => {
+                self.rsp_now = moved(self.rsp_now, 8);
+                return;
+            }
+            Treatment::Pop => {
+                self.rsp_now = if ins.op0_register() == Register::RSP { None } else { moved(self.rsp_now, 8) };
+                if ins.op0_register() == Register::RBP {
+                    self.rbp_now = None;
+                }
+                return;
+            }
+            Treatment::Leave => {
+                (self.rsp_now, self.rbp_now) = (moved(self.rbp_now, 8), None);
+                return;
+            }
+            _ => {}
+        }
+        let to_rbp = ins.op_count() == 2 && ins.op0_kind() == OpKind::Register && ins.op0_register() == Register::RBP;
+        let from_rsp = match ins.code() {
+            Code::Mov_rm64_r64 | Code::Mov_r64_rm64 if ins.op1_kind() == OpKind::Register => {
+                (ins.op1_register() == Register::RSP).then_some(0)
+            }
+            Code::Lea_r64_m if ins.memory_base() == Register::RSP && ins.memory_index() == Register::None => {
+                let offset = ins.memory_displacement64() as i64;
+                (offset.abs() < 1 << 20).then_some(offset as i32)
+            }
+            _ => None,
+        };
+        if to_rbp && let Some(by) = from_rsp {
+            self.rbp_now = moved(self.rsp_now, by);
+            return;
+        }
+        if let Some(by) = known_rsp_change(ins) {
+            self.rsp_now = moved(self.rsp_now, by);
+            return;
+        }
+        for used in info.info(ins).used_registers() {
+            if writes(used.access()) {
+                match gpr_number(used.register()).map(usize::from) {
+                    Some(RSP) => self.rsp_now = None,
+                    Some(RBP) => self.rbp_now = None,
+                    _ => {}
                 }
             }
         }

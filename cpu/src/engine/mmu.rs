@@ -5,7 +5,7 @@
 //! it take the slow path, and a write to a present entry forgets what came from it. So a guest never sees a stale
 //! translation, whatever the size of the TLBs and however often they are flushed.
 
-use super::block::{Bounce, Class, ITLB_ENTRIES, empty_tag};
+use super::block::{Bounce, Class, ITLB_ENTRIES, WINDOW_SPANS, empty_tag, window_of};
 use super::core::{Core, Pending};
 use super::mode::class;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
@@ -109,6 +109,9 @@ impl Core {
     }
 
     fn flush_tlb(&mut self, c: usize, write: usize, global: bool) {
+        if write == 1 {
+            self.forget_window(window_of(c));
+        }
         // SAFETY: the vCPU block is owned by this core and nothing else refers to its TLBs now.
         let tlb = unsafe { &mut (*self.block).tlb[c][write] };
         let used = &mut self.used[c][write];
@@ -158,6 +161,64 @@ impl Core {
         for itlb in &mut block.itlb {
             itlb[vpage as usize % ITLB_ENTRIES] = 0;
         }
+        self.forget_windows();
+    }
+
+    // The stack window -----------------------------------------------------------------------------------------
+
+    /// Forgets the stack windows. Their distance stays: the running block may still add it.
+    pub fn forget_windows(&mut self) {
+        self.forget_window(0);
+        self.forget_window(1);
+    }
+
+    fn forget_window(&mut self, which: usize) {
+        // SAFETY: the vCPU block is owned by this core.
+        unsafe { (*self.block).windows[which].places = [0; 3] };
+    }
+
+    /// A block found that the stack window does not cover its reach: moves the window to RSP. False if the window
+    /// does not cover it then either.
+    pub fn move_window(&mut self, block: u32) -> bool {
+        /// Blocks that may miss the window before it is moved again: going back and forth costs more than it saves.
+        const PATIENCE: u32 = 32;
+        /// Pages that the window may have on each side.
+        const PAGES: u64 = 16;
+        let Some((min, max)) = self.t.blocks[block].window else { return false };
+        let class = self.current_class();
+        let rsp = self.state().gpr[crate::state::gpr::RSP];
+        let (first, last) = (rsp.wrapping_add(min as u64), rsp.wrapping_add(max as u64).wrapping_sub(1));
+        // SAFETY: the vCPU block is owned by this core.
+        unsafe { (*self.block).window_patience = PATIENCE };
+        let Some(distance) = self.written_page(first, class) else { return false };
+        let mut low = first & !PAGE_MASK;
+        let mut high = low + PAGE_MASK;
+        while low > (first & !PAGE_MASK).saturating_sub(PAGES * PAGE_SIZE)
+            && self.written_page(low - PAGE_SIZE, class) == Some(distance)
+        {
+            low -= PAGE_SIZE;
+        }
+        while high < (first | PAGE_MASK).saturating_add(PAGES * PAGE_SIZE)
+            && self.written_page(high + 1, class) == Some(distance)
+        {
+            high += PAGE_SIZE;
+        }
+        let size = high - low + 1;
+        // SAFETY: as above.
+        let window = unsafe { &mut (*self.block).windows[window_of(class as usize)] };
+        window.low = low;
+        window.distance = distance;
+        window.places = WINDOW_SPANS.map(|span| size + 1 - span as u64);
+        first <= last && last <= high
+    }
+
+    /// Host minus linear address of a page in the write TLB.
+    fn written_page(&self, linear: u64, class: Class) -> Option<u64> {
+        let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
+        // SAFETY: the vCPU block is owned by this core.
+        let entry = unsafe { (*self.block).tlb[class as usize][1][index] };
+        // Supervisor code has one window; with SMAP suspended the TLB may hold pages that it must not cover.
+        (class != Class::KernelAc && entry.tag == linear & !PAGE_MASK).then(|| entry.host.wrapping_sub(entry.tag))
     }
 
     // Walking --------------------------------------------------------------------------------------------------

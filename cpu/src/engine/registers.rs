@@ -1,8 +1,8 @@
 //! Where guest general-purpose registers live while translated code runs.
 //!
-//! Host RAX and RCX are scratch (flags need LAHF, shifts need CL), R15 holds the instruction budget. Guest RAX and
-//! RCX move to R12 and R13; guest R12, R13 and R15, which compiled code uses least, stay in the vCPU block. All
-//! others, RSP included, are the host registers of the same name.
+//! Host RAX and RCX are scratch (flags need LAHF, shifts need CL), R15 holds the instruction budget, R11 the distance
+//! of the stack window. Guest RAX and RCX move to R12 and R13; guest R11, R12, R13 and R15, which compiled code uses
+//! least, stay in the vCPU block. All others, RSP included, are the host registers of the same name.
 
 use iced_x86::Register;
 
@@ -19,7 +19,7 @@ pub const HOME: [Option<u8>; 16] = [
     Some(8),
     Some(9),
     Some(10),
-    Some(11),
+    None,
     None,
     None,
     Some(14),

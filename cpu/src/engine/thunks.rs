@@ -49,6 +49,7 @@ fn load_guest(a: &mut Assembler) {
         a.vmovdqu_gs(false, ymm, field::ymm(ymm));
     }
     a.load_gs(host::R15, field::BUDGET);
+    a.load_gs(host::R11, field::WINDOW_DISTANCE);
     for (guest, home) in HOME.iter().enumerate() {
         if let Some(home) = home {
             a.load_gs(*home, field::gpr(guest as u8));

@@ -6,7 +6,7 @@
 //! middle of a block the state is that before the instruction, so that it can be executed again.
 
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, field};
+use super::block::{Class, WINDOW_SPANS, field};
 use super::classify::{self, Treatment};
 use super::groups::{Plan, Which, needs_pointer, reads, writes};
 use super::mode::Mode;
@@ -33,12 +33,15 @@ pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
     /// For a group, `first` is the access that happens now: its offset in the range, and its size.
     Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<(u16, u8)>, resume: u32 },
-    /// A direct branch whose rel32 at `patch` may be led to the target's translation.
-    Link { target: u64, patch: u32 },
+    /// A direct branch whose rel32 at `patch` may be led to the target's translation. `same_stack` says that RSP is
+    /// what it was when the block began.
+    Link { target: u64, patch: u32, same_stack: bool },
     /// An indirect branch missed the jump cache. `popped` has been added to RSP.
     Indirect { popped: i32 },
     /// The budget does not cover the block.
     Budget,
+    /// The block reaches beyond the stack window. The rel32 at `patch` may be led to a translation without it.
+    Window { patch: u32 },
     /// The block must be looked up again: its page may have changed, or it was invalidated.
     Lookup,
     /// An instruction for the emulation, kept decoded.
@@ -71,6 +74,8 @@ pub struct Request<'a> {
     pub careful: bool,
     /// Nearby accesses share a translation.
     pub grouping: bool,
+    /// Accesses near RSP go through the stack window.
+    pub window: bool,
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
     pub block: u32,
@@ -93,6 +98,10 @@ pub struct Placed {
     pub checked: u32,
     /// Entry for branches within the page.
     pub entry: u32,
+    /// Entry for branches within the page that know that the stack window covers the block's reach.
+    pub inner: u32,
+    /// Reach of the block from RSP that its check covers: lowest offset, one past the highest.
+    pub window: Option<(i16, i16)>,
     /// Stub that looks the block up again; invalidated entries lead there.
     pub lookup_stub: u32,
     /// Guest bytes translated.
@@ -121,7 +130,9 @@ enum Cold {
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
     /// what the budget was charged for the rest of the block, and go to the target.
-    Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32 },
+    Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32, same_stack: bool },
+    /// `patch` leads here when the stack window does not cover the block.
+    Window { patch: u32 },
     /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
     Indirect { patch: u32, site: u32 },
 }
@@ -210,7 +221,7 @@ impl Translator {
         self.ip = request.rip;
         self.a.start(origin as u64);
         if request.grouping && !request.careful && request.mode.is_64bit() {
-            self.plan.make(&list, &mut self.info);
+            self.plan.make(&list, &mut self.info, request.window && !request.isolated);
         } else {
             self.plan.clear();
         }
@@ -222,6 +233,8 @@ impl Translator {
         if let Some((vpage, identity)) = request.second_page {
             self.check_page(vpage, identity, lookup);
         }
+        placed.window = self.check_window();
+        placed.inner = self.a.here() as u32;
         if self.count > 0 {
             self.a.sub_imm(host::R15, self.count as i32);
             let site = self.site(SiteKind::Budget, self.count);
@@ -271,7 +284,18 @@ impl Translator {
                     self.a.store_gs(host::RCX, field::RIP);
                     self.leave(site);
                 }
-                Cold::Side { patch, target, ip, save_flags, unretired } => {
+                Cold::Window { patch } => {
+                    self.a.land(patch);
+                    self.a.decrement_gs32(field::WINDOW_PATIENCE);
+                    let impatient = self.a.jcc(cc::S, 0);
+                    let jump = self.a.jmp(0);
+                    self.ip = request.rip;
+                    let site = self.site(SiteKind::Window { patch: self.a.origin as u32 + jump }, 0);
+                    self.a.land(impatient);
+                    self.a.land(jump);
+                    self.leave(site);
+                }
+                Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
                     self.a.land(patch);
                     if save_flags {
                         self.a.save_flags(field::FLAGS);
@@ -279,7 +303,7 @@ impl Translator {
                     self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
                     let jump = self.a.jmp(0);
                     self.ip = ip;
-                    let kind = SiteKind::Link { target, patch: self.a.origin as u32 + jump };
+                    let kind = SiteKind::Link { target, patch: self.a.origin as u32 + jump, same_stack };
                     let site = self.site(kind, 0);
                     self.a.land(jump);
                     self.leave(site);
@@ -363,6 +387,19 @@ impl Translator {
         self.a.cmp_gs_imm32(field::itlb(self.mode.class(), vpage), identity);
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site: lookup });
+    }
+
+    /// Leaves if the stack window does not cover all that the block reaches through it.
+    fn check_window(&mut self) -> Option<(i16, i16)> {
+        let (min, max) = self.plan.window?;
+        let span = WINDOW_SPANS.iter().position(|span| max - min <= *span).expect("the plan keeps to the widest span");
+        let class = self.mode.class();
+        self.a.lea(true, host::RCX, Some(host::RSP), None, min);
+        self.a.gs_op(true, op::SUB, host::RCX, field::window_low(class));
+        self.a.gs_op(true, op::CMP, host::RCX, field::window_places(class, span));
+        let patch = self.a.jcc(cc::AE, 0);
+        self.cold.push(Cold::Window { patch });
+        Some((min as i16, (min + WINDOW_SPANS[span]) as i16))
     }
 
     // Flags ----------------------------------------------------------------------------------------------------
@@ -468,8 +505,7 @@ impl Translator {
             self.a.jmp(self.thunks.memory);
         } else {
             let tlb = field::tlb(class, write);
-            self.a.mov32(host::RAX, host::RCX);
-            self.a.shr32(host::RAX, 8);
+            self.a.rorx_eax_ecx(8);
             self.a.and32(host::RAX, self.tlb_mask << 4);
             self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
             self.a.cmp_imm(host::RCX, 4096 - size as i32);
@@ -543,6 +579,11 @@ impl Translator {
 
     /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
     fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) -> Operand {
+        if self.plan.windowed(self.position, Which::Operand) {
+            let base = gpr_number(ins.memory_base()).and_then(|base| HOME[base as usize]);
+            let base = base.expect("RSP and RBP have homes");
+            return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32 };
+        }
         if let Some(index) = self.plan.group(self.position, Which::Operand) {
             return self.grouped(index, ins.memory_displacement64() as i32);
         }
@@ -561,6 +602,9 @@ impl Translator {
 
     /// Host address of stack memory at RSP + `offset`.
     fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
+        if self.plan.windowed(self.position, Which::Stack) {
+            return Operand { base: host::RSP, index: Some(host::R11), disp: offset };
+        }
         if let Some(index) = self.plan.group(self.position, Which::Stack) {
             return self.grouped(index, offset);
         }
@@ -663,7 +707,8 @@ impl Translator {
     }
 
     fn link_site(&mut self, target: u64, patch: u32) {
-        let kind = SiteKind::Link { target, patch: self.a.origin as u32 + patch };
+        let same_stack = self.plan.same_stack(self.position + 1);
+        let kind = SiteKind::Link { target, patch: self.a.origin as u32 + patch, same_stack };
         let site = self.site(kind, 0);
         self.cold.push(Cold::Leave { patch, site });
     }
@@ -688,6 +733,7 @@ impl Translator {
             ip: self.ip,
             save_flags: self.flags == Flags::Host,
             unretired: self.unretired() - 1,
+            same_stack: self.plan.same_stack(self.position + 1),
         });
     }
 
@@ -784,14 +830,12 @@ impl Translator {
             self.cold.push(Cold::Indirect { patch, site });
             return;
         }
-        self.a.mov32(host::RAX, host::RCX);
-        self.a.shr32(host::RAX, 12);
-        self.a.xor32(host::RAX, host::RCX);
-        self.a.and32(host::RAX, super::block::JUMP_ENTRIES as u32 - 1);
-        self.a.gs_index8_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+        self.a.rorx_eax_ecx(28);
+        self.a.and32(host::RAX, (super::block::JUMP_ENTRIES as u32 - 1) << 4);
+        self.a.gs_base_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Indirect { patch, site });
-        self.a.jmp_gs_rax8(field::JUMP_HOST);
+        self.a.jmp_gs_rax(field::JUMP_HOST);
     }
 
     fn load_effective_address(&mut self, ins: &Instruction) {
@@ -913,7 +957,9 @@ impl Translator {
 
     fn leave_frame(&mut self) {
         let word = self.word();
-        let at = if let Some(index) = self.plan.group(self.position, Which::Stack) {
+        let at = if self.plan.windowed(self.position, Which::Stack) {
+            Operand { base: host::RBP, index: Some(host::R11), disp: 0 }
+        } else if let Some(index) = self.plan.group(self.position, Which::Stack) {
             self.grouped(index, 0)
         } else {
             self.clobber_flags();

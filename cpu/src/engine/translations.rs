@@ -26,11 +26,24 @@ const CODE_PER_CODE_PAGE: usize = 512;
 /// Most records of each kind that one block can need.
 const PER_BLOCK: usize = 1024;
 
-/// A block for one purpose.
+/// What a block is made for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Special {
-    pub max_instructions: u8,
-    pub careful: bool,
+pub enum Purpose {
+    /// Ordinary execution.
+    Ordinary,
+    /// Ordinary execution where the stack window does not reach.
+    Windowless,
+    /// At most so many instructions, and then back to Rust.
+    Short(u8),
+    /// One instruction with every memory access through Rust.
+    Careful,
+}
+
+impl Purpose {
+    /// Others may be linked to the block and it to others.
+    pub fn is_linked(self) -> bool {
+        matches!(self, Purpose::Ordinary | Purpose::Windowless)
+    }
 }
 
 /// A translated block.
@@ -44,12 +57,14 @@ pub struct Block {
     /// Offsets in the code memory.
     pub checked: u32,
     pub entry: u32,
+    pub inner: u32,
     pub lookup_stub: u32,
+    /// Reach from RSP that the block's check of the stack window covers.
+    pub window: Option<(i16, i16)>,
     /// Index + 1 of the next block with the same hash.
     next: u32,
     pub valid: bool,
-    /// Made for one purpose: neither linked to nor found for ordinary execution.
-    pub special: Option<Special>,
+    pub purpose: Purpose,
     /// How often a group of accesses crossed a page, and the icount when that count began.
     pub crossings: (u32, u64),
 }
@@ -319,11 +334,11 @@ impl Translations {
     // Blocks ---------------------------------------------------------------------------------------------------
 
     /// The block with this start and purpose.
-    pub fn find(&self, start: u64, special: Option<Special>) -> Option<u32> {
+    pub fn find(&self, start: u64, purpose: Purpose) -> Option<u32> {
         let mut next = self.block_lists[hash(start, BLOCK_LISTS)];
         while next != 0 {
             let block = &self.blocks[next - 1];
-            if block.start() == start && block.special == special {
+            if block.start() == start && block.purpose == purpose {
                 return Some(next - 1);
             }
             next = block.next;
@@ -338,7 +353,7 @@ impl Translations {
         rip: u64,
         identity: u32,
         second: Option<(u64, u32)>,
-        special: Option<Special>,
+        purpose: Purpose,
         placed: &super::translate::Placed,
         now: u64,
     ) {
@@ -350,10 +365,12 @@ impl Translations {
             second,
             checked: placed.checked,
             entry: placed.entry,
+            inner: placed.inner,
+            window: placed.window,
             lookup_stub: placed.lookup_stub,
             next: self.block_lists[list],
             valid: true,
-            special,
+            purpose,
             crossings: (0, now),
         });
         self.block_lists[list] = index + 1;
@@ -371,6 +388,9 @@ impl Translations {
         self.blocks[index].valid = false;
         self.patch_jmp(block.checked, block.lookup_stub);
         self.patch_jmp(block.entry, block.lookup_stub);
+        if block.inner != block.entry {
+            self.patch_jmp(block.inner, block.lookup_stub);
+        }
         let list = hash(block.start(), BLOCK_LISTS);
         let mut at = self.block_lists[list];
         if at == index + 1 {
