@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test oracle test-svm demo bench clean
+.PHONY: help all build test oracle test-svm demo bench bench-snapshots clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -33,6 +33,9 @@ demo: build images ## each image twice with one seed and once with another
 
 bench: build images ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench --
+
+bench-snapshots: ## branches, going back, snapshots; figures in target/bench-snapshots.json
+	$(CARGO) run --release --locked -p orrery-tests --bin bench-snapshots --
 
 clean: ## everything that was built
 	$(CARGO) clean

@@ -79,10 +79,10 @@ pub trait Disk {
 /// The immutable content below a [`CowDisk`]: bytes in memory or a mapped file.
 pub type Base = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
-/// One page of an overlay.
+/// One page of an overlay. Copies share the content until one of them is written.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "Vec<u8>", into = "Vec<u8>")]
-pub struct Page(Box<[u8; PAGE_LEN]>);
+pub struct Page(Arc<[u8; PAGE_LEN]>);
 
 impl Page {
     /// The content.
@@ -93,7 +93,7 @@ impl Page {
 
 impl From<[u8; PAGE_LEN]> for Page {
     fn from(bytes: [u8; PAGE_LEN]) -> Page {
-        Page(Box::new(bytes))
+        Page(Arc::new(bytes))
     }
 }
 
@@ -108,8 +108,8 @@ impl TryFrom<Vec<u8>> for Page {
 
     fn try_from(bytes: Vec<u8>) -> Result<Page, String> {
         let len = bytes.len();
-        let page = bytes.into_boxed_slice().try_into();
-        page.map(Page).map_err(|_| format!("a page of a disk has {PAGE_LEN} bytes, not {len}"))
+        let page: Result<[u8; PAGE_LEN], _> = bytes.try_into();
+        page.map(Page::from).map_err(|_| format!("a page of a disk has {PAGE_LEN} bytes, not {len}"))
     }
 }
 
@@ -126,17 +126,25 @@ pub type Overlay = BTreeMap<u64, Page>;
 /// changed by one page at the cost of hashing that page.
 type Digest = [u64; 4];
 
-/// A disk whose writes stay in memory, over a base that never changes.
+/// A disk whose writes stay in memory, over a base that never changes. A clone costs the same however much was written:
+/// the two share their pages until one of them writes, which then copies the table of pages, and each page that it
+/// writes.
 #[derive(Clone, Deserialize)]
 #[serde(from = "Saved")]
 pub struct CowDisk {
     len: u64,
     read_only: bool,
     base: Option<Base>,
+    written: Arc<Written>,
+    digest: Digest,
+}
+
+/// What differs from the base.
+#[derive(Clone, Default)]
+struct Written {
     overlay: Overlay,
     /// Digest of each page of the overlay.
     digests: BTreeMap<u64, Digest>,
-    digest: Digest,
 }
 
 /// The serde form of a [`CowDisk`].
@@ -149,7 +157,7 @@ struct Saved {
 
 impl From<Saved> for CowDisk {
     fn from(Saved { len, read_only, digest }: Saved) -> CowDisk {
-        CowDisk { len, read_only, base: None, overlay: Overlay::new(), digests: BTreeMap::new(), digest }
+        CowDisk { len, read_only, base: None, written: Arc::default(), digest }
     }
 }
 
@@ -161,7 +169,7 @@ impl Serialize for CowDisk {
 
 impl fmt::Debug for CowDisk {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.debug_struct("CowDisk").field("len", &self.len).field("pages", &self.overlay.len()).finish_non_exhaustive()
+        f.debug_struct("CowDisk").field("len", &self.len).field("pages", &self.overlay().len()).finish_non_exhaustive()
     }
 }
 
@@ -172,15 +180,14 @@ impl CowDisk {
             len: (*base).as_ref().len() as u64,
             read_only,
             base: Some(base),
-            overlay: Overlay::new(),
-            digests: BTreeMap::new(),
+            written: Arc::default(),
             digest: [0; 4],
         }
     }
 
     /// The pages that the guest has written: what a snapshot stores beside the serde form.
     pub fn overlay(&self) -> &Overlay {
-        &self.overlay
+        &self.written.overlay
     }
 
     /// Gives a deserialised disk its content back.
@@ -199,8 +206,7 @@ impl CowDisk {
             return Err(AttachError::Digest);
         }
         self.base = Some(base);
-        self.overlay = overlay;
-        self.digests = digests;
+        self.written = Arc::new(Written { overlay, digests });
         Ok(())
     }
 
@@ -270,7 +276,7 @@ impl Disk for CowDisk {
         for piece in pieces(offset, data.len()) {
             let count = piece.buffer.len();
             let into = &mut data[piece.buffer];
-            match self.overlay.get(&piece.page) {
+            match self.written.overlay.get(&piece.page) {
                 Some(page) => into.copy_from_slice(&page.0[piece.start..piece.start + count]),
                 None => {
                     let from = piece.page as usize * PAGE_LEN + piece.start;
@@ -287,17 +293,19 @@ impl Disk for CowDisk {
         }
         let base = Arc::clone(self.check(offset, data.len())?);
         let base = (*base).as_ref();
+        let written = Arc::make_mut(&mut self.written);
         for piece in pieces(offset, data.len()) {
-            let page = self.overlay.entry(piece.page).or_insert_with(|| {
+            let page = written.overlay.entry(piece.page).or_insert_with(|| {
                 let from = piece.page as usize * PAGE_LEN;
                 let below = &base[from..base.len().min(from + PAGE_LEN)];
                 let mut bytes = [0; PAGE_LEN];
                 bytes[..below.len()].copy_from_slice(below);
                 Page::from(bytes)
             });
-            page.0[piece.start..piece.start + piece.buffer.len()].copy_from_slice(&data[piece.buffer]);
+            let bytes = Arc::make_mut(&mut page.0);
+            bytes[piece.start..piece.start + piece.buffer.len()].copy_from_slice(&data[piece.buffer]);
             let digest = page_digest(piece.page, page);
-            let before = self.digests.insert(piece.page, digest).unwrap_or([0; 4]);
+            let before = written.digests.insert(piece.page, digest).unwrap_or([0; 4]);
             self.digest = add(subtract(self.digest, before), digest);
         }
         Ok(())
@@ -353,6 +361,25 @@ mod tests {
         assert_eq!(&data, b"hello");
     }
 
+    #[test]
+    fn copies_do_not_see_each_others_writes() {
+        let (bytes, mut disk) = disk(10_000);
+        disk.write_at(5_000, b"common").unwrap();
+        let mut copy = disk.clone();
+        copy.write_at(5_000, b"mine").unwrap();
+        copy.write_at(0, b"new").unwrap();
+        disk.write_at(9_000, b"yours").unwrap();
+        let read = |disk: &CowDisk, offset, len| {
+            let mut data = vec![0; len];
+            disk.read_at(offset, &mut data).unwrap();
+            data
+        };
+        assert_eq!((read(&disk, 5_000, 6), read(&copy, 5_000, 6)), (b"common".to_vec(), b"mineon".to_vec()));
+        assert_eq!((read(&disk, 0, 3), read(&copy, 0, 3)), (bytes[..3].to_vec(), b"new".to_vec()));
+        assert_eq!((read(&disk, 9_000, 5), read(&copy, 9_000, 5)), (b"yours".to_vec(), bytes[9_000..9_005].to_vec()));
+        assert_ne!(disk.digest, copy.digest);
+    }
+
     proptest! {
         #[test]
         fn behaves_like_an_array(writes in proptest::collection::vec((0..20_000u64, 0..9_000usize, any::<u8>()), 0..12)) {
@@ -365,7 +392,7 @@ mod tests {
             let mut all = vec![0; 20_000];
             disk.read_at(0, &mut all).unwrap();
             prop_assert!(all == model);
-            let sum = disk.overlay.iter().fold([0; 4], |sum, (index, page)| add(sum, page_digest(*index, page)));
+            let sum = disk.overlay().iter().fold([0; 4], |sum, (index, page)| add(sum, page_digest(*index, page)));
             prop_assert_eq!(sum, disk.digest);
         }
     }

@@ -18,8 +18,10 @@ pub const DETERMINATE: [&str; 9] =
 pub const SEEDED: [&str; 3] = ["race", "random", "gorace"];
 
 /// Programs in C, static, with threads.
-const C_PROGRAMS: [&str; 11] =
-    ["runner", "selfmod", "signals", "faults", "debugger", "memory", "vectors", "floats", "clock", "race", "random"];
+const C_PROGRAMS: [&str; 12] = [
+    "runner", "selfmod", "signals", "faults", "debugger", "memory", "vectors", "floats", "clock", "race", "random",
+    "filler",
+];
 
 /// Below the root: where the programs are.
 const PLACE: &str = "guests";

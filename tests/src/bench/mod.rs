@@ -3,6 +3,7 @@
 //! [`lines`] says what is measured, [`prepare`] builds programs and images, [`platform`] knows how a program is
 //! started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the time, [`schedule`] interleaves the
 //! rounds, [`figures`] is the table and the file, [`compare`] says which lines moved between two files.
+//! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process.
 //! `docs/benchmarks.md` explains how to read the result.
 
 pub mod compare;
@@ -12,3 +13,4 @@ pub mod platform;
 pub mod prepare;
 pub mod schedule;
 pub mod session;
+pub mod snapshots;

@@ -9,9 +9,8 @@
 
 use std::sync::Arc;
 
-use orrery_cpu::engine::{Engine, EngineConfig, EngineError};
+use orrery_cpu::engine::{Engine, EngineError, FrozenTranslations};
 use orrery_cpu::memory::PAGE_SIZE;
-use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::{CpuState, Icount};
 
 use super::dirty::DirtyPages;
@@ -50,8 +49,7 @@ struct Frozen {
     digest: MemoryDigest,
     /// Pages written since the last snapshot on disk.
     unsaved: Arc<[u64]>,
-    engine_config: EngineConfig,
-    features: ModelFeatures,
+    translations: FrozenTranslations,
 }
 
 /// Where a machine branched off, to go back to.
@@ -86,14 +84,19 @@ impl Machine {
             state: self.capture(),
             digest: self.digest.clone(),
             unsaved: self.unsaved(),
-            engine_config: self.engine_config.clone(),
-            features: self.features,
+            translations: self.engine.freeze()?,
         });
         if self.origin.is_none() {
             self.dirty.branch.take();
             self.origin = Some(Origin { start: frozen.state.clone(), frozen: Arc::clone(&frozen) });
         }
         Ok(Template(frozen))
+    }
+
+    /// How many pages this machine has written since its branch point, or since power-on.
+    pub fn pages_since_branch(&mut self) -> usize {
+        self.collect_dirty();
+        self.dirty.branch.len()
     }
 
     /// Goes back to the moment at which this machine branched off (or was frozen first), with the seed and the
@@ -141,7 +144,7 @@ impl Template {
         let frozen = &self.0;
         let start = start(&frozen.state, seed, inputs);
         let memory = frozen.ram.map()?;
-        let mut engine = frozen.engine(&memory)?;
+        let mut engine = Engine::branch(&frozen.translations, memory.clone())?;
         *engine.state_mut() = start.cpu.clone();
         engine.set_icount(start.icount);
         engine.state_replaced();
@@ -149,8 +152,6 @@ impl Template {
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             digest: frozen.digest.clone(),
             engine,
-            engine_config: frozen.engine_config.clone(),
-            features: frozen.features,
             board: Board::at(memory, start.board.clone()),
             inputs: start.inputs.clone(),
             entered: Vec::new(),
@@ -175,13 +176,6 @@ impl Template {
     /// Registers of the vCPU at that moment.
     pub fn cpu(&self) -> &CpuState {
         &self.0.state.cpu
-    }
-}
-
-impl Frozen {
-    /// The engine of a branch.
-    fn engine(&self, memory: &orrery_cpu::memory::GuestMemory) -> Result<Engine, EngineError> {
-        Engine::new(memory.clone(), self.features, self.engine_config.clone())
     }
 }
 

@@ -18,7 +18,6 @@ use std::sync::Arc;
 
 use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Hit, Observation, Stop};
 use orrery_cpu::memory::PAGE_SIZE;
-use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::state::rflags;
 use orrery_cpu::{CpuState, Icount};
 use orrery_devices::VirtualNs;
@@ -114,9 +113,6 @@ pub struct Machine {
     inherited_unsaved: Arc<[u64]>,
     /// Where the machine branched off, if it did.
     origin: Option<branch::Origin>,
-    /// For the engines of branches.
-    engine_config: EngineConfig,
-    features: ModelFeatures,
     /// Inputs that have not entered yet: the replayed log, and what has just arrived.
     inputs: VecDeque<Scheduled>,
     /// Inputs that have entered since the last [`Machine::take_inputs`].
@@ -176,7 +172,6 @@ impl Machine {
         };
         let entry = boot::load(&memory, &kernel)?;
         let features = devices::model_features(config);
-        let engine_config = engine.clone();
         let mut engine = Engine::new(memory.clone(), features, engine)?;
         *engine.state_mut() = boot_state(&entry);
         engine.state_replaced();
@@ -186,8 +181,6 @@ impl Machine {
             seed,
             inherited_unsaved: Arc::new([]),
             origin: None,
-            engine_config,
-            features,
             engine,
             board,
             inputs: VecDeque::new(),

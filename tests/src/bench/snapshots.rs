@@ -1,0 +1,302 @@
+//! The benchmark of branches and snapshots: how long it takes until another machine runs, in this process.
+//!
+//! Each line is one kind of operation, done many times; its figures are the median and the 99th percentile in
+//! microseconds. The guests are Debian systems that have filled most of their memory (`guests/filler.c`).
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use orrery_cpu::Icount;
+use orrery_guest_image::Image;
+use orrery_vmm::{Limits, Machine, MachineConfig, Pause, Seed, Template};
+use serde::Serialize;
+
+/// Instructions that a child runs in the lines about throughput.
+const CHILD_INSTRUCTIONS: u64 = 100_000;
+/// Instructions after which a guest that has said it is ready is taken to be in its stride.
+const SETTLE_INSTRUCTIONS: u64 = 50_000_000;
+/// Longest boot.
+const BOOT_INSTRUCTIONS: u64 = 1 << 38;
+/// Pages that a child has written before it goes back.
+const RESET_PAGES: usize = 50;
+/// Branches of one parent that live at once.
+const LIVE: usize = 1_000;
+
+/// What can be measured.
+pub const NAMES: [(&str, &str); 8] = [
+    ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
+    ("reset-50", "going back to the branch point after 50 pages were written"),
+    ("branches-per-second", "going back and running 100,000 instructions"),
+    ("first-million", "the first million instructions of a branch"),
+    ("parent-million", "a million instructions of its parent"),
+    ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
+    ("live-1000", "a branch while up to 1000 brothers live that have run 100,000 instructions each"),
+    ("branch-4096", "a branch of a guest of 4 GiB, until its first instruction has retired"),
+];
+
+/// One line of the result.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// See [`NAMES`].
+    pub name: String,
+    /// Median, in microseconds.
+    pub p50_us: f64,
+    /// 99th percentile, in microseconds.
+    pub p99_us: f64,
+    /// How many times it was done.
+    pub samples: usize,
+    /// Whatever else was measured, with its unit in the name.
+    #[serde(flatten)]
+    pub more: std::collections::BTreeMap<&'static str, f64>,
+}
+
+/// All lines, as in the file.
+#[derive(Debug, Serialize)]
+pub struct Figures {
+    /// In the order of measuring.
+    pub lines: Vec<Line>,
+}
+
+impl Line {
+    fn of(name: &str, mut micros: Vec<f64>) -> Line {
+        micros.sort_by(f64::total_cmp);
+        let at = |share: f64| micros[((micros.len() - 1) as f64 * share).round() as usize];
+        Line {
+            name: name.to_owned(),
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            samples: micros.len(),
+            more: Default::default(),
+        }
+    }
+
+    fn with(mut self, name: &'static str, value: f64) -> Line {
+        self.more.insert(name, value);
+        self
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let mut text = format!("{:<20} p50 {:>10.1} us   p99 {:>10.1} us", self.name, self.p50_us, self.p99_us);
+        for (name, value) in &self.more {
+            text += &format!("   {name} {value:.1}");
+        }
+        text
+    }
+}
+
+impl Figures {
+    /// Writes the file.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// A guest that has filled its memory, frozen, and the machine that it was.
+pub struct Guest {
+    parent: Machine,
+    template: Template,
+}
+
+impl Guest {
+    /// Boots the image until it says that memory is filled.
+    pub fn boot(image: &Image, memory_mib: u64) -> Result<Guest> {
+        let config = MachineConfig { memory_mib, ..Default::default() };
+        let mut parent = Machine::new(image, &config, Seed(1), Default::default())?;
+        let mut console = Vec::new();
+        loop {
+            let limits = Limits { pause_on_output: true, ..Limits::until(Icount(BOOT_INSTRUCTIONS)) };
+            let pause = parent.run(limits)?;
+            parent.take_output().into_iter().for_each(|output| console.extend(output.bytes));
+            if String::from_utf8_lossy(&console).contains("\nfilled ") {
+                break;
+            }
+            if pause != Pause::Output {
+                bail!("the guest did not fill its memory: {pause:?}\n{}", String::from_utf8_lossy(&console));
+            }
+        }
+        Guest::freeze(parent, memory_mib)
+    }
+
+    /// Runs the image up to a moment.
+    pub fn at(image: &Image, memory_mib: u64, icount: u64) -> Result<Guest> {
+        let config = MachineConfig { memory_mib, ..Default::default() };
+        let mut parent = Machine::new(image, &config, Seed(1), Default::default())?;
+        run(&mut parent, icount)?;
+        Guest::freeze(parent, memory_mib)
+    }
+
+    fn freeze(mut parent: Machine, memory_mib: u64) -> Result<Guest> {
+        run(&mut parent, SETTLE_INSTRUCTIONS)?;
+        let before = Instant::now();
+        let template = parent.freeze()?;
+        eprintln!("guest of {memory_mib} MiB frozen in {:.1} ms", micros_since(before) / 1e3);
+        Ok(Guest { parent, template })
+    }
+
+    /// Measures the lines that `wanted` names; `mib` is the guest's memory as the lines' names say it.
+    pub fn measure(&mut self, mib: u64, wanted: &dyn Fn(&str) -> bool, rounds: usize) -> Result<Vec<Line>> {
+        let mut lines = Vec::new();
+        let branch = format!("branch-{mib}");
+        if wanted(&branch) {
+            lines.push(self.branch(&branch, rounds)?);
+        }
+        if mib == 512 {
+            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 6] = [
+                ("reset-50", Guest::reset),
+                ("branches-per-second", Guest::throughput),
+                ("first-million", Guest::first_million),
+                ("parent-million", Guest::parent_million),
+                ("grandchild-512", Guest::grandchild),
+                ("live-1000", Guest::live),
+            ];
+            for (name, measure) in each.into_iter().filter(|(name, _)| wanted(name)) {
+                lines.push(measure(self, name, rounds)?);
+            }
+        }
+        Ok(lines)
+    }
+
+    fn child(&self) -> Result<Machine> {
+        Ok(self.template.branch(self.template.seed(), None)?)
+    }
+
+    fn branch(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let template = &self.template;
+        let line = Line::of(name, first_instructions(template, rounds)?);
+        // What of it is making the machine; the rest is running it.
+        let made = (0..rounds).map(|_| {
+            let before = Instant::now();
+            let child = template.branch(template.seed(), None)?;
+            let micros = micros_since(before);
+            drop(child);
+            Ok(micros)
+        });
+        let made = Line::of(name, made.collect::<Result<_>>()?);
+        Ok(line.with("made_p50_us", made.p50_us))
+    }
+
+    fn reset(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut child = self.child()?;
+        let mut micros = Vec::new();
+        let mut pages = 0;
+        for _ in 0..rounds {
+            while child.pages_since_branch() < RESET_PAGES {
+                run(&mut child, 2_000)?;
+            }
+            pages += child.pages_since_branch();
+            let before = Instant::now();
+            child.reset()?;
+            micros.push(micros_since(before));
+        }
+        Ok(Line::of(name, micros).with("pages", pages as f64 / rounds as f64))
+    }
+
+    fn throughput(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut child = self.child()?;
+        run(&mut child, CHILD_INSTRUCTIONS)?;
+        let mut micros = Vec::new();
+        let start = Instant::now();
+        for _ in 0..rounds {
+            let before = Instant::now();
+            child.reset()?;
+            run(&mut child, CHILD_INSTRUCTIONS)?;
+            micros.push(micros_since(before));
+        }
+        let per_second = rounds as f64 / micros_since(start) * 1e6;
+        Ok(Line::of(name, micros).with("per_second", per_second))
+    }
+
+    fn first_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut micros = Vec::new();
+        for _ in 0..rounds.min(200) {
+            let mut child = self.child()?;
+            let before = Instant::now();
+            run(&mut child, 1_000_000)?;
+            micros.push(micros_since(before));
+        }
+        Ok(Line::of(name, micros))
+    }
+
+    fn parent_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        // Its pages were mapped again when it was frozen.
+        run(&mut self.parent, SETTLE_INSTRUCTIONS)?;
+        let mut micros = Vec::new();
+        for _ in 0..rounds.min(200) {
+            let before = Instant::now();
+            run(&mut self.parent, 1_000_000)?;
+            micros.push(micros_since(before));
+        }
+        Ok(Line::of(name, micros))
+    }
+
+    fn grandchild(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut child = self.child()?;
+        while child.pages_since_branch() < 2_000 {
+            run(&mut child, 100_000)?;
+        }
+        let before = Instant::now();
+        let template = child.freeze()?;
+        let frozen = micros_since(before) / 1e3;
+        Ok(Line::of(name, first_instructions(&template, rounds.min(200))?).with("freeze_ms", frozen))
+    }
+
+    fn live(&mut self, name: &str, _rounds: usize) -> Result<Line> {
+        let before = resident_mib()?;
+        let mut children = Vec::new();
+        let mut micros = Vec::new();
+        for seed in 0..LIVE {
+            let start = Instant::now();
+            let mut child = self.template.branch(Seed(seed as u64), None)?;
+            run(&mut child, 1)?;
+            micros.push(micros_since(start));
+            run(&mut child, CHILD_INSTRUCTIONS)?;
+            children.push(child);
+        }
+        let mib = resident_mib()? - before;
+        // They do live.
+        for child in &mut children {
+            run(child, 1)?;
+        }
+        Ok(Line::of(name, micros).with("beyond_parent_mib", mib))
+    }
+}
+
+/// Microseconds from asking for a branch until its first instruction has retired.
+fn first_instructions(template: &Template, rounds: usize) -> Result<Vec<f64>> {
+    let mut micros = Vec::new();
+    for _ in 0..rounds {
+        let before = Instant::now();
+        let mut child = template.branch(template.seed(), None)?;
+        run(&mut child, 1)?;
+        micros.push(micros_since(before));
+    }
+    Ok(micros)
+}
+
+fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
+    let until = machine.icount().0 + instructions;
+    match machine.run(Limits::until(Icount(until)))? {
+        Pause::Limit if machine.icount().0 == until => Ok(()),
+        pause => bail!("the guest stopped at {}: {pause:?}", machine.icount().0),
+    }
+}
+
+fn micros_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e6
+}
+
+/// Memory of the host that this process has made necessary: what it holds privately, and its page tables.
+fn resident_mib() -> Result<f64> {
+    let kib = |file: &str, name: &str| -> Result<f64> {
+        let text = std::fs::read_to_string(file)?;
+        let line =
+            text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name} in {file}"))?;
+        Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
+    };
+    let anonymous = kib("/proc/self/status", "RssAnon:")?;
+    let tables = kib("/proc/self/status", "VmPTE:")?;
+    Ok((anonymous + tables) / 1024.0)
+}

@@ -1,0 +1,74 @@
+//! The command line of the benchmark of branches and snapshots: see `docs/benchmarks.md`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use orrery_guest_image::Image;
+use orrery_tests::bench::snapshots::{Figures, Guest, NAMES};
+use orrery_tests::{guests, workshop};
+
+/// Times branches, going back, and snapshots.
+#[derive(Parser, Debug)]
+#[command(
+    name = "bench-snapshots",
+    max_term_width = 100,
+    after_help = "Examples:
+  bench-snapshots                      everything
+  bench-snapshots --only branch-512    one line
+  bench-snapshots --list               what the lines measure"
+)]
+struct Arguments {
+    /// Measure only this line (repeatable)
+    #[arg(long, value_name = "LINE")]
+    only: Vec<String>,
+    /// How often each thing is done
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    rounds: u32,
+    /// Where the figures go [default: target/bench-snapshots.json]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Measure this image, run to --at with 512 MiB, instead of the usual guests
+    #[arg(long, value_name = "IMAGE", requires = "at")]
+    image: Option<PathBuf>,
+    /// Where to branch off, in instructions; with --image
+    #[arg(long, value_name = "ICOUNT")]
+    at: Option<u64>,
+    /// Show the lines, and stop
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    if arguments.list {
+        NAMES.iter().for_each(|(name, about)| println!("{name:<20} {about}"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(unknown) = arguments.only.iter().find(|name| !NAMES.iter().any(|(known, _)| known == *name)) {
+        anyhow::bail!("there is no line {unknown}; --list shows them");
+    }
+    let wanted = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| only == name);
+    let output = arguments.output.clone().unwrap_or_else(|| workshop::target().join("bench-snapshots.json"));
+    let rounds = arguments.rounds as usize;
+    let mut figures = Figures { lines: Vec::new() };
+    if let (Some(image), Some(at)) = (&arguments.image, arguments.at) {
+        let mut guest = Guest::at(&Image::open(image)?, 512, at)?;
+        figures.lines = guest.measure(512, &wanted, rounds)?;
+        figures.lines.iter().for_each(|line| println!("{}", line.text()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let image = Image::open(guests::image(&["filler"])?)?;
+    for mib in [512, 4096] {
+        if NAMES.iter().any(|(name, _)| wanted(name) && name.ends_with("-4096") == (mib == 4096)) {
+            let mut guest = Guest::boot(&image, mib)?;
+            let lines = guest.measure(mib, &wanted, rounds)?;
+            lines.iter().for_each(|line| println!("{}", line.text()));
+            figures.lines.extend(lines);
+        }
+    }
+    figures.write(&output)?;
+    println!("figures: {}", output.display());
+    Ok(ExitCode::SUCCESS)
+}
