@@ -1,7 +1,7 @@
 //! The machine put together: its time, its runs, and the `orrery` command.
 //!
 //! [`machine`] joins the vCPU's engine with the devices; [`time`], [`queue`], [`ram`], [`boot`], [`digest`] and
-//! [`chain`] are its parts, and are pure. Host effects (files, threads, signals, the host's clock for speed and
+//! [`chain`] are its parts, and are pure; [`inspect`] looks at it from outside. Host effects (files, threads, signals, the host's clock for speed and
 //! progress) live in [`run`], [`host`] and [`cli`] alone. Dependencies point one way: from here to `orrery-cpu`,
 //! `orrery-devices` and the image format.
 //!
@@ -28,6 +28,7 @@ pub mod config;
 pub mod digest;
 pub mod host;
 pub mod inputs;
+pub mod inspect;
 pub mod machine;
 pub mod queue;
 pub mod ram;

@@ -34,6 +34,16 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Build, look into and take apart images
     Image(ImageArgs),
+    /// List the processes at a moment of a run
+    Ps(PsArgs),
+    /// Show where the running thread, or another, is, and how it got there
+    Backtrace(BacktraceArgs),
+    /// Show the vCPU's registers at a moment
+    Registers(RegistersArgs),
+    /// Show the guest's memory at a moment
+    Memory(MemoryArgs),
+    /// Show the guest's code at a moment
+    Disassemble(DisassembleArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -282,6 +292,127 @@ pub struct ImageExtractArgs {
     pub image: PathBuf,
     /// Directory to write to; made if it is missing
     pub directory: PathBuf,
+}
+
+/// A moment of a run.
+#[derive(Args, Debug, Clone)]
+pub struct MomentArgs {
+    /// The moment: a run, or the beginning of its name, and the number of instructions since its power-on
+    #[arg(value_name = "RUN@ICOUNT")]
+    pub moment: String,
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+}
+
+/// Arguments of `orrery ps`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery ps go-1-001@1800000000
+  orrery ps go-1-001@1800000000 --threads --json
+
+The list is read from the kernel's memory; nothing runs in the guest. TIME is how long a thread has
+run, in seconds of virtual time, CR3 the root of its page tables, * marks the one on the vCPU.")]
+pub struct PsArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// Every thread, not only every process
+    #[arg(long, short)]
+    pub threads: bool,
+    /// Print the list as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery backtrace`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery backtrace go-1-001@1800000000
+  orrery backtrace go-1-001@1800000000 --pid 1
+  orrery backtrace go-1-001@1800000000 --all
+
+Frames without a remark were found by the compiler's and the kernel's unwind tables. A frame marked
+as a guess is a word on the stack that looks like a return address; it may be wrong.")]
+pub struct BacktraceArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// A process or thread other than the running one
+    #[arg(long, value_name = "PID", conflicts_with = "all")]
+    pub pid: Option<i32>,
+    /// Every thread
+    #[arg(long)]
+    pub all: bool,
+    /// Print the frames as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery registers`.
+#[derive(Args, Debug)]
+pub struct RegistersArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// Print the registers as JSON, numbers as hexadecimal text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery memory`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery memory go-1-001@1800000000 linux_banner
+  orrery memory go-1-001@1800000000 0x400000 --pid 1 --length 4096
+  orrery memory go-1-001@1800000000 0x20000 --physical
+
+An address is a hexadecimal number or a symbol (NAME, OBJECT:NAME, NAME+OFFSET). It is translated by
+the page tables that the vCPU uses at the moment, or by those of the process given with --pid.")]
+pub struct MemoryArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// Where to begin
+    pub address: String,
+    /// How many bytes
+    #[arg(long, short = 'n', value_name = "BYTES", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    pub length: u64,
+    /// In the memory of this process
+    #[arg(long, value_name = "PID", conflicts_with = "physical")]
+    pub pid: Option<i32>,
+    /// The address is guest-physical
+    #[arg(long)]
+    pub physical: bool,
+    /// Write the bytes themselves to standard output
+    #[arg(long, conflicts_with = "json")]
+    pub raw: bool,
+    /// Print the bytes as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery disassemble`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery disassemble go-1-001@1800000000
+  orrery disassemble go-1-001@1800000000 do_sys_openat2 --count 40
+  orrery disassemble go-1-001@1800000000 main.main --pid 1")]
+pub struct DisassembleArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// Where to begin: an address or a symbol [default: where the vCPU is]
+    pub address: Option<String>,
+    /// How many instructions
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub count: u32,
+    /// In the memory of this process
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<i32>,
+    /// Print the instructions as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `orrery completions`.

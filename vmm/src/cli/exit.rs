@@ -28,6 +28,8 @@ pub const CONSOLE_CLOSED: u8 = 230;
 pub const HOST: u8 = 231;
 /// `verify` found runs that differ.
 pub const DIVERGED: u8 = 232;
+/// What was asked for cannot be seen in the guest at that moment.
+pub const INSPECT: u8 = 236;
 /// A defect of Orrery.
 pub const INTERNAL: u8 = 239;
 

@@ -6,11 +6,17 @@ macro_rules! say {
 }
 
 pub mod args;
+mod backtrace;
 mod console;
+mod disassemble;
 mod doctor;
 pub mod exit;
 mod image;
+mod memory;
+mod ps;
+mod registers;
 mod run;
+mod standing;
 mod verify;
 
 use clap::{CommandFactory, Parser};
@@ -43,6 +49,11 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Verify(arguments) => verify::verify(arguments),
         Command::Doctor(arguments) => doctor::doctor(arguments),
         Command::Image(arguments) => image::image(arguments),
+        Command::Ps(arguments) => ps::ps(arguments),
+        Command::Backtrace(arguments) => backtrace::backtrace(arguments),
+        Command::Registers(arguments) => registers::registers(arguments),
+        Command::Memory(arguments) => memory::memory(arguments),
+        Command::Disassemble(arguments) => disassemble::disassemble(arguments),
         Command::Completions(arguments) => {
             let mut command = Cli::command();
             clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use orrery_cpu::Icount;
 use orrery_cpu::memory::GuestMemory;
 use orrery_devices::lapic::MsrError;
-use orrery_devices::{Context, Device, Effect, VirtualNs};
+use orrery_devices::{Context, CowDisk, Device, Effect, VirtualNs};
 use orrery_devices::{acpi, layout};
 use orrery_guest_image::Content;
 use vm_memory::{Bytes, GuestAddress};
@@ -321,6 +321,11 @@ impl Board {
     pub(super) fn note_virtio_access(&mut self) {
         self.touched_memory = true;
         self.attention = true;
+    }
+
+    /// The disks, in the image's order.
+    pub fn disks(&self) -> impl Iterator<Item = &CowDisk> {
+        self.devices.virtio.iter().filter_map(super::virtio::VirtioSlot::disk)
     }
 
     /// Every part's name and serialised state, in a fixed order: what a snapshot holds of the board.

@@ -56,6 +56,14 @@ impl VirtioSlot {
         }
     }
 
+    /// The disk, if it is one.
+    pub fn disk(&self) -> Option<&CowDisk> {
+        match self {
+            VirtioSlot::Disk(device) => Some(device.device().disk()),
+            _ => None,
+        }
+    }
+
     /// Its serialised state.
     pub fn state(&self) -> Vec<u8> {
         match self {
