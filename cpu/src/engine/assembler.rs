@@ -45,6 +45,7 @@ pub mod cc {
     pub const E: u8 = 0x4;
     pub const A: u8 = 0x7;
     pub const AE: u8 = 0x3;
+    pub const C: u8 = 0x2;
     pub const S: u8 = 0x8;
 }
 
@@ -295,6 +296,12 @@ impl Assembler {
     pub fn land(&mut self, at: u32) {
         let displacement = (self.offset() - (at + 4)) as i32;
         self.bytes[at as usize..at as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+    }
+
+    /// `lea rcx, [rip + distance]`; returns the offset of the distance for `land`.
+    pub fn lea_rcx_rip(&mut self) -> u32 {
+        self.put(&[0x48, 0x8D, 0x0D]);
+        self.rel32(0)
     }
 
     /// `jmp gs:[disp]`

@@ -7,7 +7,7 @@ use crate::state::CpuState;
 use std::mem::offset_of;
 
 /// Largest number of entries of one TLB, as a power of two.
-pub const TLB_BITS_MAX: u32 = 12;
+pub const TLB_BITS_MAX: u32 = 14;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 /// Entries of the jump cache, a power of two.
@@ -64,6 +64,18 @@ pub struct StackWindow {
     pub distance: u64,
 }
 
+/// Spare windows of supervisor and of user code; a power of two.
+pub const SPARE_WINDOWS: usize = 64;
+
+/// A window that serves RSP in one page: threads have a stack each.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct SpareWindow {
+    /// Linear page number of RSP; 0 if there is none.
+    pub page: u64,
+    pub window: StackWindow,
+}
+
 /// Space for an operand that has no single host address: page-crossing or memory-mapped I/O.
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 128]);
@@ -109,6 +121,8 @@ pub struct VcpuBlock {
     pub itlb: [[u32; ITLB_ENTRIES]; CLASSES],
     /// For supervisor and for user code.
     pub windows: [StackWindow; 2],
+    /// Windows that were in use before, by the page of RSP; emptied together with `windows`.
+    pub spares: [[SpareWindow; SPARE_WINDOWS]; 2],
     /// Distance of the window in use.
     pub window_distance: u64,
     /// How often a block may still miss the window before Rust is asked for a better one.
@@ -152,14 +166,20 @@ pub mod field {
     pub const JUMP_HOST: u32 = offset!(jumps) + 8;
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
-    const fn window(class: Class) -> u32 {
-        offset!(windows) + (window_of(class as usize) * size_of::<StackWindow>()) as u32
+    pub const fn window(which: usize) -> u32 {
+        offset!(windows) + (which * size_of::<StackWindow>()) as u32
+    }
+    pub const fn spare_page(which: usize) -> u32 {
+        offset!(spares) + (which * SPARE_WINDOWS * size_of::<SpareWindow>()) as u32
+    }
+    pub const fn spare_window(which: usize) -> u32 {
+        spare_page(which) + offset_of!(SpareWindow, window) as u32
     }
     pub const fn window_low(class: Class) -> u32 {
-        window(class) + offset_of!(StackWindow, low) as u32
+        window(window_of(class as usize)) + offset_of!(StackWindow, low) as u32
     }
     pub const fn window_places(class: Class, span: usize) -> u32 {
-        window(class) + offset_of!(StackWindow, places) as u32 + 8 * span as u32
+        window(window_of(class as usize)) + offset_of!(StackWindow, places) as u32 + 8 * span as u32
     }
     pub const fn temporary(index: u32) -> u32 {
         offset!(temporary) + 8 * index

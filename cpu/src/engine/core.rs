@@ -80,6 +80,8 @@ pub struct Core {
     pub observed: super::observe::Observed,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
+    /// There are spare stack windows.
+    pub spares_used: [bool; 2],
     /// Guest-physical address of the top-level table that the cached translations come from.
     pub root: u64,
     pub tlb_mask: u32,
@@ -161,6 +163,7 @@ impl Core {
             observed: Default::default(),
             used: Default::default(),
             itlb_used: Default::default(),
+            spares_used: [false; 2],
             root: 0,
             tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
             thunks,
@@ -697,6 +700,7 @@ impl Core {
                         short = true;
                     }
                     SiteKind::Window { patch } => {
+                        self.statistics.window += 1;
                         self.rewind(site);
                         self.state_mut().interrupt_shadow = shadow;
                         if !self.move_window(self.t.sites[site].block) {

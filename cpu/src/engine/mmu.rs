@@ -5,7 +5,7 @@
 //! it take the slow path, and a write to a present entry forgets what came from it. So a guest never sees a stale
 //! translation, whatever the size of the TLBs and however often they are flushed.
 
-use super::block::{Bounce, Class, ITLB_ENTRIES, WINDOW_SPANS, empty_tag, window_of};
+use super::block::{Bounce, Class, ITLB_ENTRIES, SPARE_WINDOWS, SpareWindow, WINDOW_SPANS, empty_tag, window_of};
 use super::core::{Core, Pending};
 use super::mode::class;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
@@ -174,7 +174,12 @@ impl Core {
 
     fn forget_window(&mut self, which: usize) {
         // SAFETY: the vCPU block is owned by this core.
-        unsafe { (*self.block).windows[which].places = [0; 3] };
+        unsafe {
+            (*self.block).windows[which].places = [0; 3];
+            if std::mem::take(&mut self.spares_used[which]) {
+                (*self.block).spares[which].iter_mut().for_each(|spare| spare.page = 0);
+            }
+        }
     }
 
     /// A block found that the stack window does not cover its reach: moves the window to RSP. False if the window
@@ -209,6 +214,11 @@ impl Core {
         window.low = low;
         window.distance = distance;
         window.places = WINDOW_SPANS.map(|span| size + 1 - span as u64);
+        let page = rsp >> 12;
+        let spare = SpareWindow { page, window: *window };
+        // SAFETY: as above.
+        unsafe { (*self.block).spares[window_of(class as usize)][page as usize % SPARE_WINDOWS] = spare };
+        self.spares_used[window_of(class as usize)] = true;
         first <= last && last <= high
     }
 

@@ -37,7 +37,7 @@ pub use statistics::Statistics;
 /// How the engine works. None of it can change a state or a hash; tests vary all of it.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Entries of each software TLB, as a power of two, 1..=12.
+    /// Entries of each software TLB, as a power of two, 1..=14.
     pub tlb_bits: u32,
     /// Lead branches straight to their targets' translations.
     pub chaining: bool,
@@ -54,7 +54,7 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> EngineConfig {
         EngineConfig {
-            tlb_bits: 12,
+            tlb_bits: 14,
             chaining: true,
             grouping: true,
             max_block_instructions: 64,

@@ -3,8 +3,8 @@
 //! Outside, every guest register is in the vCPU block. Inside, they are where `registers` says, RSP included, so
 //! nothing inside may touch the stack, and every call into Rust switches to the host's stack first.
 
-use super::assembler::{Assembler, host, op};
-use super::block::field;
+use super::assembler::{Assembler, cc, host, op};
+use super::block::{SPARE_WINDOWS, SpareWindow, StackWindow, field};
 use super::registers::HOME;
 
 /// What `exit_argument` holds besides a site index.
@@ -26,6 +26,9 @@ pub struct Thunks {
     pub exit_fault: u64,
     /// Slow path of a memory access: linear address in RCX, site in EAX; host address back in RCX.
     pub memory: u64,
+    /// The stack window of supervisor or user code does not cover a block, which goes on at RCX: with the carry flag
+    /// set if there was another window for RSP, which is now in force. Uses RAX.
+    pub window: [u64; 2],
 }
 
 /// Registers that the System V calling convention preserves.
@@ -107,5 +110,40 @@ pub fn emit(a: &mut Assembler) -> Thunks {
     a.mov(host::RCX, host::RAX);
     load_guest(a);
     a.jmp_gs(field::SLOW_RESUME);
+
+    for which in 0..2 {
+        thunks.window[which] = a.here();
+        emit_window(a, which);
+    }
     thunks
+}
+
+/// Puts the spare window for RSP in force, if there is one that is not in force already.
+fn emit_window(a: &mut Assembler, which: usize) {
+    let (current, spare) = (field::window(which), field::spare_window(which));
+    a.store_gs(host::RCX, field::temporary(2));
+    a.mov(host::RCX, host::RSP);
+    a.put(&[0x48, 0xC1, 0xE9, 12]); // shr rcx, 12
+    a.mov32(host::RAX, host::RCX);
+    a.and32(host::RAX, SPARE_WINDOWS as u32 - 1);
+    a.put(&[0xC1, 0xE0, size_of::<SpareWindow>().trailing_zeros() as u8]); // shl eax, log2(size)
+    a.gs_base_op(true, op::CMP, host::RCX, host::RAX, field::spare_page(which));
+    let none = a.jcc(cc::NE, 0);
+    a.gs_base_op(true, op::LOAD, host::RCX, host::RAX, spare);
+    a.gs_op(true, op::CMP, host::RCX, current);
+    let same = a.jcc(cc::E, 0);
+    a.store_gs(host::RCX, current);
+    for word in 1..size_of::<StackWindow>() as u32 / 8 {
+        a.gs_base_op(true, op::LOAD, host::RCX, host::RAX, spare + 8 * word);
+        a.store_gs(host::RCX, current + 8 * word);
+    }
+    // The last word was the distance.
+    a.mov(host::R11, host::RCX);
+    a.store_gs(host::RCX, field::WINDOW_DISTANCE);
+    a.bytes.push(0xF9); // stc
+    a.jmp_gs(field::temporary(2));
+    a.land(none);
+    a.land(same);
+    a.bytes.push(0xF8); // clc
+    a.jmp_gs(field::temporary(2));
 }

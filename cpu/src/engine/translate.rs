@@ -6,7 +6,7 @@
 //! middle of a block the state is that before the instruction, so that it can be executed again.
 
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, WINDOW_SPANS, field};
+use super::block::{Class, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::groups::{Plan, Which, needs_pointer, reads, writes};
 use super::mode::Mode;
@@ -286,6 +286,10 @@ impl Translator {
                 }
                 Cold::Window { patch } => {
                     self.a.land(patch);
+                    let after = self.a.lea_rcx_rip();
+                    self.a.jmp(self.thunks.window[window_of(self.mode.class() as usize)]);
+                    self.a.land(after);
+                    self.a.jcc(cc::C, placed.entry as u64);
                     self.a.decrement_gs32(field::WINDOW_PATIENCE);
                     let impatient = self.a.jcc(cc::S, 0);
                     let jump = self.a.jmp(0);
