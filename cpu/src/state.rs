@@ -160,9 +160,31 @@ pub const XSAVE_SIZE: usize = 832;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct XsaveImage(pub [u8; XSAVE_SIZE]);
 
+impl serde::Serialize for XsaveImage {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(&self.0)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for XsaveImage {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<XsaveImage, D::Error> {
+        struct Bytes;
+        impl serde::de::Visitor<'_> for Bytes {
+            type Value = XsaveImage;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                write!(f, "an XSAVE image of {XSAVE_SIZE} bytes")
+            }
+            fn visit_bytes<E: serde::de::Error>(self, bytes: &[u8]) -> Result<XsaveImage, E> {
+                bytes.try_into().map(XsaveImage).map_err(|_| E::invalid_length(bytes.len(), &self))
+            }
+        }
+        deserializer.deserialize_bytes(Bytes)
+    }
+}
+
 /// The complete architectural state of the vCPU.
 #[repr(C, align(64))]
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[allow(missing_docs)]
 pub struct CpuState {
     /// General-purpose registers in encoding order, see [`gpr`].
@@ -220,5 +242,71 @@ impl CpuState {
     /// True in 64-bit mode (long mode active and CS.L set).
     pub fn is_64bit(&self) -> bool {
         self.efer & control::EFER_LMA != 0 && self.seg[seg::CS].long()
+    }
+}
+
+/// A saved state that no vCPU can be in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the saved vCPU's {register} is {value:#x}, which no vCPU can have")]
+pub struct InvalidState {
+    /// Which register.
+    pub register: &'static str,
+    /// Its value.
+    pub value: u64,
+}
+
+impl CpuState {
+    /// Checks what the engine relies on, before a state from outside is put into one. A state that passes may still be
+    /// nonsense, but it can be executed.
+    pub fn validate(&self) -> Result<(), InvalidState> {
+        use control::*;
+        const CR0_KNOWN: u64 =
+            CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG;
+        const CR4_KNOWN: u64 = 0xFFF | CR4_FSGSBASE | CR4_PCIDE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP;
+        const EFER_KNOWN: u64 = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
+        const RFLAGS_KNOWN: u64 = 0x0025_7FD7;
+        let legacy = |at: usize| u64::from(u32::from_le_bytes([0, 1, 2, 3].map(|byte| self.fpu.0[at + byte])));
+        let (mxcsr, components) = (legacy(24), legacy(512));
+        let paging = self.cr0 & CR0_PG != 0;
+        let long = self.efer & EFER_LMA != 0;
+        let checks = [
+            ("CPL", u64::from(self.cpl), self.cpl <= 3),
+            ("CR0", self.cr0, self.cr0 & !CR0_KNOWN == 0 && (!paging || self.cr0 & CR0_PE != 0)),
+            ("CR3", self.cr3, self.cr3 >> 52 == 0),
+            ("CR4", self.cr4, self.cr4 & !CR4_KNOWN == 0 && (!paging || self.cr4 & CR4_PAE != 0)),
+            ("EFER", self.efer, self.efer & !EFER_KNOWN == 0 && long == paging && (!long || self.efer & EFER_LME != 0)),
+            ("XCR0", self.xcr0, matches!(self.xcr0, 1 | 3 | 7)),
+            ("RFLAGS", self.rflags, self.rflags & !RFLAGS_KNOWN == 0 && self.rflags & rflags::FIXED != 0),
+            ("DR6", self.dr[6], self.dr[6] >> 32 == 0),
+            ("DR7", self.dr[7], self.dr[7] >> 32 == 0),
+            ("MXCSR", mxcsr, mxcsr >> 16 == 0),
+            ("XSTATE_BV", components, components == 7 && self.fpu.0[516..576].iter().all(|byte| *byte == 0)),
+        ];
+        match checks.into_iter().find(|(.., valid)| !valid) {
+            Some((register, value, _)) => Err(InvalidState { register, value }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boot_states_are_valid_and_others_are_not() {
+        let good = CpuState::long_mode_boot(0x20_0000, 0, 0x7000, 0x9000, 0x500, 31);
+        assert_eq!(good.validate(), Ok(()));
+        let broken = |change: fn(&mut CpuState)| {
+            let mut state = good.clone();
+            change(&mut state);
+            state.validate().expect_err("the state is broken").register
+        };
+        assert_eq!(broken(|s| s.cpl = 4), "CPL");
+        assert_eq!(broken(|s| s.fpu.0[27] = 1), "MXCSR");
+        assert_eq!(broken(|s| s.fpu.0[520] = 1), "XSTATE_BV");
+        assert_eq!(broken(|s| s.efer = 0), "EFER");
+        assert_eq!(broken(|s| s.rflags |= rflags::VM), "RFLAGS");
+        assert_eq!(broken(|s| s.xcr0 = 5), "XCR0");
     }
 }

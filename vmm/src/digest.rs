@@ -1,22 +1,48 @@
 //! A digest of RAM that is cheap to keep current: only pages that changed are hashed again.
 //!
-//! Each page has a 256-bit digest, BLAKE3 over (page index, content), and zero for a page of zeros. The digest of
-//! RAM is the lane-wise wrapping sum of the digests of all pages, as four 64-bit lanes, so it does not depend on
-//! the order in which pages changed. It is meant to tell runs apart; it is not a commitment against someone who
-//! constructs memory contents on purpose.
+//! Each page has a content hash, BLAKE3 over its 4096 bytes, and zeros for a page of zeros; the same hash is the
+//! page's address in the store. A page's digest is BLAKE3 over (content hash, page index), as four 64-bit lanes, and
+//! zero for a page of zeros. The digest of RAM is the lane-wise wrapping sum of the digests of all pages, so it does
+//! not depend on the order in which pages changed. It is meant to tell runs apart; it is not a commitment against
+//! someone who constructs memory contents on purpose.
+//!
+//! The table of hashes is made of chunks that clones share until one of them writes: a clone costs nothing that grows
+//! with what RAM holds.
+
+use std::sync::Arc;
 
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
-type Lanes = [u64; 4];
+use crate::chain::Hash;
 
-/// Digests of all pages and their sum.
+/// A page's digest, and the sum of many.
+pub type Lanes = [u64; 4];
+
+/// The content hash of a page of zeros.
+pub const ZERO_PAGE: Hash = Hash([0; 32]);
+
+/// Pages of one chunk of the table.
+pub const CHUNK_PAGES: usize = 512;
+
+type Chunk = Option<Arc<[Hash; CHUNK_PAGES]>>;
+
+/// Content hashes of all pages and the sum of their digests.
 #[derive(Clone)]
 pub struct MemoryDigest {
-    /// (first page index, digests of the region's pages).
-    regions: Vec<(u64, Vec<Lanes>)>,
+    regions: Vec<RegionDigest>,
     sum: Lanes,
+}
+
+#[derive(Clone)]
+struct RegionDigest {
+    /// Page number of the region's first page.
+    first: u64,
+    /// Number of pages.
+    pages: u64,
+    /// None: all zeros.
+    chunks: Vec<Chunk>,
 }
 
 fn add(sum: &mut Lanes, value: &Lanes) {
@@ -31,19 +57,29 @@ fn subtract(sum: &mut Lanes, value: &Lanes) {
     }
 }
 
-/// The digest of one page of 4096 bytes.
-pub fn page_digest(index: u64, content: &[u8]) -> [u64; 4] {
-    assert_eq!(content.len() as u64, PAGE_SIZE);
+/// True if every byte is zero.
+pub fn is_zero(content: &[u8]) -> bool {
     // SAFETY: any bytes are valid u64 values; align_to returns what is aligned and leaves the rest in the ends.
     let (head, words, tail) = unsafe { content.align_to::<u64>() };
-    if words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0) {
-        return [0; 4];
-    }
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(content);
-    hasher.update(&index.to_le_bytes());
-    let hash = hasher.finalize();
+    words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0)
+}
+
+/// The content hash of one page of 4096 bytes.
+pub fn content_hash(content: &[u8]) -> Hash {
+    assert_eq!(content.len() as u64, PAGE_SIZE);
+    if is_zero(content) { ZERO_PAGE } else { Hash(*blake3::hash(content).as_bytes()) }
+}
+
+/// The digest of a page with this content.
+pub fn page_digest(index: u64, content: &Hash) -> Lanes {
     let mut lanes = [0; 4];
+    if *content == ZERO_PAGE {
+        return lanes;
+    }
+    let mut bytes = [0; 40];
+    bytes[..32].copy_from_slice(&content.0);
+    bytes[32..].copy_from_slice(&index.to_le_bytes());
+    let hash = blake3::hash(&bytes);
     for (lane, bytes) in lanes.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
         *lane = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
     }
@@ -57,7 +93,8 @@ impl MemoryDigest {
             .iter()
             .map(|region| {
                 let pages = region.len() / PAGE_SIZE;
-                (region.start_addr().0 / PAGE_SIZE, vec![[0; 4]; pages as usize])
+                let chunks = vec![None; (pages as usize).div_ceil(CHUNK_PAGES)];
+                RegionDigest { first: region.start_addr().0 / PAGE_SIZE, pages, chunks }
             })
             .collect();
         MemoryDigest { regions, sum: [0; 4] }
@@ -67,37 +104,79 @@ impl MemoryDigest {
     pub fn update(&mut self, memory: &GuestMemory, pages: impl IntoIterator<Item = u64>) {
         let mut content = [0u8; PAGE_SIZE as usize];
         for page in pages {
-            if !read_page(memory, page, &mut content) {
-                continue;
+            if read_page(memory, page, &mut content) {
+                self.set(page, content_hash(&content));
             }
-            let Some(slot) = self.slot(page) else { continue };
-            let fresh = page_digest(page, &content);
-            let old = std::mem::replace(slot, fresh);
-            subtract(&mut self.sum, &old);
-            add(&mut self.sum, &fresh);
         }
     }
 
-    fn slot(&mut self, page: u64) -> Option<&mut Lanes> {
-        self.regions.iter_mut().find_map(|(first, digests)| {
-            let index = page.checked_sub(*first)?;
-            digests.get_mut(usize::try_from(index).ok()?)
+    /// Notes the content hash of a page; false if it is outside RAM.
+    pub fn set(&mut self, page: u64, fresh: Hash) -> bool {
+        let Some((region, index)) = self.regions.iter_mut().find_map(|region| {
+            let index = page.checked_sub(region.first).filter(|index| *index < region.pages)?;
+            Some((region, index as usize))
+        }) else {
+            return false;
+        };
+        let chunk = &mut region.chunks[index / CHUNK_PAGES];
+        let old = chunk.as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]);
+        if old != fresh {
+            let chunk = chunk.get_or_insert_with(|| Arc::new([ZERO_PAGE; CHUNK_PAGES]));
+            Arc::make_mut(chunk)[index % CHUNK_PAGES] = fresh;
+            subtract(&mut self.sum, &page_digest(page, &old));
+            add(&mut self.sum, &page_digest(page, &fresh));
+        }
+        true
+    }
+
+    /// Content hash of a page; None outside RAM.
+    pub fn hash_of(&self, page: u64) -> Option<Hash> {
+        self.regions.iter().find_map(|region| {
+            let index = page.checked_sub(region.first).filter(|index| *index < region.pages)? as usize;
+            Some(region.chunks[index / CHUNK_PAGES].as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]))
         })
     }
 
     /// The digest of all of RAM.
-    pub fn value(&self) -> [u64; 4] {
+    pub fn value(&self) -> Lanes {
         self.sum
     }
 
-    /// Pages whose digests differ from those of another machine's RAM of the same size.
+    /// Pages whose contents differ from those of another machine's RAM of the same size, ascending. Cheap where the
+    /// two share their past.
     pub fn differing_pages(&self, other: &MemoryDigest) -> Vec<u64> {
         let mut pages = Vec::new();
-        for ((first, mine), (_, theirs)) in self.regions.iter().zip(&other.regions) {
-            let differing = mine.iter().zip(theirs).enumerate().filter(|(_, (a, b))| a != b);
-            pages.extend(differing.map(|(index, _)| first + index as u64));
+        for (mine, theirs) in self.regions.iter().zip(&other.regions) {
+            for (number, (a, b)) in mine.chunks.iter().zip(&theirs.chunks).enumerate() {
+                let first = mine.first + (number * CHUNK_PAGES) as u64;
+                let mut compare = |a: &[Hash], b: &[Hash]| {
+                    let differing = a.iter().zip(b).enumerate().filter(|(_, (a, b))| a != b);
+                    pages.extend(differing.map(|(index, _)| first + index as u64));
+                };
+                match (a, b) {
+                    (None, None) => {}
+                    (Some(a), Some(b)) if Arc::ptr_eq(a, b) => {}
+                    (Some(a), Some(b)) => compare(&a[..], &b[..]),
+                    (Some(a), None) => compare(&a[..], &[ZERO_PAGE; CHUNK_PAGES]),
+                    (None, Some(b)) => compare(&[ZERO_PAGE; CHUNK_PAGES], &b[..]),
+                }
+            }
         }
         pages
+    }
+
+    /// Every page that is not all zeros, ascending, with its content hash.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, Hash)> + '_ {
+        self.regions
+            .iter()
+            .flat_map(|region| {
+                region.chunks.iter().enumerate().flat_map(move |(number, chunk)| {
+                    let first = region.first + (number * CHUNK_PAGES) as u64;
+                    let hashes = chunk.as_ref().map_or(&[][..], |chunk| &chunk[..]);
+                    hashes.iter().enumerate().map(move |(index, hash)| (first + index as u64, *hash))
+                })
+            })
+            .filter(|(_, hash)| *hash != ZERO_PAGE)
     }
 }
 
@@ -144,8 +223,28 @@ mod tests {
         all.update(&memory, 0..4096);
         assert_eq!(digest.value(), all.value());
         assert_eq!(digest.differing_pages(&MemoryDigest::zeroed(&memory)), vec![5, 9, 10]);
+        assert_eq!(MemoryDigest::zeroed(&memory).differing_pages(&digest), vec![5, 9, 10]);
+        assert_eq!(digest.pages().map(|(page, _)| page).collect::<Vec<_>>(), vec![5, 9, 10]);
         memory.write_slice(&[0; 8192 * 3], GuestAddress(0x5000)).unwrap();
         digest.update(&memory, take_device_dirty(&memory));
         assert_eq!(digest.value(), [0; 4]);
+    }
+
+    #[test]
+    fn a_clone_does_not_see_later_writes() {
+        let memory = crate::ram::create(16 << 20).unwrap();
+        let mut digest = MemoryDigest::zeroed(&memory);
+        assert!(digest.set(7, Hash([1; 32])));
+        let before = digest.clone();
+        digest.set(7, Hash([2; 32]));
+        digest.set(4095, Hash([3; 32]));
+        assert!(!digest.set(4096, Hash([3; 32])), "beyond RAM");
+        assert_eq!(before.hash_of(7), Some(Hash([1; 32])));
+        assert_eq!(before.hash_of(4096), None);
+        assert_eq!(digest.differing_pages(&before), vec![7, 4095]);
+        let mut back = digest.clone();
+        back.set(7, Hash([1; 32]));
+        back.set(4095, ZERO_PAGE);
+        assert_eq!(back.value(), before.value());
     }
 }

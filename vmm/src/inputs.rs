@@ -85,6 +85,11 @@ pub enum InputsError {
 
 /// Reads a log of inputs, checking that moments do not go backwards.
 pub fn read(path: &Path) -> Result<Vec<Input>, InputsError> {
+    let (text, name) = load(path)?;
+    parse(&text, &name)
+}
+
+fn load(path: &Path) -> Result<(String, String), InputsError> {
     let name = || path.display().to_string();
     let failed = |source| InputsError::Read { path: name(), source };
     let mut text = Vec::new();
@@ -94,7 +99,15 @@ pub fn read(path: &Path) -> Result<Vec<Input>, InputsError> {
         return Err(InputsError::TooLarge { path: name() });
     }
     let text = String::from_utf8(text).map_err(|_| InputsError::Header { path: name() })?;
-    parse(&text, &name())
+    Ok((text, name()))
+}
+
+/// Reads the log of a run, which a crash may have cut in the middle of its last line: that input was not acknowledged.
+pub fn read_log(path: &Path) -> Result<Vec<Input>, InputsError> {
+    let (mut text, name) = load(path)?;
+    let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    text.truncate(whole);
+    if text.is_empty() { Ok(Vec::new()) } else { parse(&text, &name) }
 }
 
 fn parse(text: &str, path: &str) -> Result<Vec<Input>, InputsError> {

@@ -30,6 +30,7 @@ pub mod host;
 pub mod inputs;
 pub mod inspect;
 pub mod machine;
+pub mod moment;
 pub mod queue;
 pub mod ram;
 pub mod run;

@@ -22,10 +22,32 @@ pub struct Event {
 
 /// At most one pending event per (device, token).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Saved")]
 pub struct EventQueue {
     sequence: u64,
     by_time: BTreeMap<(VirtualNs, u64), (DeviceId, u32)>,
     by_name: BTreeMap<(DeviceId, u32), (VirtualNs, u64)>,
+}
+
+/// The stored form, not trusted yet.
+#[derive(Deserialize)]
+struct Saved {
+    sequence: u64,
+    by_time: BTreeMap<(VirtualNs, u64), (DeviceId, u32)>,
+    by_name: BTreeMap<(DeviceId, u32), (VirtualNs, u64)>,
+}
+
+impl TryFrom<Saved> for EventQueue {
+    type Error = &'static str;
+
+    fn try_from(saved: Saved) -> Result<EventQueue, &'static str> {
+        let Saved { sequence, by_time, by_name } = saved;
+        let paired = by_time.iter().all(|(key, name)| by_name.get(name) == Some(key) && key.1 < sequence);
+        if !paired || by_time.len() != by_name.len() {
+            return Err("the event queue contradicts itself");
+        }
+        Ok(EventQueue { sequence, by_time, by_name })
+    }
 }
 
 impl EventQueue {
@@ -84,6 +106,18 @@ mod tests {
         assert_eq!(queue.pop_due(VirtualNs(30)).unwrap().device, DeviceId(3));
         assert_eq!(queue.pop_due(VirtualNs(30)).unwrap().device, DeviceId(1));
         assert_eq!(queue.pop_due(VirtualNs(30)), None);
+    }
+
+    #[test]
+    fn the_stored_form_is_checked() {
+        let mut queue = EventQueue::default();
+        queue.schedule(DeviceId(1), 7, VirtualNs(20));
+        let bytes = postcard::to_stdvec(&queue).unwrap();
+        assert_eq!(postcard::from_bytes::<EventQueue>(&bytes).unwrap(), queue);
+        let lonely = EventQueue { by_name: BTreeMap::new(), ..queue.clone() };
+        assert!(postcard::from_bytes::<EventQueue>(&postcard::to_stdvec(&lonely).unwrap()).is_err());
+        let future = EventQueue { sequence: 0, ..queue };
+        assert!(postcard::from_bytes::<EventQueue>(&postcard::to_stdvec(&future).unwrap()).is_err());
     }
 
     #[test]

@@ -36,6 +36,11 @@ impl Clock {
         self.skipped_ns = self.skipped_ns.saturating_add(at.0.saturating_sub(now.0));
     }
 
+    /// Virtual nanoseconds per instruction.
+    pub fn ns_per_instruction(&self) -> u64 {
+        self.ns_per_instruction
+    }
+
     /// Idle time skipped so far, in nanoseconds.
     pub fn skipped_ns(&self) -> u64 {
         self.skipped_ns

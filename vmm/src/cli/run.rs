@@ -31,9 +31,10 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     let directory = RunDirectory::create(&arguments.runs, &stem, arguments.seed)
         .map_err(|e| Failure::new(exit::STORE, format!("{e}; choose another directory with --runs")))?;
     let origin = Origin {
-        image: ImageReference { path: arguments.image.display().to_string(), hash: Hash(image.hash()) },
+        image: ImageReference { path: absolute(&arguments.image), hash: Hash(image.hash()) },
         machine: arguments.machine.config(),
         seed,
+        branches: Vec::new(),
         replayed_inputs: arguments.inputs.as_ref().map(|path| path.display().to_string()),
         host_cpu_vendor: crate::host::cpu_vendor(),
     };
@@ -54,6 +55,11 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     Ok(exit::code_of(&summary.ended))
 }
 
+/// The path as it can be used from anywhere.
+pub(super) fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
+}
+
 /// Opens an image, or says what to do.
 pub(super) fn open_image(path: &Path) -> Result<Image, Failure> {
     Image::open(path).map_err(|e| Failure::new(exit::IMAGE, e))
@@ -69,7 +75,9 @@ pub(super) fn build_machine(
     Machine::new(image, &machine.config(), seed, engine).map_err(|error| {
         let code = match error {
             MachineError::Ram(_) | MachineError::Engine(_) => exit::HOST,
-            MachineError::Config(_) | MachineError::Boot(_) | MachineError::Devices { .. } => exit::MACHINE,
+            MachineError::Config(_) | MachineError::Boot(_) | MachineError::Devices { .. } | MachineError::State(_) => {
+                exit::MACHINE
+            }
         };
         Failure::new(code, error)
     })

@@ -47,8 +47,6 @@ struct Frozen {
     ram: FrozenRam,
     state: MachineState,
     digest: MemoryDigest,
-    /// Pages written since the last snapshot on disk.
-    unsaved: Arc<[u64]>,
     translations: FrozenTranslations,
 }
 
@@ -67,8 +65,7 @@ impl Machine {
     /// are mapped and copied again. On a machine that is a branch already, the pages that it has written are copied
     /// if they are few, else all of RAM is.
     pub fn freeze(&mut self) -> Result<Template, BranchError> {
-        self.collect_dirty();
-        self.digest.update(&self.board.memory, self.dirty.digest.take());
+        self.update_digest();
         let ram = match &self.origin {
             None => FrozenRam::freeze(&self.board.memory)?,
             Some(origin) => {
@@ -81,9 +78,8 @@ impl Machine {
         };
         let frozen = Arc::new(Frozen {
             ram,
-            state: self.capture(),
+            state: self.state(),
             digest: self.digest.clone(),
-            unsaved: self.unsaved(),
             translations: self.engine.freeze()?,
         });
         if self.origin.is_none() {
@@ -123,8 +119,6 @@ impl Machine {
             origin.frozen.ram.restore_page(&self.board.memory, page, |offset, len| {
                 engine.memory_written(gpa + offset, len);
             });
-            // A snapshot may have been taken since.
-            self.dirty.snapshot.insert(page);
         }
         // The digest goes back as well; nobody else needs to know of what was just written.
         self.engine.take_dirty();
@@ -149,16 +143,19 @@ impl Template {
         engine.set_icount(start.icount);
         engine.state_replaced();
         Ok(Machine {
+            config: start.config.clone(),
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             digest: frozen.digest.clone(),
             engine,
             board: Board::at(memory, start.board.clone()),
             inputs: start.inputs.clone(),
             entered: Vec::new(),
+            inputs_entered: start.inputs_entered,
             settled: start.settled,
+            first_moment: start.first_moment,
             seed,
             ended: start.ended.clone(),
-            inherited_unsaved: Arc::clone(&frozen.unsaved),
+            saved: None,
             origin: Some(Origin { frozen: Arc::clone(frozen), start }),
         })
     }

@@ -2,8 +2,10 @@
 
 use orrery_cpu::model::ModelFeatures;
 use orrery_devices::lapic::LapicConfig;
-use orrery_devices::{Cmos, Device, I8042, IoApic, Latency, LocalApic, Power, RandomStream, Serial};
+use orrery_devices::{Cmos, CowDisk, Device, I8042, IoApic, Latency, LocalApic, Power, RandomStream, Serial};
 use orrery_guest_image::Content;
+
+use serde::{Deserialize, Serialize};
 
 use super::MachineError;
 use super::board::encode;
@@ -15,7 +17,7 @@ use crate::queue::DeviceId;
 pub(super) const TSC_KHZ: u32 = 1_000_000;
 
 /// Everything with registers. A copy shares the disks' contents until one of the two writes.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Devices {
     pub lapic: LocalApic,
     pub ioapic: IoApic,
@@ -84,6 +86,21 @@ impl Devices {
         self.lapic.rekey(seed.0);
         self.rdrand.rekey(seed.0);
         self.virtio.iter_mut().for_each(|slot| slot.rekey(seed));
+    }
+
+    /// True if the virtio devices are those of a machine, each in its slot.
+    pub fn in_order(&self) -> bool {
+        super::virtio::in_order(&self.virtio)
+    }
+
+    /// The disks, in their order.
+    pub fn disks(&self) -> impl Iterator<Item = &CowDisk> {
+        self.virtio.iter().filter_map(VirtioSlot::disk)
+    }
+
+    /// The disks, in their order.
+    pub fn disks_mut(&mut self) -> impl Iterator<Item = &mut CowDisk> {
+        self.virtio.iter_mut().filter_map(VirtioSlot::disk_mut)
     }
 
     /// Every device's name and serialised state.

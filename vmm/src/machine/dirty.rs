@@ -1,7 +1,7 @@
 //! Which pages of RAM were written, for each of those who ask.
 //!
 //! The engine and the devices forget what they are asked for, so one place asks them and passes the pages on to
-//! everyone who keeps a list: the digest, the next snapshot, the way back to a branch point.
+//! everyone who keeps a list: the digest and the way back to a branch point. Snapshots compare digests.
 
 /// A set of page numbers (guest-physical address / 4096) that costs what is in it: adding is constant, taking is
 /// proportional to what was added, and an empty set of any range allocates no memory that is touched.
@@ -64,8 +64,6 @@ impl PageSet {
 pub(super) struct DirtyPages {
     /// Written since the digest was brought up to date.
     pub digest: PageSet,
-    /// Written since the last snapshot on disk.
-    pub snapshot: PageSet,
     /// Written since the machine left its template, or power-on.
     pub branch: PageSet,
 }
@@ -73,13 +71,12 @@ pub(super) struct DirtyPages {
 impl DirtyPages {
     /// Nothing written yet; RAM has no page at `end` or above.
     pub fn new(end: u64) -> DirtyPages {
-        DirtyPages { digest: PageSet::new(end), snapshot: PageSet::new(end), branch: PageSet::new(end) }
+        DirtyPages { digest: PageSet::new(end), branch: PageSet::new(end) }
     }
 
     /// A page was written.
     pub fn insert(&mut self, page: u64) {
         self.digest.insert(page);
-        self.snapshot.insert(page);
         self.branch.insert(page);
     }
 }

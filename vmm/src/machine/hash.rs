@@ -8,7 +8,7 @@ use crate::chain::{Hash, hash_cpu};
 /// BLAKE3 over a fixed serialisation of everything that a snapshot would have to hold.
 pub(super) fn state_hash(icount: Icount, cpu: &CpuState, board: &Board, memory: [u64; 4]) -> Hash {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(b"orrery state 1");
+    hasher.update(b"orrery state 2");
     hasher.update(&icount.0.to_le_bytes());
     hasher.update(&board.clock.now(icount).0.to_le_bytes());
     hash_cpu(&mut hasher, cpu);

@@ -10,11 +10,11 @@ mod bus;
 mod devices;
 pub mod dirty;
 mod hash;
-mod state;
+mod save;
+pub mod state;
 mod virtio;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Hit, Observation, Stop};
 use orrery_cpu::memory::PAGE_SIZE;
@@ -25,6 +25,8 @@ use orrery_guest_image::Image;
 
 pub use board::{Board, Output};
 pub use branch::{BranchError, Template};
+pub use save::SavedMachine;
+pub use state::{MachineState, StateError};
 
 use self::dirty::DirtyPages;
 use crate::boot::{self, BootError};
@@ -53,6 +55,9 @@ pub enum MachineError {
         /// Which and why.
         reason: String,
     },
+    /// A saved state does not fit.
+    #[error("cannot restore the machine: {0}")]
+    State(#[from] StateError),
     /// The engine cannot run on this host.
     #[error("cannot start the engine: {0}")]
     Engine(#[from] EngineError),
@@ -102,6 +107,7 @@ impl Limits {
 
 /// The simulated computer.
 pub struct Machine {
+    config: MachineConfig,
     engine: Engine,
     board: Board,
     digest: MemoryDigest,
@@ -109,17 +115,21 @@ pub struct Machine {
     dirty: DirtyPages,
     /// What the random streams were keyed with last.
     seed: Seed,
-    /// Pages that were written before the machine branched off and after the last snapshot on disk.
-    inherited_unsaved: Arc<[u64]>,
     /// Where the machine branched off, if it did.
     origin: Option<branch::Origin>,
     /// Inputs that have not entered yet: the replayed log, and what has just arrived.
     inputs: VecDeque<Scheduled>,
     /// Inputs that have entered since the last [`Machine::take_inputs`].
     entered: Vec<Input>,
+    /// How many have entered since power-on.
+    inputs_entered: u64,
     /// Virtual time up to which inputs and events have been delivered.
     settled: Option<VirtualNs>,
+    /// The state is `State(N)`: nothing has happened since the last instruction retired.
+    first_moment: bool,
     ended: Option<Ended>,
+    /// The last [`Machine::save`].
+    saved: Option<Box<save::LastSave>>,
 }
 
 /// An input waiting for its time.
@@ -176,20 +186,28 @@ impl Machine {
         *engine.state_mut() = boot_state(&entry);
         engine.state_replaced();
         let mut machine = Machine {
+            config: config.clone(),
             digest: MemoryDigest::zeroed(&memory),
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             seed,
-            inherited_unsaved: Arc::new([]),
             origin: None,
             engine,
             board,
             inputs: VecDeque::new(),
             entered: Vec::new(),
+            inputs_entered: 0,
             settled: None,
+            first_moment: true,
             ended: None,
+            saved: None,
         };
         machine.note_device_writes();
         Ok(machine)
+    }
+
+    /// What the machine is made of.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
     }
 
     /// What the engine has done so far, for tuning.
@@ -220,6 +238,17 @@ impl Machine {
     /// The devices and RAM.
     pub fn board(&self) -> &Board {
         &self.board
+    }
+
+    /// True if the state is `State(icount)`, the first moment at which that many instructions have retired: what a
+    /// snapshot can be named after. It is after a run to [`Limits::icount`].
+    pub fn at_moment(&self) -> bool {
+        self.first_moment
+    }
+
+    /// Number of inputs that have entered since power-on.
+    pub fn inputs_entered(&self) -> u64 {
+        self.inputs_entered
     }
 
     /// The digests of RAM, as of the last [`Machine::state_hash`].
@@ -259,7 +288,19 @@ impl Machine {
         std::mem::take(&mut self.entered)
     }
 
-    /// Gives the log of a run whose inputs are to enter again. Before the first instruction.
+    /// Gives inputs that are to enter at the first moment at which virtual time has reached theirs, whatever the icount
+    /// is then: for timelines that no run has gone through yet.
+    pub fn schedule(&mut self, inputs: Vec<Input>) {
+        let promised = inputs.into_iter().map(Scheduled::from);
+        self.inputs.extend(promised.map(|input| Scheduled { expected: None, ..input }));
+    }
+
+    /// Forgets the inputs that have not entered yet.
+    pub fn forget_inputs(&mut self) {
+        self.inputs.clear();
+    }
+
+    /// Gives the log of a run whose inputs are to enter again, from the first that has not entered yet.
     pub fn replay(&mut self, inputs: Vec<Input>) {
         self.inputs.extend(inputs.into_iter().map(Scheduled::from));
     }
@@ -305,6 +346,7 @@ impl Machine {
             let stop_at = limits.icount.min(self.board.clock.icount_at(bound));
             self.board.begin_run(bound, limits.pause_on_output);
             let stop = self.engine.run(stop_at, &mut self.board);
+            self.first_moment |= self.engine.icount() > icount;
             self.stopped(stop);
         }
     }
@@ -312,6 +354,7 @@ impl Machine {
     /// Lets inputs enter and delivers events whose time has come.
     fn settle(&mut self, icount: Icount, now: VirtualNs) -> Result<(), ForeignInputs> {
         self.settled = Some(now);
+        self.first_moment = false;
         while self.inputs.front().is_some_and(|input| input.at <= now) {
             let Some(input) = self.inputs.pop_front() else { break };
             if let Some(expected) = input.expected
@@ -320,6 +363,7 @@ impl Machine {
                 return Err(ForeignInputs { expected: expected.0, actual: icount.0 });
             }
             self.board.input(icount, input.channel, &input.data);
+            self.inputs_entered += 1;
             self.entered.push(Input { icount: icount.0, virtual_ns: now.0, channel: input.channel, data: input.data });
         }
         self.board.deliver_events(icount);
@@ -345,23 +389,6 @@ impl Machine {
         for page in self.engine.take_dirty() {
             self.dirty.insert(page);
         }
-    }
-
-    /// Pages of RAM (guest-physical address / 4096, ascending) that may have been written since the last call, or
-    /// since power-on.
-    pub fn take_dirty_since_snapshot(&mut self) -> Vec<u64> {
-        let pages = self.unsaved().to_vec();
-        self.inherited_unsaved = Arc::new([]);
-        self.dirty.snapshot.take();
-        pages
-    }
-
-    fn unsaved(&mut self) -> Arc<[u64]> {
-        self.collect_dirty();
-        let mut pages = [&self.inherited_unsaved, self.dirty.snapshot.pages()].concat();
-        pages.sort_unstable();
-        pages.dedup();
-        pages.into()
     }
 
     /// Takes the highest pending interrupt if the vCPU accepts one now; true if it did.
@@ -417,9 +444,14 @@ impl Machine {
 
     /// Hash of the complete state at this moment.
     pub fn state_hash(&mut self) -> Hash {
+        self.update_digest();
+        hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
+    }
+
+    /// Brings the digest of RAM up to date.
+    pub(crate) fn update_digest(&mut self) {
         self.collect_dirty();
         self.digest.update(&self.board.memory, self.dirty.digest.take());
-        hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use orrery_devices::{Block, Console, Context, CowDisk, Device, Entropy, Latency, Net, VirtioMmio, layout};
 use orrery_guest_image::Content;
 
+use serde::{Deserialize, Serialize};
+
 use super::MachineError;
 use super::board::encode;
 use crate::config::Seed;
@@ -17,7 +19,7 @@ const MAC: [u8; 6] = [0x02, b'o', b'r', b'r', 0, 1];
 const FIXED_SLOTS: usize = 3;
 
 /// One slot.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) enum VirtioSlot {
     Entropy(Box<VirtioMmio<Entropy>>),
     Agent(VirtioMmio<Console>),
@@ -46,6 +48,32 @@ impl VirtioSlot {
         }
     }
 
+    /// Its number, which says where its registers and its interrupt are.
+    pub fn number(&self) -> u8 {
+        match self {
+            VirtioSlot::Entropy(device) => device.slot(),
+            VirtioSlot::Agent(device) => device.slot(),
+            VirtioSlot::Net(device) => device.slot(),
+            VirtioSlot::Disk(device) => device.slot(),
+        }
+    }
+
+    /// The disk behind it, if it is one.
+    pub fn disk(&self) -> Option<&CowDisk> {
+        match self {
+            VirtioSlot::Disk(device) => Some(device.device().disk()),
+            _ => None,
+        }
+    }
+
+    /// The disk behind it, if it is one.
+    pub fn disk_mut(&mut self) -> Option<&mut CowDisk> {
+        match self {
+            VirtioSlot::Disk(device) => Some(device.device_mut().disk_mut()),
+            _ => None,
+        }
+    }
+
     /// Gives the device's random numbers another seed.
     pub fn rekey(&mut self, seed: Seed) {
         match self {
@@ -53,14 +81,6 @@ impl VirtioSlot {
             VirtioSlot::Agent(device) => device.rekey(seed.0),
             VirtioSlot::Net(device) => device.rekey(seed.0),
             VirtioSlot::Disk(device) => device.rekey(seed.0),
-        }
-    }
-
-    /// The disk, if it is one.
-    pub fn disk(&self) -> Option<&CowDisk> {
-        match self {
-            VirtioSlot::Disk(device) => Some(device.device().disk()),
-            _ => None,
         }
     }
 
@@ -102,4 +122,18 @@ pub(super) fn slots(seed: Seed, disks: &[Content]) -> Result<Vec<VirtioSlot>, Ma
         slots.push(VirtioSlot::Disk(Box::new(VirtioMmio::new(slot, block))));
     }
     Ok(slots)
+}
+
+/// True if these are the devices of a machine, each in its slot.
+pub(super) fn in_order(slots: &[VirtioSlot]) -> bool {
+    let kinds = slots.iter().enumerate().all(|(index, slot)| {
+        let kind = match slot {
+            VirtioSlot::Entropy(_) => index == 0,
+            VirtioSlot::Agent(_) => index == 1,
+            VirtioSlot::Net(_) => index == 2,
+            VirtioSlot::Disk(_) => index >= FIXED_SLOTS,
+        };
+        kind && usize::from(slot.number()) == index
+    });
+    kinds && (FIXED_SLOTS..=usize::from(layout::VIRTIO_SLOTS_MAX)).contains(&slots.len())
 }

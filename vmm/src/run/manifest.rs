@@ -7,8 +7,8 @@ use crate::config::MachineConfig;
 
 /// Name of the format, first field of the file.
 pub const FORMAT: &str = "orrery-run";
-/// Version of the format.
-pub const VERSION: u32 = 1;
+/// Version of the format. Version 1 had no branches and is read as well.
+pub const VERSION: u32 = 2;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +98,17 @@ pub struct Outcome {
     pub chain: Hash,
 }
 
+/// Where a timeline left another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchPoint {
+    /// Name of the run that it left.
+    pub run: String,
+    /// At the first moment at which so many instructions had retired.
+    pub icount: u64,
+    /// The seed from there on. If it is the one before, the random streams go on; otherwise they start anew.
+    pub seed: u64,
+}
+
 /// Contents of `manifest.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -113,8 +124,11 @@ pub struct Manifest {
     pub image: ImageReference,
     /// Second argument.
     pub machine: MachineConfig,
-    /// Third argument.
+    /// Third argument, as of power-on; see `branches` for what it became.
     pub seed: u64,
+    /// Where its timeline left the runs behind it, from power-on on. Empty for a run that began at power-on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub branches: Vec<BranchPoint>,
     /// Inputs that the run was told to replay; what entered is in `inputs.jsonl`.
     pub replayed_inputs: Option<String>,
     /// Length of an epoch of the hash chain, in instructions.
@@ -137,7 +151,7 @@ pub enum ManifestError {
         reason: String,
     },
     /// Another format or version.
-    #[error("the manifest is {format:?} version {version}; this Orrery reads {FORMAT:?} version {VERSION}")]
+    #[error("the manifest is {format:?} version {version}; this Orrery reads {FORMAT:?} up to version {VERSION}")]
     Version {
         /// Its format.
         format: String,
@@ -150,6 +164,11 @@ pub enum ManifestError {
 }
 
 impl Manifest {
+    /// The seed that the run had at its end.
+    pub fn last_seed(&self) -> u64 {
+        self.branches.last().map_or(self.seed, |point| point.seed)
+    }
+
     fn with_checksum(&self) -> Manifest {
         let blank = Manifest { checksum: String::new(), ..self.clone() };
         let text = serde_json::to_string(&blank).expect("a manifest is plain data");
@@ -169,7 +188,7 @@ impl Manifest {
             serde_json::from_str(text).map_err(|e| ManifestError::Syntax { reason: e.to_string() })?;
         let format = value.get("format").and_then(|v| v.as_str()).unwrap_or_default().to_owned();
         let version = value.get("version").and_then(|v| v.as_u64()).unwrap_or(0) as u32;
-        if format != FORMAT || version != VERSION {
+        if format != FORMAT || !(1..=VERSION).contains(&version) {
             return Err(ManifestError::Version { format, version });
         }
         let manifest: Manifest =
@@ -194,6 +213,7 @@ mod tests {
             image: ImageReference { path: "hello.img".into(), hash: Hash([7; 32]) },
             machine: MachineConfig::default(),
             seed: u64::MAX,
+            branches: vec![BranchPoint { run: "hello-1-000".into(), icount: 5, seed: 6 }],
             replayed_inputs: None,
             epoch_instructions: 1 << 28,
             host_cpu_vendor: "AuthenticAMD".into(),

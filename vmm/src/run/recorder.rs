@@ -7,7 +7,7 @@ use orrery_devices::VirtualNs;
 use serde::Serialize;
 
 use super::directory::{RunDirectory, StoreError};
-use super::manifest::{self, Ended, ImageReference, Manifest, Outcome};
+use super::manifest::{self, BranchPoint, Ended, ImageReference, Manifest, Outcome};
 use crate::chain::{Chain, Hash, Link};
 use crate::config::{MachineConfig, Seed};
 use crate::inputs::InputChannel;
@@ -79,6 +79,8 @@ pub struct Origin {
     pub machine: MachineConfig,
     /// The seed.
     pub seed: Seed,
+    /// Where the run's timeline left others.
+    pub branches: Vec<BranchPoint>,
     /// File of inputs that are replayed.
     pub replayed_inputs: Option<String>,
     /// Vendor of the host's processor.
@@ -348,6 +350,7 @@ impl Recorder {
             image: self.origin.image.clone(),
             machine: self.origin.machine.clone(),
             seed: self.origin.seed.0,
+            branches: self.origin.branches.clone(),
             replayed_inputs: self.origin.replayed_inputs.clone(),
             epoch_instructions: self.options.epoch_instructions,
             host_cpu_vendor: self.origin.host_cpu_vendor.clone(),
