@@ -114,6 +114,12 @@ impl Assembler {
         self.gs_op(true, op::STORE, reg, disp);
     }
 
+    /// `movzx eax, word gs:[disp]`
+    pub fn load_gs16_eax(&mut self, disp: u32) {
+        self.put(&[0x65, 0x0F, 0xB7, 0x04, 0x25]);
+        self.imm32(disp);
+    }
+
     /// `mov dword gs:[disp], imm32`
     pub fn store_gs_imm32(&mut self, disp: u32, value: u32) {
         self.put(&[0x65, 0xC7, 0x04, 0x25]);
@@ -392,6 +398,7 @@ mod tests {
             (text(|a| a.load_gs(R13, 0x88)), "mov r13,gs:[88h]"),
             (text(|a| a.gs_op(false, op::STORE, RAX, 0x10)), "mov gs:[10h],eax"),
             (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
+            (text(|a| a.load_gs16_eax(0x20)), "movzx eax,word ptr gs:[20h]"),
             (text(|a| a.rorx_eax_ecx(28)), "rorx eax,ecx,1Ch"),
             (text(|a| a.jmp_gs_rax(0x2008)), "jmp qword ptr gs:[rax+2008h]"),
             (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),

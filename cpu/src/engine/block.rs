@@ -149,6 +149,12 @@ pub mod field {
             + (index * size_of::<crate::state::Segment>()) as u32
             + offset_of!(crate::state::Segment, base) as u32
     }
+    pub const fn selector(index: usize) -> u32 {
+        offset!(state)
+            + offset_of!(CpuState, seg) as u32
+            + (index * size_of::<crate::state::Segment>()) as u32
+            + offset_of!(crate::state::Segment, selector) as u32
+    }
     pub const RIP: u32 = offset!(state) + offset_of!(CpuState, rip) as u32;
     pub const RFLAGS: u32 = offset!(state) + offset_of!(CpuState, rflags) as u32;
     pub const KERNEL_GS_BASE: u32 = offset!(state) + offset_of!(CpuState, kernel_gs_base) as u32;

@@ -51,6 +51,8 @@ pub enum Treatment {
     PushFlags,
     /// CLAC or STAC: the next instruction has another access class.
     AccessFlag,
+    /// MOV of a segment register's selector to a general register of 32 or 64 bits.
+    ReadSelector,
     /// Executed by `system::execute`; ends the block.
     Emulate,
 }
@@ -128,6 +130,15 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
     match ins.mnemonic() {
         Mnemonic::Cld | Mnemonic::Std => return Treatment::Direction,
         Mnemonic::Pushfq if mode.is_64bit() => return Treatment::PushFlags,
+        Mnemonic::Mov
+            if ins.op0_kind() == OpKind::Register
+                && ins.op0_register().is_gpr()
+                && ins.op0_register().size() >= 4
+                && ins.op1_kind() == OpKind::Register
+                && ins.op1_register().is_segment_register() =>
+        {
+            return Treatment::ReadSelector;
+        }
         Mnemonic::Cli if mode.ring0() => return Treatment::ClearInterrupt,
         Mnemonic::Sti if mode.ring0() => return Treatment::SetInterrupt,
         Mnemonic::Swapgs if mode.ring0() && mode.is_64bit() => return Treatment::SwapGs,

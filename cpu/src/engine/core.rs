@@ -332,19 +332,8 @@ impl Core {
         let identity = self.t.identity(vpage, page, mode);
         // SAFETY: as above.
         unsafe { (*self.block).itlb[class as usize][slot] = identity };
-        let used = &mut self.itlb_used[class as usize];
         let kept = super::mmu::survives_address_space(vpage << 12, translation.global);
-        let list = if kept { &mut used.global } else { &mut used.local };
-        list.push(slot as u16);
-        if list.len() > 4 * ITLB_ENTRIES {
-            list.sort_unstable();
-            list.dedup();
-        }
-        // An entry that was global before and is local now must be found by a local flush, and the other way
-        // round a global one in the local list is only flushed too early.
-        if kept {
-            self.itlb_used[class as usize].local.push(slot as u16);
-        }
+        self.itlb_used[class as usize].add(slot, kept);
         Ok(Ok(identity))
     }
 
@@ -793,6 +782,13 @@ impl Core {
                 self.t.patch_rel32(patch, entry);
             }
             Follow::Forward { old } => {
+                // The jump cache may have led here: what is at this address now is another page or mode.
+                let (rip, checked) = (target.rip, self.t.address(target.checked));
+                // SAFETY: translated code is not running.
+                let entry = unsafe { &mut (*self.block).jumps[rip as usize % JUMP_ENTRIES] };
+                if entry.rip == rip && rip != 0 {
+                    entry.host = checked;
+                }
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid
                     && invalid.purpose.is_linked()

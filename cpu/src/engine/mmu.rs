@@ -27,6 +27,19 @@ pub struct Used {
     pub local: Vec<u16>,
 }
 
+impl Used {
+    /// Notes a filled entry. One that was filled before may be in the other list too: a flush of that list then
+    /// forgets it early, but one that must be forgotten is always found.
+    pub fn add(&mut self, index: usize, kept: bool) {
+        let list = if kept { &mut self.global } else { &mut self.local };
+        list.push(index as u16);
+        if list.len() > 4 * super::block::TLB_ENTRIES {
+            list.sort_unstable();
+            list.dedup();
+        }
+    }
+}
+
 /// A write of an operand that was handed out in a bounce buffer.
 pub struct Commit {
     linear: u64,
@@ -65,6 +78,7 @@ impl Core {
         self.statistics.flushes += 1;
         if global {
             self.root = self.state().cr3 & ROOT_MASK;
+            self.t.flushes += 1;
         }
         for c in 0..super::block::CLASSES {
             for write in 0..2 {
@@ -249,14 +263,18 @@ impl Core {
                 self.t.pages.mark_dirty(page as u64);
                 self.observe_walk(*entry);
             }
-            self.t.pages.records[page as u32].table_writes = 0;
-            if self.t.pages.records[page as u32].flags & IS_TABLE == 0 {
-                self.t.pages.records[page as u32].flags |= IS_TABLE;
+            let flushes = self.t.flushes;
+            let record = &mut self.t.pages.records[page as u32];
+            record.table_writes = 0;
+            let used = std::mem::replace(&mut record.table_used, flushes);
+            if record.flags & IS_TABLE == 0 {
+                record.flags |= IS_TABLE;
+                record.table_base = base;
                 self.watched += 1;
-                self.t.pages.records[page as u32].table_base = base;
                 self.flush_writes();
-            } else if self.t.pages.records[page as u32].table_base != base {
-                self.t.pages.records[page as u32].table_base = MANY_BASES;
+            } else if record.table_base != base {
+                // What came through it as a table of something else has been forgotten if all was since.
+                record.table_base = if used < flushes { base } else { MANY_BASES };
             }
         }
         Ok(translation)
@@ -267,20 +285,10 @@ impl Core {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
         let entry = unsafe { &mut (*self.block).tlb[class as usize][write as usize][index] };
-        let was_empty = entry.tag == empty_tag(index);
         entry.tag = linear & !PAGE_MASK;
         entry.host = host_page;
-        let used = &mut self.used[class as usize][write as usize];
-        // An entry that is replaced stays in the list it is in; one that turns local must be in the local list.
-        if was_empty && survives_address_space(linear, global) {
-            used.global.push(index as u16);
-        } else {
-            used.local.push(index as u16);
-            if used.local.len() > 4 * super::block::TLB_ENTRIES {
-                used.local.sort_unstable();
-                used.local.dedup();
-            }
-        }
+        let kept = survives_address_space(linear, global);
+        self.used[class as usize][write as usize].add(index, kept);
     }
 
     /// The target of an access within one page; fills the TLB where that is allowed.

@@ -24,6 +24,8 @@ pub struct PageRecord {
     first_cover: u32,
     /// For tables: linear address of what the first entry maps, with the level (1 = page table) in the low bits.
     pub table_base: u64,
+    /// For tables: how often everything had been forgotten when the page was last walked through.
+    pub table_used: u64,
     /// For pages with code: one bit for each line that some block covers.
     lines: u64,
 }

@@ -689,6 +689,14 @@ impl Translator {
                 self.a.store_gs(host::RAX, field::KERNEL_GS_BASE);
             }
             Treatment::PushFlags => self.push_flags(),
+            Treatment::ReadSelector => {
+                self.a.load_gs16_eax(field::selector(ins.op1_register().number()));
+                let guest = gpr_number(ins.op0_register()).expect("a general register");
+                match HOME[guest as usize] {
+                    Some(home) => self.a.mov(home, host::RAX),
+                    None => self.a.store_gs(host::RAX, field::gpr(guest)),
+                }
+            }
             Treatment::AccessFlag => {
                 self.system_flag(rflags::AC, ins.mnemonic() == Mnemonic::Stac);
                 self.link(ins.next_ip());

@@ -101,6 +101,7 @@ struct Lengths {
     faults: usize,
     code_pages: usize,
     covers: usize,
+    flushes: u64,
 }
 
 /// Where each array is in the region.
@@ -167,6 +168,8 @@ pub struct Translations {
     killed: Vec<u32>,
     /// How often all code was forgotten: indexes of blocks and sites live no longer.
     pub clears: u64,
+    /// How often all address translations were forgotten.
+    pub flushes: u64,
     frozen: Option<Frozen>,
     // Last: the arrays point into it.
     region: Region,
@@ -237,6 +240,8 @@ impl Translations {
             offsets,
             killed: Vec::new(),
             clears: 0,
+            // Whatever the records say of address translations, there are none yet.
+            flushes: lengths.flushes + 1,
             frozen: None,
             region,
         })
@@ -446,6 +451,7 @@ impl Translations {
             faults: self.faults.len(),
             code_pages: self.code_pages.len(),
             covers: self.pages.covers_extent().1 / size_of::<Cover>(),
+            flushes: self.flushes,
         }
     }
 
