@@ -359,3 +359,30 @@ pub fn writes(access: OpAccess) -> bool {
 pub fn needs_pointer(ins: &Instruction) -> bool {
     matches!(ins.mnemonic(), Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use super::super::{classify, mode::Mode};
+    use iced_x86::{Decoder, DecoderOptions};
+
+    fn plan(bytes: &[u8]) -> Plan {
+        let mode = Mode::of(&crate::state::CpuState::long_mode_boot(0, 0, 0, 0, 0, 0));
+        let list: Vec<_> = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE)
+            .iter()
+            .map(|ins| (ins, classify::treatment(&ins, mode)))
+            .collect();
+        let mut plan = Plan::default();
+        plan.make(&list, &mut InstructionInfoFactory::new(), true);
+        plan
+    }
+
+    #[test]
+    fn accesses_near_one_base_share_a_translation() {
+        // movzx edx, byte [rax]; test dl, dl; jns +4; movzx esi, byte [rax+1]
+        let plan = plan(&[0x0F, 0xB6, 0x10, 0x84, 0xD2, 0x79, 0x04, 0x0F, 0xB6, 0x70, 0x01]);
+        assert_eq!(plan.groups.len(), 1);
+        assert_eq!(plan.group(0, Which::Operand), Some(0));
+        assert_eq!(plan.group(3, Which::Operand), Some(0));
+    }
+}
