@@ -362,8 +362,8 @@ pub fn needs_pointer(ins: &Instruction) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use super::super::{classify, mode::Mode};
+    use super::*;
     use iced_x86::{Decoder, DecoderOptions};
 
     fn plan(bytes: &[u8]) -> Plan {

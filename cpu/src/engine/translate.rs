@@ -1060,7 +1060,7 @@ impl Translator {
             self.high_byte(ins);
             return;
         }
-        if self.move_register(ins) {
+        if self.move_register(ins) || self.exchange(ins) {
             return;
         }
         let use_of = Use::of(self.info.info(ins), ins);
@@ -1194,6 +1194,21 @@ impl Translator {
                 self.a.store_gs(host::RAX, field::gpr(dst));
             }
         }
+        true
+    }
+
+    /// XCHG of memory and a register that has a home: a load and a store, for there is one vCPU and the processor's own
+    /// instruction locks the bus.
+    fn exchange(&mut self, ins: &Instruction) -> bool {
+        if !matches!(ins.code(), Code::Xchg_rm32_r32 | Code::Xchg_rm64_r64) || ins.op0_kind() != OpKind::Memory {
+            return false;
+        }
+        let Some(home) = gpr_number(ins.op1_register()).and_then(|guest| HOME[guest as usize]) else { return false };
+        let size = ins.memory_size().size();
+        let at = self.operand(ins, size, true, true);
+        self.a.load(size, host::RAX, at);
+        self.a.store(size, at, home);
+        self.a.mov(home, host::RAX);
         true
     }
 
