@@ -35,6 +35,7 @@ pub mod queue;
 pub mod ram;
 pub mod run;
 pub mod time;
+pub mod translation_cache;
 pub mod verify;
 
 pub use config::{MachineConfig, Seed};

@@ -159,6 +159,14 @@ impl Assembler {
         self.put(&[0x0F, 0xB7, 0xC0 | (reg & 7) << 3 | reg & 7]);
     }
 
+    /// `mov reg32, imm32`; returns the offset of the immediate.
+    pub fn mov32_imm(&mut self, reg: u8, value: u32) -> u32 {
+        self.rex(false, 0, 0, reg);
+        self.bytes.push(0xB8 | reg & 7);
+        self.imm32(value);
+        self.offset() - 4
+    }
+
     /// The shortest move of a constant into a register; flags are untouched.
     pub fn mov_imm(&mut self, reg: u8, value: u64) {
         if value <= u32::MAX as u64 {

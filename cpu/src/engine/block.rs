@@ -16,7 +16,7 @@ pub const JUMP_ENTRIES: usize = 1 << 14;
 pub const ITLB_ENTRIES: usize = 1 << 13;
 
 /// Which permission checks an access is subject to; each has TLBs of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[repr(u8)]
 pub enum Class {
     /// CPL 0..2 with SMAP in force (if CR4.SMAP is set).

@@ -429,7 +429,19 @@ impl Core {
         let origin = self.t.next_code();
         let mut straddling = [0u8; 15];
         let mut second_physical = None;
-        let placed = match self.translator.translate(&request, origin) {
+        let archive = self.config.archive.as_deref();
+        let archive = archive.filter(|_| purpose.is_linked() && self.chaos.is_none() && request.cuts.is_empty());
+        let pasted = archive.and_then(|archive| archive.paste(&request, origin, &mut self.translator));
+        self.statistics.pasted += u64::from(pasted.is_some());
+        let translated = match pasted {
+            Some(placed) => Ok(placed),
+            None => self.translator.translate(&request, origin).inspect(|placed| {
+                if let Some(archive) = archive {
+                    archive.add(&request, origin, &self.translator, placed);
+                }
+            }),
+        };
+        let placed = match translated {
             Ok(placed) => placed,
             Err(_) => {
                 // The instruction goes on in the next page.

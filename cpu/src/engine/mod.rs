@@ -4,6 +4,7 @@
 //! tools; `core` finds, enters and links blocks and acts on their exits; `mmu` serves memory; `system` (outside)
 //! executes what is not worth translating. Nothing in here may change what a guest computes: see `EngineConfig`.
 
+mod archive;
 mod assembler;
 mod block;
 mod classify;
@@ -31,6 +32,7 @@ use crate::memory::GuestMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
 
+pub use archive::Archive;
 pub use observe::{Accessor, Hit, Observation, Place, WATCH_BYTES_MAX, Watchpoint};
 pub use statistics::Statistics;
 
@@ -49,6 +51,8 @@ pub struct EngineConfig {
     pub code_cache_bytes: usize,
     /// Randomise block lengths and forget caches at random moments, from this seed.
     pub chaos_seed: Option<u64>,
+    /// Translations to begin with, and where new ones are kept.
+    pub archive: Option<std::sync::Arc<Archive>>,
 }
 
 impl Default for EngineConfig {
@@ -60,6 +64,7 @@ impl Default for EngineConfig {
             max_block_instructions: 64,
             code_cache_bytes: 512 << 20,
             chaos_seed: None,
+            archive: None,
         }
     }
 }

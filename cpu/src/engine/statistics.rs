@@ -20,6 +20,8 @@ pub struct Statistics {
     pub budget: u64,
     /// Blocks that had to be looked up again.
     pub lookup: u64,
+    /// Translations taken from an archive.
+    pub pasted: u64,
     /// Blocks that the stack window did not cover and that asked for it to be moved.
     pub window: u64,
     /// Instructions executed alone, with every access through Rust.

@@ -5,6 +5,7 @@
 //! and RCX are free, all other guest registers are at home (`registers`). At every site that can leave in the
 //! middle of a block the state is that before the instruction, so that it can be executed again.
 
+use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
@@ -17,6 +18,7 @@ use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
+use serde::{Deserialize, Serialize};
 
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
@@ -27,8 +29,11 @@ const SIDE_BRANCHES_MAX: u32 = 4;
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 
+/// Most sites, emulated instructions or fault sites of one block.
+pub const MAX_RECORDS: usize = 1024;
+
 /// Why and from where translated code leaves to Rust.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
     /// For a group, `first` is the access that happens now: its offset in the range, and its size.
@@ -51,7 +56,7 @@ pub enum SiteKind {
 }
 
 /// A place in translated code from which it can leave.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Site {
     pub kind: SiteKind,
     /// Address of the guest instruction.
@@ -92,7 +97,7 @@ pub struct Request<'a> {
 }
 
 /// Where the pieces of a translated block stand: offsets in the code memory.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Placed {
     /// Entry that checks the page first.
     pub checked: u32,
@@ -151,6 +156,8 @@ pub struct Translator {
     pub sites: Vec<Site>,
     pub emulated: Vec<Instruction>,
     pub faults: Vec<(u32, u32)>,
+    /// Places in the block's code that depend on where it stands.
+    pub relocations: Vec<Relocation>,
     first_site: u32,
     first_emulated: u32,
     flags: Flags,
@@ -183,6 +190,7 @@ impl Translator {
             sites: Vec::new(),
             emulated: Vec::new(),
             faults: Vec::new(),
+            relocations: Vec::new(),
             first_site: 0,
             first_emulated: 0,
             flags: Flags::Slot,
@@ -212,6 +220,7 @@ impl Translator {
         self.sites.clear();
         self.emulated.clear();
         self.faults.clear();
+        self.relocations.clear();
         self.tlb_mask = request.tlb_mask;
         self.cold.clear();
         self.flags = Flags::Slot;
@@ -266,14 +275,14 @@ impl Translator {
                 Cold::Memory { patch, site, tlb } => {
                     self.a.land(patch);
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
-                    self.a.mov_imm(host::RAX, site as u64);
-                    self.a.jmp(self.thunks.memory);
+                    self.site_in_rax(site);
+                    self.jump_away(self.thunks.memory);
                 }
                 Cold::Constant { patch, site, address } => {
                     self.a.land(patch);
                     self.a.mov_imm(host::RCX, address);
-                    self.a.mov_imm(host::RAX, site as u64);
-                    self.a.jmp(self.thunks.memory);
+                    self.site_in_rax(site);
+                    self.jump_away(self.thunks.memory);
                 }
                 Cold::Leave { patch, site } => {
                     self.a.land(patch);
@@ -287,7 +296,7 @@ impl Translator {
                 Cold::Window { patch } => {
                     self.a.land(patch);
                     let after = self.a.lea_rcx_rip();
-                    self.a.jmp(self.thunks.window[window_of(self.mode.class() as usize)]);
+                    self.jump_away(self.thunks.window[window_of(self.mode.class() as usize)]);
                     self.a.land(after);
                     self.a.jcc(cc::C, placed.entry as u64);
                     self.a.decrement_gs32(field::WINDOW_PATIENCE);
@@ -317,9 +326,20 @@ impl Translator {
         Ok(placed)
     }
 
+    /// Jumps to one of the doors.
+    fn jump_away(&mut self, door: u64) {
+        let at = self.a.jmp(door);
+        self.relocations.push(Relocation::Away(at));
+    }
+
+    fn site_in_rax(&mut self, site: u32) {
+        let at = self.a.mov32_imm(host::RAX, site);
+        self.relocations.push(Relocation::Site(at));
+    }
+
     fn leave(&mut self, site: u32) {
-        self.a.mov_imm(host::RAX, site as u64);
-        self.a.jmp(self.thunks.exit_site);
+        self.site_in_rax(site);
+        self.jump_away(self.thunks.exit_site);
     }
 
     /// Decodes the block into `self.instructions`; returns its length in bytes.
@@ -389,6 +409,7 @@ impl Translator {
 
     fn check_page(&mut self, vpage: u64, identity: u32, lookup: u32) {
         self.a.cmp_gs_imm32(field::itlb(self.mode.class(), vpage), identity);
+        self.relocations.push(Relocation::Identity(self.a.offset() - 4));
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site: lookup });
     }
@@ -505,8 +526,8 @@ impl Translator {
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
         let site = self.site(kind, self.unretired());
         if self.careful {
-            self.a.mov_imm(host::RAX, site as u64);
-            self.a.jmp(self.thunks.memory);
+            self.site_in_rax(site);
+            self.jump_away(self.thunks.memory);
         } else {
             let tlb = field::tlb(class, write);
             self.a.rorx_eax_ecx(8);

@@ -7,7 +7,7 @@
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
 use super::region::{Array, Layout, MemoryFile, Region};
-use super::translate::Site;
+use super::translate::{MAX_RECORDS, Site};
 use iced_x86::Instruction;
 use std::io;
 
@@ -23,8 +23,6 @@ const CODE_PER_SITE: usize = 20;
 const CODE_PER_EMULATED: usize = 256;
 const CODE_PER_FAULT: usize = 32;
 const CODE_PER_CODE_PAGE: usize = 512;
-/// Most records of each kind that one block can need.
-const PER_BLOCK: usize = 1024;
 
 /// What a block is made for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -272,9 +270,9 @@ impl Translations {
     pub fn has_room(&self, code: usize) -> bool {
         self.offsets.code_capacity - self.code_used >= code
             && self.blocks.has_room(1)
-            && self.sites.has_room(PER_BLOCK)
-            && self.emulated.has_room(PER_BLOCK)
-            && self.faults.has_room(PER_BLOCK)
+            && self.sites.has_room(MAX_RECORDS)
+            && self.emulated.has_room(MAX_RECORDS)
+            && self.faults.has_room(MAX_RECORDS)
             && self.code_pages.has_room(2)
             && self.pages.has_room()
     }

@@ -102,6 +102,10 @@ pub struct EngineArgs {
     /// Code cache, in MiB
     #[arg(long, hide = true, value_name = "MIB")]
     pub engine_cache: Option<usize>,
+    /// Start without the translations that earlier runs of this image left in the user's cache directory, and leave
+    /// none there. They only make the start faster
+    #[arg(long)]
+    pub no_translation_cache: bool,
 }
 
 /// Arguments of `orrery run`.

@@ -17,6 +17,7 @@ use crate::machine::{Machine, MachineError};
 use crate::run::RunDirectory;
 use crate::run::manifest::{Ended, ImageReference};
 use crate::run::recorder::{Origin, RecordError, Recorder, RecorderOptions, Summary};
+use crate::translation_cache::TranslationCache;
 
 pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     let image = open_image(&arguments.image)?;
@@ -25,7 +26,8 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
         None => Vec::new(),
     };
     let seed = Seed(arguments.seed);
-    let mut machine = build_machine(&image, &arguments.machine, seed, engine_config(&arguments.engine))?;
+    let (engine, cache) = warm_engine(&arguments.engine, &image);
+    let mut machine = build_machine(&image, &arguments.machine, seed, engine)?;
     machine.replay(replayed);
     let stem = arguments.image.file_stem().map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
     let directory = RunDirectory::create(&arguments.runs, &stem, arguments.seed)
@@ -52,6 +54,9 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     drop(console);
     let summary = summary.map_err(record_failure)?;
     report(&summary, arguments.quiet, arguments.json);
+    if let Some(cache) = cache {
+        cache.keep();
+    }
     Ok(exit::code_of(&summary.ended))
 }
 
@@ -93,7 +98,15 @@ pub(super) fn engine_config(arguments: &EngineArgs) -> EngineConfig {
         code_cache_bytes: arguments.engine_cache.map_or(plain.code_cache_bytes, |mib| mib << 20),
         chaos_seed: arguments.engine_chaos,
         grouping: plain.grouping && !arguments.engine_no_grouping,
+        archive: None,
     }
+}
+
+/// As `engine_config`, with the translations that earlier runs of the image left behind.
+pub(super) fn warm_engine(arguments: &EngineArgs, image: &Image) -> (EngineConfig, Option<TranslationCache>) {
+    let cache = (!arguments.no_translation_cache).then(|| TranslationCache::open(&image.hash()));
+    let archive = cache.as_ref().map(TranslationCache::archive);
+    (EngineConfig { archive, ..engine_config(arguments) }, cache)
 }
 
 pub(super) fn record_failure(error: RecordError) -> Failure {
