@@ -89,6 +89,11 @@ impl Page {
     pub fn bytes(&self) -> &[u8; PAGE_LEN] {
         &self.0
     }
+
+    /// True if the two are copies of one page and neither has been written since. Equal contents may differ in this.
+    pub fn is_copy_of(&self, other: &Page) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 impl From<[u8; PAGE_LEN]> for Page {

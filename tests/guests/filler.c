@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <sys/sysinfo.h>
 
-enum { PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), RESERVE = 48 << 20, SPIN = 282 };
+enum { PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), RESERVE = 40 << 20, SPIN = 282 };
 
 static uint64_t next(uint64_t *state) {
     *state ^= *state << 13;
@@ -21,7 +21,8 @@ int main(void) {
         puts("too little memory");
         return 1;
     }
-    uint64_t pages = (info.freeram - RESERVE) / PAGE;
+    /* The kernel keeps the more for itself the more there is. */
+    uint64_t pages = (info.freeram - RESERVE - info.freeram / 24) / PAGE;
     volatile uint64_t *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) {
         puts("no memory");

@@ -237,10 +237,66 @@ fn threads_branch_from_one_template() {
                     assert_eq!(finish(&mut branch(&template, Seed(seed))), expected[seed as usize]);
                     kept.reset_as(Seed(seed), None).unwrap();
                     assert_eq!(finish(&mut kept), expected[seed as usize]);
+                    let mut other = branch(&template, Seed(seed));
+                    assert_eq!(finish(&mut other), expected[seed as usize]);
+                    template.recycle(other);
                 }
             });
         }
     });
+}
+
+#[test]
+fn a_branch_in_the_place_of_another_is_a_new_one() {
+    let image = wanderer(1_500, 200);
+    let mut parent = machine_at(&image, 5_000);
+    parent.take_output();
+    let template = parent.freeze().unwrap();
+    let expected = [SEED, OTHER].map(|seed| finish(&mut branch(&template, seed)));
+    for round in 0..20 {
+        let mut child = branch(&template, [SEED, OTHER][round % 2]);
+        assert_eq!(child.icount(), Icount(5_000));
+        if round % 3 == 0 {
+            child.input(InputChannel::Console, b"x".to_vec());
+            run_until(&mut child, 7_000);
+        } else {
+            assert_eq!(finish(&mut child), expected[round % 2], "round {round}");
+        }
+        // Hashed or not when it goes.
+        if round % 4 == 0 {
+            child.state_hash();
+        }
+        template.recycle(child);
+    }
+    // A machine from elsewhere is no spare of this template.
+    run_until(&mut parent, 9_000);
+    let elsewhere = parent.freeze().unwrap();
+    template.recycle(branch(&elsewhere, SEED));
+    assert_eq!(branch(&template, SEED).icount(), Icount(5_000));
+    // The parent itself may go: it was frozen here first.
+    template.recycle(parent);
+    let mut children: Vec<_> = (0..4).map(|_| branch(&template, OTHER)).collect();
+    children.iter_mut().for_each(|child| assert_eq!(finish(child), expected[1]));
+}
+
+#[test]
+fn hashes_wait_until_somebody_asks() {
+    let image = wanderer(3_000, 500);
+    let mut straight = machine(&image);
+    let mut current = machine(&image);
+    let mut templates = Vec::new();
+    // No hash is asked for on the way down.
+    for generation in 1..5 {
+        run_until(&mut current, generation * 11_000);
+        let template = current.freeze().unwrap();
+        current = branch(&template, SEED);
+        templates.push(template);
+    }
+    for (template, generation) in templates.iter().zip(1..) {
+        run_until(&mut straight, generation * 11_000);
+        assert_eq!(branch(template, SEED).state_hash(), straight.state_hash(), "generation {generation}");
+    }
+    assert_eq!(finish(&mut current).0, finish(&mut branch(&templates[0], SEED)).0);
 }
 
 /// Echoes what comes in on the serial port, until a `q`.

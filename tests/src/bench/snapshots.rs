@@ -24,10 +24,11 @@ const RESET_PAGES: usize = 50;
 const LIVE: usize = 1_000;
 
 /// What can be measured.
-pub const NAMES: [(&str, &str); 8] = [
+pub const NAMES: [(&str, &str); 9] = [
     ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
     ("reset-50", "going back to the branch point after 50 pages were written"),
     ("branches-per-second", "going back and running 100,000 instructions"),
+    ("branch-recycled", "a branch in the place of one that was given back, until its first instruction has retired"),
     ("first-million", "the first million instructions of a branch"),
     ("parent-million", "a million instructions of its parent"),
     ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
@@ -144,9 +145,10 @@ impl Guest {
             lines.push(self.branch(&branch, rounds)?);
         }
         if mib == 512 {
-            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 6] = [
+            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 7] = [
                 ("reset-50", Guest::reset),
                 ("branches-per-second", Guest::throughput),
+                ("branch-recycled", Guest::recycled),
                 ("first-million", Guest::first_million),
                 ("parent-million", Guest::parent_million),
                 ("grandchild-512", Guest::grandchild),
@@ -211,11 +213,30 @@ impl Guest {
 
     fn first_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
         let mut micros = Vec::new();
+        let mut again = Vec::new();
         for _ in 0..rounds.min(200) {
             let mut child = self.child()?;
             let before = Instant::now();
             run(&mut child, 1_000_000)?;
             micros.push(micros_since(before));
+            // The same instructions, with the memory that the host has mapped meanwhile.
+            child.reset()?;
+            let before = Instant::now();
+            run(&mut child, 1_000_000)?;
+            again.push(micros_since(before));
+        }
+        Ok(Line::of(name, micros).with("again_p50_us", Line::of(name, again).p50_us))
+    }
+
+    fn recycled(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut micros = Vec::new();
+        for round in 0..rounds {
+            let before = Instant::now();
+            let mut child = self.template.branch(Seed(round as u64), None)?;
+            run(&mut child, 1)?;
+            micros.push(micros_since(before));
+            run(&mut child, CHILD_INSTRUCTIONS)?;
+            self.template.recycle(child);
         }
         Ok(Line::of(name, micros))
     }

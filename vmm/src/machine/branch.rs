@@ -7,22 +7,27 @@
 //! With its parent's seed a branch is bit for bit the parent's future; with another one every random stream is keyed
 //! anew at that moment.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use orrery_cpu::engine::{Engine, EngineError, FrozenTranslations};
+use orrery_cpu::engine::{Engine, EngineError, FrozenTranslations, Observation};
 use orrery_cpu::memory::PAGE_SIZE;
 use orrery_cpu::{CpuState, Icount};
 
 use super::dirty::DirtyPages;
+use super::save::LastSave;
 use super::state::MachineState;
 use super::{Board, Machine, Scheduled};
 use crate::config::Seed;
-use crate::digest::MemoryDigest;
+use crate::digest::{MemoryDigest, content_hash};
 use crate::inputs::Input;
 use crate::ram::{self, FrozenRam, RamError};
 
-/// Most pages that a branch copies on its way out instead of having them in the file that it maps.
-const PATCHES_MAX: usize = 64;
+/// Most pages that branches copy on their way out for ever, instead of having them in the file that they map.
+const PATCHES_FEW: usize = 64;
+/// Machines that wait in a template for another branch to go on in their place.
+const SPARES_MAX: usize = 16;
+/// Most pages of its own that such a machine may have: 32 MiB.
+const SPARE_PAGES_MAX: usize = 8192;
 
 /// A branch that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -43,16 +48,38 @@ pub enum BranchError {
 pub struct Template(Arc<Frozen>);
 
 /// What a template is made of.
-struct Frozen {
-    ram: FrozenRam,
+pub(super) struct Frozen {
+    ram: Mutex<Ram>,
     state: MachineState,
-    digest: MemoryDigest,
+    digest: OnceLock<MemoryDigest>,
+    /// The digest as it was known, and the pages written after that: hashed when somebody asks.
+    stale_digest: (MemoryDigest, Vec<u64>),
     translations: FrozenTranslations,
+    /// What the next save of a branch builds on.
+    saved: Option<Box<LastSave>>,
+    /// Machines that have gone back to this moment and are not needed.
+    spares: Mutex<Vec<Spare>>,
+}
+
+/// RAM of a template, whose form may change.
+struct Ram {
+    frozen: Arc<FrozenRam>,
+    /// Pages that branches have copied on their way out.
+    copied: u64,
+}
+
+/// A machine that waits for a branch. It has no origin and no source of digests, which would keep the template alive.
+struct Spare {
+    machine: Machine,
+    /// RAM as the machine has mapped it.
+    ram: Arc<FrozenRam>,
 }
 
 /// Where a machine branched off, to go back to.
 pub(super) struct Origin {
     frozen: Arc<Frozen>,
+    /// RAM as the machine has mapped it.
+    ram: Arc<FrozenRam>,
     /// The state at which this machine began: the template's, with its own seed and inputs.
     start: MachineState,
 }
@@ -62,29 +89,40 @@ impl Machine {
     /// from now on, and [`Machine::reset`] leads back here if the machine has no earlier branch point.
     ///
     /// The first time this costs the same for any size of memory, but the pages that the machine touches afterwards
-    /// are mapped and copied again. On a machine that is a branch already, the pages that it has written are copied
-    /// if they are few, else all of RAM is.
+    /// are mapped and copied again. On a machine that is a branch already it costs the pages that it has written.
     pub fn freeze(&mut self) -> Result<Template, BranchError> {
-        self.update_digest();
-        let ram = match &self.origin {
+        self.collect_dirty();
+        let ram = Arc::new(match &self.origin {
             None => FrozenRam::freeze(&self.board.memory)?,
-            Some(origin) => {
-                let ram = &origin.frozen.ram;
+            Some(Origin { ram, .. }) => {
                 let mut written = [self.dirty.branch.pages(), ram.patched()].concat();
                 written.sort_unstable();
                 written.dedup();
-                FrozenRam::freeze_private(ram.file(), &self.board.memory, written, PATCHES_MAX)?
+                FrozenRam::freeze_private(ram.file(), &self.board.memory, written)
             }
-        };
-        let frozen = Arc::new(Frozen {
-            ram,
-            state: self.state(),
-            digest: self.digest.clone(),
-            translations: self.engine.freeze()?,
         });
+        let (digest, mut stale) = match self.digest_source.take() {
+            // Nobody has asked for a digest since this machine branched off.
+            Some(source) => match source.digest.get() {
+                Some(digest) => (digest.clone(), Vec::new()),
+                None => source.stale_digest.clone(),
+            },
+            None => (self.digest.clone(), Vec::new()),
+        };
+        stale.extend(self.dirty.digest.take());
+        let frozen = Arc::new(Frozen {
+            ram: Mutex::new(Ram { frozen: Arc::clone(&ram), copied: 0 }),
+            state: self.state(),
+            digest: OnceLock::new(),
+            stale_digest: (digest, stale),
+            translations: self.engine.freeze()?,
+            saved: self.saved.clone(),
+            spares: Mutex::default(),
+        });
+        self.digest_source = Some(Arc::clone(&frozen));
         if self.origin.is_none() {
             self.dirty.branch.take();
-            self.origin = Some(Origin { start: frozen.state.clone(), frozen: Arc::clone(&frozen) });
+            self.origin = Some(Origin { start: frozen.state.clone(), ram, frozen: Arc::clone(&frozen) });
         }
         Ok(Template(frozen))
     }
@@ -93,6 +131,12 @@ impl Machine {
     pub fn pages_since_branch(&mut self) -> usize {
         self.collect_dirty();
         self.dirty.branch.len()
+    }
+
+    /// How many pages the host has provided for this machine alone, as far as it is known.
+    fn pages_owned(&mut self) -> usize {
+        self.collect_dirty();
+        self.dirty.owned.len()
     }
 
     /// Goes back to the moment at which this machine branched off (or was frozen first), with the seed and the
@@ -116,14 +160,14 @@ impl Machine {
         for page in self.dirty.branch.take() {
             let gpa = page * PAGE_SIZE;
             let engine = &mut self.engine;
-            origin.frozen.ram.restore_page(&self.board.memory, page, |offset, len| {
+            origin.ram.restore_page(&self.board.memory, page, |offset, len| {
                 engine.memory_written(gpa + offset, len);
             });
         }
         // The digest goes back as well; nobody else needs to know of what was just written.
         self.engine.take_dirty();
         self.dirty.digest.take();
-        self.digest = origin.frozen.digest.clone();
+        self.digest_source = Some(Arc::clone(&origin.frozen));
         self.load(start);
         Ok(())
     }
@@ -137,7 +181,14 @@ impl Template {
     pub fn branch(&self, seed: Seed, inputs: Option<Vec<Input>>) -> Result<Machine, BranchError> {
         let frozen = &self.0;
         let start = start(&frozen.state, seed, inputs);
-        let memory = frozen.ram.map()?;
+        if let Some(Spare { mut machine, ram }) = lock(&frozen.spares).pop() {
+            machine.load(start.clone());
+            machine.digest_source = Some(Arc::clone(frozen));
+            machine.origin = Some(Origin { frozen: Arc::clone(frozen), ram, start });
+            return Ok(machine);
+        }
+        let ram = frozen.ram()?;
+        let memory = ram.map()?;
         let mut engine = Engine::branch(&frozen.translations, memory.clone())?;
         *engine.state_mut() = start.cpu.clone();
         engine.set_icount(start.icount);
@@ -145,7 +196,8 @@ impl Template {
         Ok(Machine {
             config: start.config.clone(),
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
-            digest: frozen.digest.clone(),
+            digest: frozen.stale_digest.0.clone(),
+            digest_source: Some(Arc::clone(frozen)),
             engine,
             board: Board::at(memory, start.board.clone()),
             inputs: start.inputs.clone(),
@@ -155,9 +207,30 @@ impl Template {
             first_moment: start.first_moment,
             seed,
             ended: start.ended.clone(),
-            saved: None,
-            origin: Some(Origin { frozen: Arc::clone(frozen), start }),
+            saved: frozen.saved.clone(),
+            origin: Some(Origin { frozen: Arc::clone(frozen), ram, start }),
         })
+    }
+
+    /// Gives a branch of this template back that is not needed any more: the next branch goes on in its place, which
+    /// makes it start faster, and run faster at first, since the host has mapped its memory already. Machines from
+    /// elsewhere, and those that have written a lot, are dropped.
+    pub fn recycle(&self, mut machine: Machine) {
+        let ours = machine.origin.as_ref().is_some_and(|origin| Arc::ptr_eq(&origin.frozen, &self.0));
+        if !ours || lock(&self.0.spares).len() >= SPARES_MAX || machine.pages_owned() > SPARE_PAGES_MAX {
+            return;
+        }
+        if machine.reset().is_ok() {
+            machine.observe(&Observation::default());
+            machine.take_hits();
+            machine.saved.clone_from(&self.0.saved);
+            let ram = machine.origin.take().map(|origin| origin.ram);
+            // A machine that waits must not keep its template alive.
+            machine.digest_source = None;
+            if let Some(ram) = ram {
+                lock(&self.0.spares).push(Spare { machine, ram });
+            }
+        }
     }
 
     /// Instructions retired at the template's moment.
@@ -174,6 +247,42 @@ impl Template {
     pub fn cpu(&self) -> &CpuState {
         &self.0.state.cpu
     }
+}
+
+impl Frozen {
+    /// RAM for another branch. As long as few pages differ from the file, or few branches were made, they copy those
+    /// pages; when that has cost as much as a file of its own costs, that is made. So nobody pays much more than
+    /// twice what would have been best.
+    fn ram(&self) -> Result<Arc<FrozenRam>, RamError> {
+        let mut ram = lock(&self.ram);
+        let patched = ram.frozen.patched().len();
+        if patched > PATCHES_FEW {
+            ram.copied += patched as u64;
+            if ram.copied > ram.frozen.file().allocated_pages() {
+                ram.frozen = Arc::new(ram.frozen.flatten()?);
+            }
+        }
+        Ok(Arc::clone(&ram.frozen))
+    }
+
+    /// The digests of RAM.
+    pub fn digest(&self) -> &MemoryDigest {
+        self.digest.get_or_init(|| {
+            let (mut digest, stale) = self.stale_digest.clone();
+            let ram = Arc::clone(&lock(&self.ram).frozen);
+            for page in stale {
+                if let Some(content) = ram.page(page) {
+                    digest.set(page, content_hash(content));
+                }
+            }
+            digest
+        })
+    }
+}
+
+/// Nobody leaves what these locks guard half-done, so a thread's panic elsewhere does not matter.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The state of a branch at its first moment.

@@ -66,18 +66,21 @@ pub(super) struct DirtyPages {
     pub digest: PageSet,
     /// Written since the machine left its template, or power-on.
     pub branch: PageSet,
+    /// Ever written by this machine.
+    pub owned: PageSet,
 }
 
 impl DirtyPages {
     /// Nothing written yet; RAM has no page at `end` or above.
     pub fn new(end: u64) -> DirtyPages {
-        DirtyPages { digest: PageSet::new(end), branch: PageSet::new(end) }
+        DirtyPages { digest: PageSet::new(end), branch: PageSet::new(end), owned: PageSet::new(end) }
     }
 
     /// A page was written.
     pub fn insert(&mut self, page: u64) {
         self.digest.insert(page);
         self.branch.insert(page);
+        self.owned.insert(page);
     }
 }
 

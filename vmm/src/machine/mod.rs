@@ -15,6 +15,7 @@ pub mod state;
 mod virtio;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Hit, Observation, Stop};
 use orrery_cpu::memory::PAGE_SIZE;
@@ -111,6 +112,8 @@ pub struct Machine {
     engine: Engine,
     board: Board,
     digest: MemoryDigest,
+    /// Where the digest is to be taken from first, when somebody asks for it.
+    digest_source: Option<Arc<branch::Frozen>>,
     /// Who has still to be told of which written pages.
     dirty: DirtyPages,
     /// What the random streams were keyed with last.
@@ -188,6 +191,7 @@ impl Machine {
         let mut machine = Machine {
             config: config.clone(),
             digest: MemoryDigest::zeroed(&memory),
+            digest_source: None,
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             seed,
             origin: None,
@@ -451,6 +455,9 @@ impl Machine {
     /// Brings the digest of RAM up to date.
     pub(crate) fn update_digest(&mut self) {
         self.collect_dirty();
+        if let Some(source) = self.digest_source.take() {
+            self.digest = source.digest().clone();
+        }
         self.digest.update(&self.board.memory, self.dirty.digest.take());
     }
 }

@@ -255,6 +255,7 @@ impl Machine {
             config: state.config,
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             digest,
+            digest_source: None,
             engine,
             board: Board::at(memory, state.board),
             inputs: state.inputs,

@@ -58,22 +58,19 @@ impl FrozenRam {
     }
 
     /// Freezes the content of a private mapping of `base` whose pages `written` (ascending, without duplicates) may
-    /// differ from the file: as patches if they are few, else in a file of its own.
-    pub fn freeze_private(
-        base: &Arc<FrozenFile>,
-        memory: &GuestMemory,
-        written: Vec<u64>,
-        patches_max: usize,
-    ) -> Result<FrozenRam, RamError> {
-        if written.len() <= patches_max {
-            let mut patches = vec![0; written.len() * PAGE_BYTES];
-            for (page, content) in written.iter().zip(patches.chunks_exact_mut(PAGE_BYTES)) {
-                content.copy_from_slice(host_page(memory, *page).expect("written pages are RAM"));
-            }
-            return Ok(FrozenRam { file: Arc::clone(base), patched: written, patches });
+    /// differ from the file. Costs what was written.
+    pub fn freeze_private(base: &Arc<FrozenFile>, memory: &GuestMemory, written: Vec<u64>) -> FrozenRam {
+        let mut patches = vec![0; written.len() * PAGE_BYTES];
+        for (page, content) in written.iter().zip(patches.chunks_exact_mut(PAGE_BYTES)) {
+            content.copy_from_slice(host_page(memory, *page).expect("written pages are RAM"));
         }
-        let failed = |source| RamError::Freeze { bytes: super::size(memory), source };
-        base.copy(memory, &written).map_err(failed)
+        FrozenRam { file: Arc::clone(base), patched: written, patches }
+    }
+
+    /// The same content in a file of its own, without patches. Costs what RAM holds.
+    pub fn flatten(&self) -> Result<FrozenRam, RamError> {
+        let bytes = self.file.regions.iter().map(|region| region.view.size() as u64).sum();
+        self.copy(bytes).map_err(|source| RamError::Freeze { bytes, source })
     }
 
     fn of_files(memory: &GuestMemory) -> io::Result<FrozenRam> {
@@ -84,6 +81,36 @@ impl FrozenRam {
             regions.push(Region::new(region.start_addr(), region.len(), file)?);
         }
         Ok(FrozenRam { file: Arc::new(FrozenFile { regions }), patched: Vec::new(), patches: Vec::new() })
+    }
+
+    fn copy(&self, bytes: u64) -> io::Result<FrozenRam> {
+        let file = Arc::new(memory_file(bytes)?);
+        let mut regions = Vec::new();
+        for region in &self.file.regions {
+            // Both files are laid out alike.
+            let start = region.file.start();
+            for (from, to) in data_ranges(region.file.file(), start, start + region.view.size() as u64)? {
+                let bytes = &region.bytes()[(from - start) as usize..(to - start) as usize];
+                for (index, piece) in bytes.chunks(COPY_BYTES).enumerate() {
+                    file.write_all_at(piece, from + (index * COPY_BYTES) as u64)?;
+                }
+            }
+            let first = self.patched.partition_point(|page| *page < region.first_page);
+            for (index, page) in self.patched.iter().enumerate().skip(first) {
+                let at = (page - region.first_page) * PAGE_SIZE;
+                if at < region.view.size() as u64 {
+                    file.write_all_at(&self.patches[index * PAGE_BYTES..][..PAGE_BYTES], start + at)?;
+                }
+            }
+            let place = FileOffset::from_arc(Arc::clone(&file), start);
+            regions.push((GuestAddress(region.first_page * PAGE_SIZE), region.view.size() as u64, place));
+        }
+        let regions = regions.into_iter().map(|(start, bytes, place)| {
+            seal(&place)?;
+            Region::new(start, bytes, place)
+        });
+        let file = Arc::new(FrozenFile { regions: regions.collect::<io::Result<_>>()? });
+        Ok(FrozenRam { file, patched: Vec::new(), patches: Vec::new() })
     }
 
     /// The file below.
@@ -164,38 +191,11 @@ impl FrozenFile {
         })
     }
 
-    /// A file with the content of a private mapping of this one that differs in the pages `written`.
-    fn copy(&self, memory: &GuestMemory, written: &[u64]) -> io::Result<FrozenRam> {
-        let total: u64 = self.regions.iter().map(|region| region.view.size() as u64).sum();
-        let file = Arc::new(memory_file(total)?);
-        let mut regions = Vec::new();
-        for region in &self.regions {
-            // Both files are laid out alike.
-            let start = region.file.start();
-            for (from, to) in data_ranges(region.file.file(), start, start + region.view.size() as u64)? {
-                let bytes = &region.bytes()[(from - start) as usize..(to - start) as usize];
-                for (index, piece) in bytes.chunks(COPY_BYTES).enumerate() {
-                    file.write_all_at(piece, from + (index * COPY_BYTES) as u64)?;
-                }
-            }
-            regions.push((region, FileOffset::from_arc(Arc::clone(&file), start)));
-        }
-        for page in written {
-            let content = host_page(memory, *page).ok_or(io::ErrorKind::InvalidInput)?;
-            let place = regions.iter().find_map(|(region, file)| {
-                let at = page.checked_sub(region.first_page)? * PAGE_SIZE;
-                (at < region.view.size() as u64).then(|| file.start() + at)
-            });
-            file.write_all_at(content, place.ok_or(io::ErrorKind::InvalidInput)?)?;
-        }
-        let regions = regions
-            .into_iter()
-            .map(|(region, file)| {
-                seal(&file)?;
-                Region::new(GuestAddress(region.first_page * PAGE_SIZE), region.view.size() as u64, file)
-            })
-            .collect::<io::Result<_>>()?;
-        Ok(FrozenRam { file: Arc::new(FrozenFile { regions }), patched: Vec::new(), patches: Vec::new() })
+    /// Pages that the host has provided for the file.
+    pub fn allocated_pages(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let file = self.regions.first().and_then(|region| region.file.file().metadata().ok());
+        file.map_or(0, |metadata| metadata.blocks() * 512 / PAGE_SIZE)
     }
 }
 
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_private_mapping_freezes_as_patches_or_as_a_file() {
+    fn a_private_mapping_freezes_as_patches_and_flattens_to_a_file() {
         let memory = crate::ram::create(BYTES).unwrap();
         write(&memory, 0x5000, 1);
         write(&memory, 0x9000, 9);
@@ -325,10 +325,13 @@ mod tests {
         let child = frozen.map().unwrap();
         write(&child, 0x5000, 2);
         write(&child, BYTES - 1, 7);
-        for patches_max in [0, 100] {
-            let last = BYTES / PAGE_SIZE - 1;
-            let again = FrozenRam::freeze_private(frozen.file(), &child, vec![5, last], patches_max).unwrap();
-            assert_eq!(again.patched().len(), if patches_max == 0 { 0 } else { 2 });
+        let last = BYTES / PAGE_SIZE - 1;
+        let patched = FrozenRam::freeze_private(frozen.file(), &child, vec![5, last]);
+        assert_eq!(patched.patched(), [5, last]);
+        let flat = patched.flatten().unwrap();
+        assert!(flat.patched().is_empty());
+        assert_eq!(flat.file().allocated_pages(), 3, "holes stay holes");
+        for again in [patched, flat] {
             let grandchild = again.map().unwrap();
             let read = [0x5000, 0x9000, BYTES - 1, 0x7000].map(|gpa| byte(&grandchild, gpa));
             assert_eq!(read, [2, 9, 7, 0]);
