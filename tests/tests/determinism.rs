@@ -3,8 +3,10 @@
 mod common;
 
 use common::{Choices, assert_equal, assert_success, demo, machine, run, run_until};
+use orrery_cpu::Icount;
 use orrery_cpu::engine::EngineConfig;
-use orrery_vmm::verify::perturbed;
+use orrery_vmm::perturb::{Course, Plan};
+use orrery_vmm::verify::{Sampler, Until, perturbed};
 
 #[test]
 fn equal_seeds_give_equal_runs_and_other_seeds_do_not() {
@@ -70,4 +72,27 @@ fn how_the_engine_works_does_not_matter() {
     let config = perturbed(&base, 5);
     let outcome = run_until(&mut machine(&image, 3, config.clone()), FIRST_INSTRUCTIONS);
     assert_equal(&outcome, &first, &format!("{config:?}"));
+}
+
+/// Everything that must not matter at once, changing in mid-run; `make metamorphic` does more of it.
+#[test]
+fn perturbed_boots_are_boots() {
+    let Some(image) = demo("hello") else { return };
+    const FIRST_INSTRUCTIONS: u64 = 300_000_000;
+    let until = || Until { icount: Some(Icount(FIRST_INSTRUCTIONS)), time: None };
+    let base = EngineConfig::default();
+    let end = |mut sampler: Sampler| {
+        let mut last = None;
+        while let Some(sample) = sampler.next_sample().expect("nothing is replayed") {
+            last = Some(sample);
+        }
+        let stages: Vec<String> = sampler.course().stages().iter().map(ToString::to_string).collect();
+        (last, stages)
+    };
+    let (expected, _) = end(Sampler::new(machine(&image, 4, base.clone()), FIRST_INSTRUCTIONS, until()));
+    let plan = Plan::new(1, &base).with_stage_ns((20, 27));
+    let course = Course::perturbed(&image, machine(&image, 4, base), Vec::new(), plan);
+    let (found, stages) = end(Sampler::new(course, FIRST_INSTRUCTIONS / 3, until()));
+    assert!(stages.len() > 5, "{stages:?}");
+    assert_eq!(found, expected, "{}", stages.join("\n"));
 }

@@ -31,6 +31,7 @@ pub mod inputs;
 pub mod inspect;
 pub mod machine;
 pub mod moment;
+pub mod perturb;
 pub mod queue;
 pub mod ram;
 pub mod run;

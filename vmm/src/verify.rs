@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::chain::Hash;
 use crate::digest::read_page;
 use crate::machine::{ForeignInputs, Limits, Machine, MachineError, Pause};
+use crate::perturb::{Course, CourseError, Stage};
 use crate::run::Ended;
 
 /// Points compared in one pass of the search for the first difference.
@@ -27,6 +28,9 @@ pub enum VerifyError {
     /// The inputs.
     #[error(transparent)]
     Inputs(#[from] ForeignInputs),
+    /// The way through a run.
+    #[error(transparent)]
+    Course(#[from] CourseError),
 }
 
 /// State at an epoch's end, or at the run's.
@@ -53,40 +57,45 @@ pub struct Until {
 
 /// A machine on its way, sampled at each epoch.
 pub struct Sampler {
-    machine: Machine,
+    course: Course,
     epoch: u64,
     until: Until,
     done: bool,
 }
 
 impl Sampler {
-    /// Samples a machine at power-on.
-    pub fn new(machine: Machine, epoch: u64, until: Until) -> Sampler {
-        Sampler { machine, epoch, until, done: false }
+    /// Samples a machine, or a course through a plan, from power-on.
+    pub fn new(course: impl Into<Course>, epoch: u64, until: Until) -> Sampler {
+        Sampler { course: course.into(), epoch, until, done: false }
     }
 
     /// Runs to the next sample; None after the last.
-    pub fn next_sample(&mut self) -> Result<Option<Sample>, ForeignInputs> {
+    pub fn next_sample(&mut self) -> Result<Option<Sample>, CourseError> {
         if self.done {
             return Ok(None);
         }
-        let next = (self.machine.icount().0 / self.epoch).saturating_add(1).saturating_mul(self.epoch);
+        let next = (self.course.machine().icount().0 / self.epoch).saturating_add(1).saturating_mul(self.epoch);
         let last = self.until.icount.unwrap_or(Icount(u64::MAX));
         let time = self.until.time.unwrap_or(Limits::NONE.time);
-        let pause = self.machine.run(Limits { icount: Icount(next).min(last), time, ..Limits::NONE })?;
-        self.machine.take_output();
+        let pause = self.course.run(Icount(next).min(last), time)?;
+        let machine = self.course.machine_mut();
         let ended = match pause {
             Pause::Ended(ended) => Some(ended),
-            _ if self.machine.icount() >= last || self.machine.time() >= time => Some(Ended::Limit),
+            _ if machine.icount() >= last || machine.time() >= time => Some(Ended::Limit),
             _ => None,
         };
         self.done = ended.is_some();
         Ok(Some(Sample {
-            icount: self.machine.icount().0,
-            virtual_ns: self.machine.time().0,
-            state: self.machine.state_hash(),
+            icount: machine.icount().0,
+            virtual_ns: machine.time().0,
+            state: machine.state_hash(),
             ended,
         }))
+    }
+
+    /// What is sampled.
+    pub fn course(&self) -> &Course {
+        &self.course
     }
 }
 
@@ -101,15 +110,26 @@ pub struct Divergence {
     pub instructions: Vec<String>,
     /// What differs after it, as text.
     pub differences: Vec<String>,
+    /// How the second machine had been perturbed up to there.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<Stage>,
 }
 
+/// Makes the first (0) or second (1) of two courses, at power-on.
+type Build<'a> = &'a mut dyn FnMut(usize) -> Result<Course, MachineError>;
+
 /// Finds the first difference between two machines that are equal at `equal_at` and differ at `differs_at`.
-/// `build` makes the first (0) or second (1) machine at power-on. None if the difference does not come again.
-pub fn locate(
-    build: &mut dyn FnMut(usize) -> Result<Machine, MachineError>,
+/// `build` makes the first (0) or second (1) machine, or its course, at power-on. None if the difference does not come
+/// again.
+pub fn locate<C: Into<Course>>(
+    build: &mut dyn FnMut(usize) -> Result<C, MachineError>,
     equal_at: u64,
     differs_at: u64,
 ) -> Result<Option<Divergence>, VerifyError> {
+    narrow(&mut |which| Ok(build(which)?.into()), equal_at, differs_at)
+}
+
+fn narrow(build: Build, equal_at: u64, differs_at: u64) -> Result<Option<Divergence>, VerifyError> {
     let (mut low, mut high) = (equal_at, differs_at);
     for _ in 0..PASSES_MAX {
         let step = (high - low).div_ceil(POINTS_PER_PASS).max(1);
@@ -137,11 +157,7 @@ pub fn locate(
 
 /// Narrows by whole runs that stop nowhere else: for differences that stopping at many points hides. None if the
 /// difference does not come again.
-fn bisect(
-    build: &mut dyn FnMut(usize) -> Result<Machine, MachineError>,
-    mut low: u64,
-    mut high: u64,
-) -> Result<Option<Divergence>, VerifyError> {
+fn bisect(build: Build, mut low: u64, mut high: u64) -> Result<Option<Divergence>, VerifyError> {
     let mut differs = |icount| -> Result<bool, VerifyError> {
         Ok(advance(&mut build(0)?, icount)? != advance(&mut build(1)?, icount)?)
     };
@@ -159,14 +175,14 @@ fn bisect(
     report(build, low, high).map(Some)
 }
 
-fn hashes(machine: &mut Machine, points: &[u64]) -> Result<Vec<Hash>, ForeignInputs> {
-    points.iter().map(|point| advance(machine, *point)).collect()
+fn hashes(course: &mut Course, points: &[u64]) -> Result<Vec<Hash>, CourseError> {
+    points.iter().map(|point| advance(course, *point)).collect()
 }
 
 /// Index of the first of the points at which the machine's hash is not the expected one.
-fn first_difference(machine: &mut Machine, points: &[u64], expected: &[Hash]) -> Result<Option<usize>, ForeignInputs> {
+fn first_difference(course: &mut Course, points: &[u64], expected: &[Hash]) -> Result<Option<usize>, CourseError> {
     for (index, (point, hash)) in points.iter().zip(expected).enumerate() {
-        if advance(machine, *point)? != *hash {
+        if advance(course, *point)? != *hash {
             return Ok(Some(index));
         }
     }
@@ -174,30 +190,27 @@ fn first_difference(machine: &mut Machine, points: &[u64], expected: &[Hash]) ->
 }
 
 /// Brings a machine to an icount, or to its end before it, and hashes its state.
-fn advance(machine: &mut Machine, icount: u64) -> Result<Hash, ForeignInputs> {
-    machine.run(Limits::until(Icount(icount)))?;
-    machine.take_output();
-    Ok(machine.state_hash())
+fn advance(course: &mut Course, icount: u64) -> Result<Hash, CourseError> {
+    course.run(Icount(icount), Limits::NONE.time)?;
+    Ok(course.machine_mut().state_hash())
 }
 
 /// Runs both machines to the moments around the difference and describes it.
-fn report(
-    build: &mut dyn FnMut(usize) -> Result<Machine, MachineError>,
-    equal_at: u64,
-    differs_at: u64,
-) -> Result<Divergence, VerifyError> {
-    let mut machines = Vec::new();
+fn report(build: Build, equal_at: u64, differs_at: u64) -> Result<Divergence, VerifyError> {
+    let mut courses = Vec::new();
     let mut instructions = Vec::new();
     for which in 0..2 {
         let mut before = build(which)?;
         advance(&mut before, equal_at)?;
-        instructions.push(disassemble(&before));
+        instructions.push(disassemble(before.machine()));
         // In one stretch from power-on: stopping just before might hide the difference.
         let mut after = build(which)?;
         advance(&mut after, differs_at)?;
-        machines.push(after);
+        courses.push(after);
     }
-    Ok(Divergence { equal_at, differs_at, instructions, differences: differences(&machines[0], &machines[1]) })
+    let differences = differences(courses[0].machine(), courses[1].machine());
+    let stages = courses[1].stages().to_vec();
+    Ok(Divergence { equal_at, differs_at, instructions, differences, stages })
 }
 
 /// What differs between two machines whose states have been hashed, as text.
@@ -321,7 +334,7 @@ fn translate(machine: &Machine, linear: u64) -> Option<u64> {
     None
 }
 
-/// How the engine works in the `index`-th run of `verify --perturb`: every run differently, the first plainly.
+/// How the engine works in the `index`-th of a few fixed ways (`verify --perturbation`); the 0th is plain.
 pub fn perturbed(base: &EngineConfig, index: u32) -> EngineConfig {
     let mut config = base.clone();
     match index % 6 {

@@ -311,6 +311,9 @@ fn verify_finds_equal_runs_equal() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["equal"], true);
     assert!(report["epochs"].as_u64().unwrap() > 3);
+    let icount = report["last"]["icount"].as_u64().unwrap();
+    assert_eq!(report["instructions"], 5 * icount);
+    assert!(report["perturb_seed"].is_u64() && report["stages"].as_u64().unwrap() >= 4, "{report}");
 }
 
 #[test]

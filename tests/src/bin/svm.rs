@@ -1,4 +1,4 @@
-//! Runs programs in a machine that has KVM on SVM, whatever the host has: see `docs/oracles.md`.
+//! Runs programs in a machine that has KVM on SVM, whatever the host has: see `docs/svm.md`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

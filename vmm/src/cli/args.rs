@@ -163,8 +163,9 @@ pub struct RunArgs {
   orrery verify hello.img --seed 1 --times 3
   orrery verify hello.img --seed 1 --times 5 --perturb --until 2000000000
 
-With --perturb every run uses the engine in another way (small translation caches, no chaining,
-blocks of one instruction, random flushes). The states must be equal all the same.
+With --perturb every run after the first is disturbed in ways that must not matter, drawn from a
+number that is printed: the engine's caches and blocks, random flushes, where the machine is stopped,
+moving it to a new engine, branching and going back in mid-run. The states must be equal all the same.
 Exit code 0: all runs are equal. 232: they differ; the first differing instruction is shown.")]
 pub struct VerifyArgs {
     /// The image, as made by `orrery image build`
@@ -175,9 +176,12 @@ pub struct VerifyArgs {
     /// How many runs to compare
     #[arg(long, value_name = "K", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub times: u32,
-    /// Change how the engine works from run to run
+    /// Disturb every run after the first in ways that must not matter
     #[arg(long)]
     pub perturb: bool,
+    /// The number that the disturbances of the second run derive from, for later runs one more each [default: random]
+    #[arg(long, value_name = "N")]
+    pub perturb_seed: Option<u64>,
     /// Use one perturbation, by number, in every run after the first
     #[arg(long, hide = true, value_name = "K")]
     pub perturbation: Option<u32>,

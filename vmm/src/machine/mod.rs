@@ -12,6 +12,7 @@ pub mod dirty;
 mod hash;
 mod save;
 pub mod state;
+mod transfer;
 mod virtio;
 
 use std::collections::VecDeque;
