@@ -367,7 +367,8 @@ pub(super) fn lar_lsl(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
             }
     });
     if let Some((descriptor, segment)) = found {
-        let value = if lar { descriptor.raw >> 32 & 0x00F0_FF00 } else { u64::from(segment.limit) };
+        // The manual leaves bits 19:16 undefined; processors show the descriptor's: the limit's upper four.
+        let value = if lar { descriptor.raw >> 32 & 0x00FF_FF00 } else { u64::from(segment.limit) };
         write_register(state, instr.op0_register(), value & mask(instr.op0_register().size()));
     }
     set_zero_flag(state, found.is_some());

@@ -3,19 +3,21 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic, Register};
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::paging;
-use orrery_cpu::state::{CpuState, Segment, rflags, seg};
+use orrery_cpu::state::{CpuState, Segment, gpr, rflags, seg};
 use orrery_cpu::{Bus, Icount, PhysMemory, bus::MsrRefused};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::machine::{self, Guest, RAM_BYTES};
+use crate::quirks::Meeting;
 use crate::vm::{Step, Vm};
 
 /// Most instructions of one guest.
-const BUDGET: u64 = 3_000;
+const BUDGET: u64 = 20_000;
 /// KVM does not stop behind some instructions (IRET here): the engine may have so many to make up for.
 const CATCH_UP: u64 = 8;
 /// A REP steps once per repetition; none of ours repeats more often.
@@ -148,6 +150,13 @@ fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String 
         ("sysenter esp", kvm.sysenter_esp, engine.sysenter_esp),
         ("sysenter eip", kvm.sysenter_eip, engine.sysenter_eip),
         ("pat", kvm.pat, engine.pat),
+        ("tsc aux", kvm.tsc_aux, engine.tsc_aux),
+        ("dr0", kvm.dr[0], engine.dr[0]),
+        ("dr1", kvm.dr[1], engine.dr[1]),
+        ("dr2", kvm.dr[2], engine.dr[2]),
+        ("dr3", kvm.dr[3], engine.dr[3]),
+        ("dr6", kvm.dr[6], engine.dr[6]),
+        ("dr7", kvm.dr[7], engine.dr[7]),
     ] {
         if k != e {
             add(&mut report, name, k, e);
@@ -164,16 +173,6 @@ fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String 
         }
     }
     report
-}
-
-/// What KVM's own emulation of instructions does otherwise than a processor, by the vectors that both sides took.
-fn quirk(kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
-    match (kvm?, engine) {
-        // For user mode, an instruction that it lacks.
-        (6, vector) if vector != Some(6) => Some("#UD"),
-        (12, Some(13)) => Some("#SS instead of #GP"),
-        _ => None,
-    }
 }
 
 impl Lockstep {
@@ -219,6 +218,11 @@ impl Lockstep {
         (!instruction.is_invalid()).then_some(instruction)
     }
 
+    /// KVM has no help of the processor here.
+    pub fn emulates_kernel(&self) -> bool {
+        self.vm.steps_by_trap
+    }
+
     fn load(&mut self, state: &CpuState, image: &[u8]) -> Result<(), String> {
         machine::load(&self.memory, image);
         *self.engine.state_mut() = state.clone();
@@ -236,32 +240,84 @@ impl Lockstep {
 
     /// Steps KVM over one instruction or more. A REP stops after each repetition, and an exception may stop at its
     /// handler's first instruction, where the engine never does.
-    ///
-    /// Here KVM loses its way when it steps SYSRET: from there on the guest runs without a stop.
-    fn step_kvm(&mut self, repeats: bool, returns: bool) -> Step {
+    fn step_kvm(&mut self, instruction: Option<Instruction>) -> Step {
+        let mnemonic = instruction.map_or(Mnemonic::INVALID, |i| i.mnemonic());
+        let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix());
+        let user = self.engine.state().cpl == 3;
+        let returns = matches!(mnemonic, Mnemonic::Sysret | Mnemonic::Sysretq);
+        if self.vm.steps_by_trap && !user {
+            self.trap_after_return(mnemonic);
+        }
+        if self.vm.steps_by_trap && instruction.is_some_and(|i| i.op_count() == 2 && i.op1_register() == Register::DR6)
+        {
+            self.vm.clear_trap_status();
+        }
         if returns {
+            // PVM loses its way when it steps SYSRET.
             self.vm.set_stepping(false);
-            let step = self.vm.step();
-            self.vm.set_stepping(true);
-            return step;
         }
         let before = self.engine.state().rip;
+        let mut step = Step::Refused("no end of repetitions".to_string());
         for _ in 0..REPETITIONS {
-            let step = self.vm.step();
+            step = self.vm.step();
             let rip = self.vm.rip();
             if step != Step::Done || !(repeats && rip == before || machine::is_handler(rip)) {
-                return step;
+                break;
             }
         }
-        Step::Refused("no end of repetitions".to_string())
+        if returns {
+            self.vm.set_stepping(true);
+        }
+        if self.vm.steps_by_trap {
+            self.hide_trap(mnemonic, user);
+        }
+        step
+    }
+
+    /// Sets TF in the flags that a return to user mode is about to load.
+    fn trap_after_return(&mut self, mnemonic: Mnemonic) {
+        let memory = self.vm.memory();
+        match mnemonic {
+            Mnemonic::Sysret | Mnemonic::Sysretq => self.vm.change_registers(|r| r.r11 |= rflags::TF),
+            Mnemonic::Iretq => {
+                let frame = self.engine.state().gpr[gpr::RSP].wrapping_sub(machine::HIGH);
+                if let (Ok(selector), Ok(flags)) =
+                    (memory.read_obj::<u64>(GuestAddress(frame + 8)), memory.read_obj::<u64>(GuestAddress(frame + 16)))
+                    && selector & 3 == 3
+                {
+                    let _ = memory.write_obj(flags | rflags::TF, GuestAddress(frame + 16));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes TF out of where the instruction has put it.
+    fn hide_trap(&mut self, mnemonic: Mnemonic, user: bool) {
+        match mnemonic {
+            Mnemonic::Syscall if user => self.vm.change_registers(|r| r.r11 &= !rflags::TF),
+            Mnemonic::Sysret | Mnemonic::Sysretq => self.vm.change_registers(|r| r.r11 &= !rflags::TF),
+            Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq if user && self.vm.is_parked() => {
+                let like = self.engine.state();
+                let at = self.vm.capture(like).gpr[gpr::RSP].wrapping_add(1);
+                if let Ok(translation) = paging::walk(like, &self.view, at, paging::Access::data(like, true)) {
+                    let at = GuestAddress(translation.gpa);
+                    let memory = self.vm.memory();
+                    let byte: u8 = memory.read_obj(at).unwrap_or(0);
+                    let _ = memory.write_obj(byte & !1, at);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Steps the engine until it agrees with KVM, which stands between two instructions, has halted or shut down.
     /// True if the guest has ended.
     fn catch_up(&mut self, target: &Step, instruction: Option<Instruction>) -> Result<bool, Verdict> {
         let ignored_flags = instruction.map_or(0, |i| crate::generate::undefined_flags(&i));
-        let mut kvm = self.vm.capture(self.engine.state());
-        let double_fault = machine::vector_at(kvm.rip) == Some(8);
+        let before = self.engine.state().clone();
+        let mut engine_vector = None;
+        let kvm = self.vm.capture(self.engine.state());
         let mut first = None;
         let mut left = CATCH_UP;
         while left > 0 {
@@ -269,6 +325,9 @@ impl Lockstep {
             let stop = self.engine.run(Icount(now.0 + 1), &mut EmptyBus);
             self.steps += 1;
             let state = self.engine.state();
+            if left == CATCH_UP {
+                engine_vector = machine::vector_at(state.rip);
+            }
             let there = match (target, &stop) {
                 (_, Stop::Unsupported { what, .. }) => return Err(Verdict::Skipped(format!("engine: {what}"))),
                 (Step::Shutdown, Stop::TripleFault) => return Ok(true),
@@ -283,10 +342,6 @@ impl Lockstep {
                 }
             };
             if there {
-                if double_fault {
-                    // A fault during the delivery of a page fault does not change CR2 in KVM's emulation.
-                    kvm.cr2 = state.cr2;
-                }
                 let mut report = differences(&kvm, state, ignored_flags);
                 // What KVM emulates may have written the first of two pages before the second one faulted.
                 let torn = self.emulated && matches!(machine::vector_at(kvm.rip), Some(8 | 14));
@@ -302,8 +357,8 @@ impl Lockstep {
             if stop == Stop::Halted {
                 break;
             }
-            // User mode runs without a stop where KVM cannot step it, and so does everything before HLT.
-            if self.engine.state().cpl != 3 && *target == Step::Done {
+            // Everything before HLT may run without a stop.
+            if *target == Step::Done {
                 left -= 1;
             } else if self.steps - self.start >= BUDGET {
                 if first.is_some() {
@@ -313,17 +368,25 @@ impl Lockstep {
             }
         }
         let state = self.engine.state();
-        let image = instruction.is_some_and(|i| {
-            matches!(i.mnemonic(), Mnemonic::Fxsave | Mnemonic::Fxsave64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64)
-        });
-        if image && machine::vector_at(state.rip) == Some(13) {
-            return Err(Verdict::Refused("no #GP of misalignment".to_string(), instruction));
-        }
-        if let Some(quirk) = quirk(machine::vector_at(kvm.rip), machine::vector_at(state.rip)) {
+        let meeting = Meeting {
+            instruction,
+            before: &before,
+            engine_vector,
+            emulates_kernel: self.vm.steps_by_trap,
+            kvm: &kvm,
+            engine: state,
+        };
+        if let Some(quirk) = meeting.explain() {
             return Err(Verdict::Refused(quirk.to_string(), instruction));
         }
         Err(Verdict::Differed(first.unwrap_or_else(|| {
-            format!("  KVM {target:?} at {:#x}; the engine does not get there, but to {:#x}\n", kvm.rip, state.rip)
+            format!(
+                "  KVM {target:?} at {:#x}, cr2 {:#x}, rsp {:#x}; the engine does not get there, but to {:#x}\n",
+                kvm.rip,
+                kvm.cr2,
+                kvm.gpr[gpr::RSP],
+                state.rip
+            )
         })))
     }
 
@@ -339,8 +402,9 @@ impl Lockstep {
             let (k, e) = (word(kvm), word(engine));
             let mask = match at as u64 {
                 at if machine::is_table(at) => !0x60,
-                // KVM leaves RF set there if a fault turned into the double fault.
-                at if machine::is_double_fault_stack(at) => !(rflags::TF | rflags::RF),
+                at if machine::is_step_stack(at) && self.vm.steps_by_trap => 0,
+                // KVM leaves RF set if a fault turned into the double fault.
+                at if machine::is_double_fault_flags(at) => !(rflags::TF | rflags::RF),
                 // Stepping shows in the flags that some KVMs push.
                 at if machine::is_kernel_stack(at) => !rflags::TF,
                 _ => !0,
@@ -355,7 +419,13 @@ impl Lockstep {
     }
 
     /// Runs `guest` on both sides to its end.
-    pub fn run(&mut self, name: &str, guest: &Guest) -> Verdict {
+    ///
+    /// `changes_tables` says that it changes page tables, which KVM must then see loaded anew: that takes it
+    /// milliseconds.
+    pub fn run(&mut self, name: &str, guest: &Guest, changes_tables: bool) -> Verdict {
+        if changes_tables && let Err(reason) = self.vm.forget_translations() {
+            return Verdict::Skipped(reason);
+        }
         let (state, image) = (machine::state(guest), machine::ram(guest));
         if let Err(reason) = self.load(&state, &image) {
             return Verdict::Skipped(reason);
@@ -375,10 +445,9 @@ impl Lockstep {
             if std::env::var_os("KVM_ORACLE_TRACE").is_some() {
                 eprintln!("{place}");
             }
-            let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix());
             let mnemonic = instruction.map_or("none".to_string(), |i| format!("{:?}", i.mnemonic()).to_lowercase());
             *self.executed.entry(mnemonic.clone()).or_default() += 1;
-            let step = self.step_kvm(repeats, matches!(mnemonic.as_str(), "sysret" | "sysretq"));
+            let step = self.step_kvm(instruction);
             if let Step::Refused(reason) = step {
                 return Verdict::Refused(reason, instruction);
             }

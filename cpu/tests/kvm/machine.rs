@@ -19,6 +19,12 @@ const HANDLER: u64 = 0x5000;
 const KERNEL_STACK_TOP: u64 = 0x8000;
 const IST_STACK_TOP: u64 = 0xA000;
 const LDT: u64 = 0xA000;
+/// The stack of #DB, through which KVM steps user mode where it cannot do so itself: see [`crate::vm`].
+const STEP_STACK_TOP: u64 = 0xC000;
+/// The port that the handler of #DB writes to.
+pub const STEP_PORT: u16 = 0x99;
+/// Where the handler of #DB leaves its frame: RIP, CS, RFLAGS, RSP, SS.
+pub const STEP_FRAME: u64 = STEP_STACK_TOP - 40;
 const TABLES: u64 = 0x10000;
 const TABLES_END: u64 = 0x30000;
 /// Where the pages of the test regions begin.
@@ -34,22 +40,33 @@ const TSS_SELECTOR: u16 = 0x40;
 /// The vector whose handler is HLT: how a program in user mode ends.
 const END_VECTOR: u64 = 3;
 
+/// Registers that programs use freely.
+const FREE: [usize; 10] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 10];
+
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 2;
 const USER: u64 = 4;
 const NO_EXECUTE: u64 = 1 << 63;
 
-// Goes to R12 if that is not zero (and clears it), else back to where the exception says.
+// Goes to R12 if that is not zero (and clears it), else back to where the exception says. To an address of the
+// kernel it goes in kernel mode, whatever it came from, with an empty stack.
 std::arch::global_asm!(
     ".pushsection .rodata",
     "kvm_oracle_handler:",
     "test r12, r12",
     "jz 2f",
+    "js 3f",
+    "4:",
     "mov [rsp + 8], r12",
     "xor r12d, r12d",
     "2:",
     "add rsp, 8",
     "iretq",
+    "3:",
+    "test byte ptr [rsp + 16], 3",
+    "jz 4b",
+    "movabs rsp, 0xffff800000008000",
+    "jmp r12",
     "kvm_oracle_handler_end:",
     ".popsection",
 );
@@ -70,8 +87,9 @@ fn handler() -> &'static [u8] {
 /// What runs in the machine.
 #[derive(Clone)]
 pub enum Guest {
-    /// A program that starts at CPL 0 in the kernel's view of the code region.
-    Kernel(&'static [u8]),
+    /// A program that starts at CPL 0 in the kernel's view of the code region, with these values in the registers
+    /// that programs use freely.
+    Kernel(Vec<u8>, [u64; 10]),
     /// A case of the host oracle, at CPL 3 or 0. The first exception ends it.
     Case(Box<case::Case>, bool),
 }
@@ -98,14 +116,24 @@ pub fn vector_at(rip: u64) -> Option<u64> {
     (offset < 256 * 16).then_some(offset / 16)
 }
 
-/// True if `gpa` lies in the stack of double faults.
-pub fn is_double_fault_stack(gpa: u64) -> bool {
-    (KERNEL_STACK_TOP..IST_STACK_TOP).contains(&gpa)
+/// True if `gpa` is that of RFLAGS in the frame of a double fault.
+pub fn is_double_fault_flags(gpa: u64) -> bool {
+    gpa == IST_STACK_TOP - 24
 }
 
 /// True if `gpa` lies in the stacks that exceptions push their frames on.
 pub fn is_kernel_stack(gpa: u64) -> bool {
     (HANDLER + PAGE_SIZE..IST_STACK_TOP).contains(&gpa)
+}
+
+/// True if `gpa` lies in the stack of #DB.
+pub fn is_step_stack(gpa: u64) -> bool {
+    (STEP_STACK_TOP - PAGE_SIZE..STEP_STACK_TOP).contains(&gpa)
+}
+
+/// True if `rip` lies in the handler of #DB.
+pub fn is_step_handler(rip: u64) -> bool {
+    rip.wrapping_sub(HIGH + STUBS + 16) < 16
 }
 
 /// True if `gpa` lies in the page tables.
@@ -160,7 +188,11 @@ impl Image {
     fn gate(&mut self, vector: u64, ends: bool) {
         let stub = HIGH + STUBS + vector * 16;
         let dpl = if matches!(vector, END_VECTOR | 4 | 0x80) { 3 } else { 0 };
-        let ist = if vector == 8 { 1 } else { 0 };
+        let ist = match vector {
+            1 => 2,
+            8 => 1,
+            _ => 0,
+        };
         // Odd vectors above the exceptions are trap gates.
         let kind = if vector >= 32 && vector & 1 == 1 { 0x8F } else { 0x8E };
         let gate = kind << 40 | dpl << 45 | ist << 32;
@@ -171,7 +203,10 @@ impl Image {
         let jump_end = STUBS + vector * 16 + 7;
         code.push(0xE9);
         code.extend(((HANDLER - jump_end) as u32).to_le_bytes());
-        if ends || vector == END_VECTOR {
+        if vector == 1 {
+            // OUT STEP_PORT, AL; IRETQ
+            code = vec![0xE6, STEP_PORT as u8, 0x48, 0xCF];
+        } else if ends || vector == END_VECTOR {
             code = vec![0xF4];
         }
         self.bytes(STUBS + vector * 16, &code);
@@ -209,13 +244,14 @@ pub fn ram(guest: &Guest) -> Vec<u8> {
     image.descriptor(LDT + 8, 0xCF3);
     image.word(TSS + 4, HIGH + KERNEL_STACK_TOP);
     image.word(TSS + 0x24, HIGH + IST_STACK_TOP);
+    image.word(TSS + 0x2C, HIGH + STEP_STACK_TOP);
     image.word(TSS + 0x60, 0x68 << 48);
     for vector in 0..256 {
         image.gate(vector, is_case);
     }
     image.bytes(HANDLER, handler());
     match guest {
-        Guest::Kernel(code) => image.bytes(USER_PAGES, code),
+        Guest::Kernel(code, _) => image.bytes(USER_PAGES, code),
         Guest::Case(case, _) => {
             for (address, bytes) in case.pokes.iter().map(|(a, b)| (*a, b)).chain([(case.registers.rip, &case.code)]) {
                 poke(&mut image, address, bytes);
@@ -277,10 +313,13 @@ pub fn state(guest: &Guest) -> CpuState {
     state.dr = [0, 0, 0, 0, 0, 0, 0xFFFF_0FF0, 0x400];
     state.fpu = Registers::default().fpu;
     match guest {
-        Guest::Kernel(_) => {
+        Guest::Kernel(_, free) => {
             state.rip = HIGH + USER_PAGES;
             state.rflags = 2;
             state.gpr = [0; 16];
+            for (register, value) in FREE.into_iter().zip(free) {
+                state.gpr[register] = *value;
+            }
             state.gpr[gpr::RSP] = HIGH + KERNEL_STACK_TOP;
             state.gpr[13] = DATA.start;
             state.gpr[14] = STACK.start + STACK.pages * PAGE_SIZE - 64;
@@ -305,9 +344,36 @@ pub fn state(guest: &Guest) -> CpuState {
     state
 }
 
+/// The segment register that a selector of user mode stands for, with its hidden part.
+pub fn user_segment(selector: u16) -> Segment {
+    match selector {
+        USER_CS => flat(selector, 0xAFB),
+        USER_CS_32 => flat(selector, 0xCFB),
+        USER_SS => flat(selector, 0xCF3),
+        _ => Segment { selector, ..Segment::default() },
+    }
+}
+
+/// A guest in user mode, of NOPs.
+pub fn probe() -> (CpuState, Vec<u8>) {
+    let registers = Registers { rip: CODE.start, ..Registers::default() };
+    let case = case::Case {
+        seed: 0,
+        bits: 64,
+        registers,
+        code: vec![0x90, 0x90, 0x90, 0xCC],
+        pokes: Vec::new(),
+        instructions: Vec::new(),
+        ignored_memory: Vec::new(),
+        undefined_flags: 0,
+    };
+    let guest = Guest::Case(Box::new(case), false);
+    (state(&guest), ram(&guest))
+}
+
 /// The processor at a HLT, in any guest.
 pub fn halting_state() -> CpuState {
-    let mut state = state(&Guest::Kernel(&[]));
+    let mut state = state(&Guest::Kernel(Vec::new(), [0; 10]));
     state.rip = HIGH + STUBS + END_VECTOR * 16;
     state
 }

@@ -1,4 +1,9 @@
 //! KVM as the other side: one VM with one vCPU, loaded with a [`CpuState`], stepped, and read back into one.
+//!
+//! Some KVMs (PVM, which has no help of the processor) step kernel mode only: KVM_GUESTDBG_SINGLESTEP means nothing
+//! to user mode there. Then user mode runs with TF set, and its #DB goes to the guest's own handler, on a stack of its
+//! own, which writes to a port. While KVM stands there the vCPU is *parked*: the registers of user mode are in the
+//! handler's frame, and IRETQ leads to the next instruction.
 
 use std::time::{Duration, Instant};
 
@@ -10,11 +15,11 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::{CpuidContext, ModelFeatures, cpuid};
-use orrery_cpu::state::{CpuState, Segment, TableRegister, XSAVE_SIZE, XsaveImage, gpr};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use orrery_cpu::state::{CpuState, Segment, TableRegister, XSAVE_SIZE, XsaveImage, gpr, rflags, seg};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::case::Registers;
-use crate::machine::{self, RAM_BYTES};
+use crate::machine::{self, RAM_BYTES, STEP_FRAME, STEP_PORT};
 
 /// Why a VM cannot be had on this host.
 #[derive(Debug)]
@@ -36,7 +41,7 @@ pub enum Step {
 type Field = fn(&mut CpuState) -> &mut u64;
 
 /// MSRs that are compared, and where they are in [`CpuState`].
-const MSRS: [(u32, Field); 9] = [
+const MSRS: [(u32, Field); 10] = [
     (0xC000_0081, |s| &mut s.star),
     (0xC000_0082, |s| &mut s.lstar),
     (0xC000_0083, |s| &mut s.cstar),
@@ -46,13 +51,18 @@ const MSRS: [(u32, Field); 9] = [
     (0x175, |s| &mut s.sysenter_esp),
     (0x176, |s| &mut s.sysenter_eip),
     (0x277, |s| &mut s.pat),
+    (0xC000_0103, |s| &mut s.tsc_aux),
 ];
 
 /// The VM.
 pub struct Vm {
     vcpu: VcpuFd,
-    _vm: VmFd,
+    vm: VmFd,
     memory: GuestMemory,
+    /// User mode is stepped by TF and the guest's #DB.
+    pub steps_by_trap: bool,
+    /// Between two instructions of user mode, in the handler of #DB.
+    parked: bool,
 }
 
 /// Longest run of the vCPU without a stop.
@@ -196,10 +206,37 @@ impl Vm {
         unsafe { vm.set_user_memory_region(region) }.map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(&model_cpuid()).map_err(refused("KVM_SET_CPUID2"))?;
-        let vm = Vm { vcpu, _vm: vm, memory };
+        let mut vm = Vm { vcpu, vm, memory, steps_by_trap: false, parked: false };
         vm.set_stepping(true);
         start_timer();
+        vm.steps_by_trap = !vm.steps_user_mode().map_err(Unavailable)?;
         Ok(vm)
+    }
+
+    /// Whether KVM_GUESTDBG_SINGLESTEP stops behind an instruction of user mode.
+    fn steps_user_mode(&mut self) -> Result<bool, String> {
+        let (state, image) = machine::probe();
+        self.load(&state, &image)?;
+        let step = self.step();
+        Ok(step == Step::Done && self.rip() == state.rip + 1)
+    }
+
+    /// Forgets what KVM has cached of the page tables: it does not see that they are loaded anew.
+    pub fn forget_translations(&mut self) -> Result<(), String> {
+        for memory_size in [0, RAM_BYTES] {
+            let host = self.memory.get_host_address(GuestAddress(0)).expect("RAM begins at 0");
+            let region = kvm_userspace_memory_region {
+                slot: 0,
+                flags: 0,
+                guest_phys_addr: 0,
+                memory_size,
+                userspace_addr: host as u64,
+            };
+            // SAFETY: as in `new`; a size of 0 takes it away.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(|error| format!("KVM_SET_USER_MEMORY_REGION: {error}"))?;
+        }
+        Ok(())
     }
 
     /// Stops after each instruction from now on, or only where the guest leaves KVM.
@@ -217,6 +254,7 @@ impl Vm {
     /// Loads RAM and registers.
     pub fn load(&mut self, state: &CpuState, image: &[u8]) -> Result<(), String> {
         machine::load(&self.memory, image);
+        self.parked = false;
         let said = |what: &'static str| move |error: kvm_ioctls::Error| format!("{what}: {error}");
         let mut events = self.vcpu.get_vcpu_events().map_err(said("KVM_GET_VCPU_EVENTS"))?;
         events.exception = Default::default();
@@ -266,7 +304,8 @@ impl Vm {
         if written.map_err(said("KVM_SET_MSRS"))? != MSRS.len() {
             return Err("KVM refuses an MSR".to_string());
         }
-        let debug = kvm_debugregs { dr6: state.dr[6], dr7: state.dr[7], ..Default::default() };
+        let db = [state.dr[0], state.dr[1], state.dr[2], state.dr[3]];
+        let debug = kvm_debugregs { db, dr6: state.dr[6], dr7: state.dr[7], ..Default::default() };
         self.vcpu.set_debug_regs(&debug).map_err(said("KVM_SET_DEBUGREGS"))?;
         let g = &state.gpr;
         let regs = kvm_regs {
@@ -294,10 +333,20 @@ impl Vm {
 
     /// One step.
     pub fn step(&mut self) -> Step {
+        if self.steps_by_trap {
+            self.set_trap();
+        }
+        self.parked = false;
         let start = Instant::now();
         loop {
             return match self.vcpu.run() {
+                // The port's handler is stepped, too.
+                Ok(VcpuExit::Debug(debug)) if self.steps_by_trap && machine::is_step_handler(debug.pc) => continue,
                 Ok(VcpuExit::Debug(_)) => Step::Done,
+                Ok(VcpuExit::IoOut(STEP_PORT, _)) if self.steps_by_trap => {
+                    self.parked = true;
+                    Step::Done
+                }
                 Ok(VcpuExit::Hlt) => Step::Halted,
                 Ok(VcpuExit::Shutdown) => Step::Shutdown,
                 Ok(VcpuExit::InternalError) => Step::Refused("emulation failure".to_string()),
@@ -309,9 +358,47 @@ impl Vm {
         }
     }
 
+    /// Sets TF for the next instruction of user mode.
+    fn set_trap(&mut self) {
+        if self.parked {
+            let flags = self.frame(2) | rflags::TF;
+            self.memory.write_obj(flags, GuestAddress(STEP_FRAME + 16)).expect("RAM");
+        } else if self.vcpu.get_sregs().expect("KVM_GET_SREGS").cs.selector & 3 == 3 {
+            self.change_registers(|r| r.rflags |= rflags::TF);
+        }
+    }
+
+    /// Changes general-purpose registers, RIP or RFLAGS between two steps.
+    pub fn change_registers(&mut self, change: impl FnOnce(&mut kvm_regs)) {
+        let mut registers = self.vcpu.get_regs().expect("KVM_GET_REGS");
+        change(&mut registers);
+        self.vcpu.set_regs(&registers).expect("KVM_SET_REGS");
+    }
+
+    /// Takes the traps of stepping out of DR6.
+    pub fn clear_trap_status(&self) {
+        let mut debug = self.vcpu.get_debug_regs().expect("KVM_GET_DEBUGREGS");
+        debug.dr6 &= !(1 << 14);
+        self.vcpu.set_debug_regs(&debug).expect("KVM_SET_DEBUGREGS");
+    }
+
+    /// True if user mode is between two instructions and KVM in the handler of #DB.
+    pub fn is_parked(&self) -> bool {
+        self.parked
+    }
+
+    /// RIP, CS, RFLAGS, RSP or SS of the frame of #DB.
+    fn frame(&self, index: u64) -> u64 {
+        self.memory.read_obj(GuestAddress(STEP_FRAME + 8 * index)).expect("RAM")
+    }
+
+    fn raw_rip(&self) -> u64 {
+        self.vcpu.get_regs().expect("KVM_GET_REGS").rip
+    }
+
     /// RIP, which is cheaper than all of it.
     pub fn rip(&self) -> u64 {
-        self.vcpu.get_regs().expect("KVM_GET_REGS").rip
+        if self.parked { self.frame(0) } else { self.raw_rip() }
     }
 
     /// All registers; what KVM does not tell is that of `like`.
@@ -329,13 +416,32 @@ impl Vm {
         state.gdtr = TableRegister { base: s.gdt.base, limit: s.gdt.limit };
         state.idtr = TableRegister { base: s.idt.base, limit: s.idt.limit };
         (state.cr0, state.cr2, state.cr3, state.cr4, state.efer) = (s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
-        state.cpl = s.ss.dpl;
+        state.cpl = (s.cs.selector & 3) as u8;
         state.xcr0 = self.vcpu.get_xcrs().expect("KVM_GET_XCRS").xcrs[0].value;
         let entries = MSRS.map(|(index, _)| kvm_msr_entry { index, ..Default::default() });
         let mut msrs = Msrs::from_entries(&entries).expect("a short list");
         self.vcpu.get_msrs(&mut msrs).expect("KVM_GET_MSRS");
         for ((_, field), entry) in MSRS.iter().zip(msrs.as_slice()) {
             *field(&mut state) = entry.data;
+        }
+        let debug = self.vcpu.get_debug_regs().expect("KVM_GET_DEBUGREGS");
+        state.dr[..4].copy_from_slice(&debug.db);
+        (state.dr[6], state.dr[7]) = (debug.dr6, debug.dr7);
+        if self.steps_by_trap {
+            // BS, of the trap that stepped.
+            state.dr[6] = state.dr[6] & !(1 << 14) | like.dr[6] & 1 << 14;
+        }
+        if self.parked {
+            state.rip = self.frame(0);
+            state.rflags = self.frame(2) & !rflags::TF;
+            state.gpr[gpr::RSP] = self.frame(3);
+            state.cpl = (self.frame(1) & 3) as u8;
+            // The hidden parts are those of the descriptors.
+            for (index, selector) in [(seg::CS, self.frame(1)), (seg::SS, self.frame(4))] {
+                state.seg[index] = machine::user_segment(selector as u16);
+            }
+        } else if self.steps_by_trap && state.cpl == 3 {
+            state.rflags &= !rflags::TF;
         }
         let xsave = self.vcpu.get_xsave().expect("KVM_GET_XSAVE");
         let area: Vec<u8> = xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect();

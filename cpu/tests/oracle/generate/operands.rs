@@ -71,7 +71,9 @@ pub fn target(rng: &mut Rng, size: u64, faults_wanted: bool) -> u64 {
                 _ => offset,
             };
     }
-    match rng.below(8) {
+    match rng.below(9) {
+        // At an end of what is canonical, or of everything.
+        8 => rng.pick(&[1 << 47, u64::MAX << 47, 0]).wrapping_sub(rng.below(size.max(2))),
         0 | 1 => READ_ONLY.start + rng.below(PAGE),
         2 => READ_ONLY.start - rng.below(size.max(2)),
         3 => TAIL.start + PAGE - rng.below(size.max(2)),

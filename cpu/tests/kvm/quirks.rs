@@ -1,0 +1,133 @@
+//! What KVM does otherwise than a processor, each as narrow as it can be told: a guest that meets one is left there,
+//! and counted under its name. `docs/oracles.md` has the reasons.
+
+use iced_x86::{Instruction, Mnemonic};
+use orrery_cpu::paging::is_canonical;
+use orrery_cpu::state::{CpuState, gpr, seg};
+
+use crate::machine::vector_at;
+
+/// The instruction after which both sides differ.
+pub struct Meeting<'a> {
+    /// It, if its bytes could be read.
+    pub instruction: Option<Instruction>,
+    /// The state before it.
+    pub before: &'a CpuState,
+    /// The vector that it made the engine take.
+    pub engine_vector: Option<u64>,
+    /// KVM has no help of the processor (PVM): it emulates kernel mode.
+    pub emulates_kernel: bool,
+    /// KVM's state behind it.
+    pub kvm: &'a CpuState,
+    /// The engine's, at the same place if it got there.
+    pub engine: &'a CpuState,
+}
+
+impl Meeting<'_> {
+    fn mnemonic(&self) -> Mnemonic {
+        self.instruction.map_or(Mnemonic::INVALID, |i| i.mnemonic())
+    }
+
+    /// The name of KVM's way, if this is one.
+    pub fn explain(&self) -> Option<&'static str> {
+        use Mnemonic::*;
+        let (kvm, engine) = (vector_at(self.kvm.rip), self.engine_vector);
+        let mnemonic = self.mnemonic();
+        if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64) && engine == Some(13) && kvm != engine {
+            return Some("no #GP of a misaligned FXSAVE or FXRSTOR");
+        }
+        if kvm == engine && matches!(kvm, Some(8 | 14)) && self.only_the_address_differs() && self.is_in_any_order() {
+            return Some("CR2 of an operand that is gone through in any order");
+        }
+        match (self.emulates_kernel, self.before.cpl) {
+            (true, 3) => self.explain_user(kvm, engine),
+            (true, _) => self.explain_kernel(kvm, engine),
+            _ => None,
+        }
+    }
+
+    /// Microcode goes through images of processor state, and through selected elements, in an order of its own.
+    fn is_in_any_order(&self) -> bool {
+        use Mnemonic::*;
+        matches!(
+            self.mnemonic(),
+            Fldenv
+                | Fnstenv
+                | Frstor
+                | Fnsave
+                | Fxsave
+                | Fxsave64
+                | Fxrstor
+                | Fxrstor64
+                | Xsave
+                | Xsave64
+                | Xrstor
+                | Xrstor64
+                | Maskmovq
+                | Maskmovdqu
+                | Vmaskmovdqu
+                | Vmaskmovps
+                | Vmaskmovpd
+                | Vpmaskmovd
+                | Vpmaskmovq
+        )
+    }
+
+    /// Both faulted, within a page of each other.
+    fn only_the_address_differs(&self) -> bool {
+        self.kvm.cr2 != self.engine.cr2 && self.kvm.cr2.abs_diff(self.engine.cr2) < 4096
+    }
+
+    fn explain_user(&self, kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
+        use Mnemonic::*;
+        let mnemonic = self.mnemonic();
+        let moves_selector = self.instruction.is_some_and(|i| {
+            matches!(mnemonic, Mov | Pop | Push | Lds | Les | Lfs | Lgs | Lss)
+                && (0..i.op_count()).any(|n| i.op_register(n).is_segment_register())
+                || matches!(mnemonic, Lds | Les | Lfs | Lgs | Lss)
+        });
+        match mnemonic {
+            _ if kvm == Some(6) && matches!(engine, Some(12 | 13)) => {
+                Some("#UD for #GP and #SS of user mode on an instruction that KVM does not emulate")
+            }
+            _ if kvm == Some(6) && !is_canonical(self.before.gpr[gpr::RSP]) => {
+                Some("#UD in user mode with a stack pointer that is not canonical")
+            }
+            _ if kvm == Some(12) && engine == Some(13) => Some("#SS for #GP of user mode"),
+            Int | Int3 | Into if kvm == Some(6) => Some("#UD for INT n of user mode"),
+            Syscall if kvm == Some(14) => Some("SYSCALL fetches from the kernel as a user"),
+            Xgetbv => Some("XGETBV of user mode reads the host's XCR0"),
+            _ if kvm == Some(14) && engine == kvm && self.kvm.cr2 >> 47 != 0 => {
+                Some("user mode's access to the kernel's half finds no page")
+            }
+            _ if kvm == Some(14) && engine == Some(13) && (1 << 47) - self.kvm.cr2 <= 64 => {
+                Some("#PF for #GP of user mode across the end of the lower half")
+            }
+            _ if moves_selector => Some("selectors of user mode are the host's"),
+            _ => None,
+        }
+    }
+
+    fn explain_kernel(&self, kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
+        use Mnemonic::*;
+        match self.mnemonic() {
+            Iretq if self.returns_with_kernel_data() => Some("IRET keeps data segments of the kernel"),
+            _ if kvm == Some(8) && engine == kvm && self.kvm.cr2 != self.engine.cr2 => {
+                Some("a page fault while one is delivered leaves CR2 alone")
+            }
+            Iretq if engine.is_some() => Some("IRET does not check its frame"),
+            Wrmsr if self.before.gpr[gpr::RCX] == 0x277 && engine == Some(13) => Some("reserved types in PAT"),
+            Wrmsr if self.before.gpr[gpr::RCX] == 0xC000_0103 && kvm == Some(13) => Some("#GP for TSC_AUX"),
+            _ => None,
+        }
+    }
+
+    /// IRET to user mode makes data segments null that user mode may not have (Intel SDM volume 2, IRET).
+    fn returns_with_kernel_data(&self) -> bool {
+        let kept = |n: usize| {
+            let (kvm, engine) = (&self.kvm.seg[n], &self.engine.seg[n]);
+            kvm.selector & 3 == 0 && kvm.selector != 0 && kvm.dpl() == 0 && engine.selector == 0
+        };
+        [seg::ES, seg::DS, seg::FS, seg::GS].into_iter().any(kept)
+    }
+}
