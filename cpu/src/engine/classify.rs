@@ -98,9 +98,12 @@ fn near_branch(ins: &Instruction, mode: Mode) -> Treatment {
     }
 }
 
-/// The instruction writes to a memory operand in CS, which 32-bit code cannot.
+/// The instruction writes to a memory operand in CS, which 32-bit code cannot. Those that write only sometimes see
+/// for themselves.
 pub fn writes_code_segment(ins: &Instruction) -> bool {
+    use Mnemonic::{Arpl, Fxsave, Fxsave64, Vmaskmovpd, Vmaskmovps, Vpmaskmovd, Vpmaskmovq};
     ins.segment_prefix() == Register::CS
+        && !matches!(ins.mnemonic(), Arpl | Fxsave | Fxsave64 | Vmaskmovpd | Vmaskmovps | Vpmaskmovd | Vpmaskmovq)
         && (0..ins.op_count()).any(|i| {
             use OpAccess::*;
             ins.op_kind(i) == OpKind::Memory
@@ -212,6 +215,10 @@ fn must_emulate(ins: &Instruction) -> bool {
             | OpKind::Immediate32to64 => {}
             _ => return true,
         }
+    }
+    // Of MOVSXD with 16 bits, AMD reads 32 bits of memory, Intel 16.
+    if ins.code() == Code::Movsxd_r16_rm16 || super::undefined::has_undefined_result(ins) {
+        return true;
     }
     match ins.mnemonic() {
         Vpmaskmovd | Vpmaskmovq | Vmaskmovps | Vmaskmovpd | Maskmovq | Maskmovdqu | Vmaskmovdqu => true,

@@ -23,7 +23,7 @@ use crate::model::ModelFeatures;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, XsaveImage, rflags, seg};
 use crate::system::availability::{self, Unit};
-use crate::system::{self, ExecError, Outcome};
+use crate::system::{self, ExecError, Outcome, alignment};
 use crate::{Icount, memory::GuestMemory};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
@@ -414,6 +414,7 @@ impl Core {
             window: purpose == Purpose::Ordinary,
             grouping: grouping && self.config.grouping && !self.t.is_ungrouped(start(identity, rip)),
             isolated: !purpose.is_linked(),
+            emulate_undefined: self.config.emulate_undefined,
             block: index,
             first_site: self.t.sites.len() as u32,
             first_emulated: self.t.emulated.len() as u32,
@@ -571,8 +572,10 @@ impl Core {
             let resume = state.rflags & rflags::RF != 0;
             state.rflags &= !rflags::RF;
             let shadow = std::mem::take(&mut state.interrupt_shadow);
-            let alone = shadow || trap || careful || debug || self.records_execution();
-            careful |= debug;
+            // Accesses that are compared with breakpoints or checked for alignment.
+            let each = debug || alignment::is_checked(self.state());
+            let alone = shadow || trap || careful || each || self.records_execution();
+            careful |= each;
             if debug && !resume {
                 let hits = self.instruction_breakpoint();
                 if hits != 0 {
@@ -889,13 +892,16 @@ impl Core {
     /// What a failed memory access of the instruction at RIP raises first: pending x87 errors come before the
     /// operand, its address before its alignment, and that before its page.
     fn first_exception(&mut self, exception: Exception) -> Exception {
-        if !matches!(exception, Exception::PageFault { .. } | Exception::GP0) {
+        if !matches!(exception, Exception::PageFault { .. } | Exception::GP0 | Exception::AlignmentCheck) {
             return exception;
         }
         let Some(instruction) = self.instruction_at_rip() else { return exception };
         let waits = !matches!(instruction.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw);
         if availability::unit(&instruction) == Unit::X87 && waits && fpu::error_pending() {
             return Exception::FloatingPoint;
+        }
+        if exception == Exception::AlignmentCheck {
+            return exception;
         }
         let operand = (0..instruction.op_count()).find(|i| instruction.op_kind(*i) == OpKind::Memory);
         let bit_string = classify::treatment(&instruction, Mode::of(self.state())) == Treatment::BitString;
@@ -919,7 +925,7 @@ impl Core {
     }
 
     /// The instruction at RIP, decoded again; None if it cannot be read any more.
-    fn instruction_at_rip(&mut self) -> Option<Instruction> {
+    pub fn instruction_at_rip(&mut self) -> Option<Instruction> {
         let mode = Mode::of(self.state());
         let (rip, class) = (self.state().rip, mode.class());
         let mut bytes = [0u8; 15];
@@ -1010,7 +1016,8 @@ impl Core {
         }
         let state = self.state();
         if !state.is_64bit() && classify::writes_code_segment(instruction) {
-            return Err(Exception::GP0);
+            let waits = availability::unit(instruction) == Unit::X87 && fpu::error_pending();
+            return Err(if waits { Exception::FloatingPoint } else { Exception::GP0 });
         }
         availability::refused(state, instruction).map_or(Ok(()), Err)
     }

@@ -13,6 +13,7 @@ use super::translate::SiteKind;
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::paging::{self, Access, Translation, is_canonical};
+use crate::system::alignment;
 
 const PAGE_MASK: u64 = PAGE_SIZE - 1;
 /// The address bits of CR3.
@@ -390,6 +391,10 @@ impl Core {
         let intent = Intent { read, write, class };
         if careful {
             self.watch(linear, size, write);
+            if self.alignment_fault(linear, size) {
+                self.pending = Pending::Exception(Exception::AlignmentCheck);
+                return None;
+            }
         }
         let watched = self.watched;
         let mut found = match first {
@@ -415,6 +420,20 @@ impl Core {
                 None
             }
         }
+    }
+
+    /// The access raises #AC: it is misaligned where that is checked, and has no graver fault.
+    fn alignment_fault(&mut self, linear: u64, size: u64) -> bool {
+        let state = self.state();
+        let wide = state.is_64bit();
+        let last = linear.wrapping_add(size - 1);
+        let addressable = if wide { is_canonical(linear) && is_canonical(last) } else { last <= u64::from(u32::MAX) };
+        if !alignment::is_checked(state) || !addressable {
+            return false;
+        }
+        let misaligned = alignment::check(state, linear, size as usize).is_err();
+        // An instruction that wants its operand aligned in any case raises #GP.
+        misaligned && !self.instruction_at_rip().is_some_and(|i| super::classify::must_be_aligned(&i))
     }
 
     /// Ok(None) means that the instruction must be executed by itself, carefully.

@@ -25,6 +25,7 @@ mod statistics;
 mod thunks;
 mod translate;
 mod translations;
+mod undefined;
 
 use crate::Icount;
 use crate::bus::Bus;
@@ -49,6 +50,9 @@ pub struct EngineConfig {
     pub max_block_instructions: u32,
     /// Host memory reserved for translated code, in bytes.
     pub code_cache_bytes: usize,
+    /// Flags and results that the manual leaves undefined come from the emulation, where they are the CPU model's;
+    /// otherwise from the host. Needed where the host is not of the model's vendor, and set there by default.
+    pub emulate_undefined: bool,
     /// Randomise block lengths and forget caches at random moments, from this seed.
     pub chaos_seed: Option<u64>,
     /// Translations to begin with, and where new ones are kept.
@@ -63,6 +67,7 @@ impl Default for EngineConfig {
             grouping: true,
             max_block_instructions: 64,
             code_cache_bytes: 512 << 20,
+            emulate_undefined: !undefined::host_is_the_model(),
             chaos_seed: None,
             archive: None,
         }

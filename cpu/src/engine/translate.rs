@@ -13,6 +13,7 @@ use super::groups::{Plan, Which, needs_pointer, reads, writes};
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
 use super::thunks::Thunks;
+use super::undefined;
 use crate::state::{rflags, seg};
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
@@ -83,6 +84,8 @@ pub struct Request<'a> {
     pub window: bool,
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
+    /// What leaves flags or results undefined is emulated if that can be seen.
+    pub emulate_undefined: bool,
     pub block: u32,
     /// Indexes that the block's first site and first instruction for the emulation will have.
     pub first_site: u32,
@@ -348,6 +351,7 @@ impl Translator {
         let mut decoder = Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
         let mut len = 0;
         let mut side_branches = 0;
+        let mut undefined = false;
         while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
             if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
                 break;
@@ -371,6 +375,10 @@ impl Translator {
                 *last = Treatment::Emulate;
                 break;
             }
+            if undefined && !undefined::hides(&ins, treatment) {
+                break;
+            }
+            undefined = request.emulate_undefined && treatment == Treatment::Plain && undefined::leaves_undefined(&ins);
             self.instructions.push((ins, treatment));
             len = decoder.position() as u32;
             let goes_on = treatment == Treatment::Branch
@@ -383,8 +391,13 @@ impl Translator {
                 break;
             }
         }
+        if undefined && let [.., (before, Treatment::SetInterrupt), _] = self.instructions.as_slice() {
+            // As above, for one that is emulated because nothing followed it.
+            len = before.next_ip().wrapping_sub(request.rip) as u32;
+            self.instructions.pop();
+        }
         if let Some((_, last)) = self.instructions.last_mut()
-            && *last == Treatment::SetInterrupt
+            && (*last == Treatment::SetInterrupt || undefined)
         {
             *last = Treatment::Emulate;
         }

@@ -1,6 +1,6 @@
 //! Integer arithmetic with status flags, for the instructions that the emulation executes itself.
 //!
-//! Flags that the manual leaves undefined are cleared, but for AF after shifts and logic, which is cleared too.
+//! Flags that the manual leaves undefined are those of AMD's processors: `docs/cpu-model.md` lists them.
 
 use super::operand::{mask, sign_extend};
 use crate::state::rflags;
@@ -50,6 +50,9 @@ pub(super) fn sub(a: u64, b: u64, borrow: bool, size: usize) -> (u64, u64) {
         | flag(sign((a ^ b) & (a ^ result), size), rflags::OF);
     (result, flags)
 }
+
+/// What shifts leave in AF.
+const SHIFTED: u64 = rflags::AF;
 
 /// Shifts and rotates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,19 +110,50 @@ pub(super) fn shift(kind: Shift, value: u64, count: u64, flags: u64, size: usize
             let result = wide as u64 & mask(size);
             let carry = wide >> width & 1 != 0;
             let overflow = bit(result, top) != carry;
-            (result, result_flags(result, size) | flag(carry, rflags::CF) | flag(overflow, rflags::OF))
+            (result, SHIFTED | result_flags(result, size) | flag(carry, rflags::CF) | flag(overflow, rflags::OF))
         }
         Shift::Shr => {
             let result = if count < 64 { value >> count } else { 0 };
             let carry = u128::from(value) >> (count - 1) & 1 != 0;
-            let overflow = bit(value, top);
-            (result, result_flags(result, size) | flag(carry, rflags::CF) | flag(overflow, rflags::OF))
+            let overflow = bit(result, top - 1);
+            (result, SHIFTED | result_flags(result, size) | flag(carry, rflags::CF) | flag(overflow, rflags::OF))
         }
         Shift::Sar => {
             let signed = sign_extend(value, size) as i64;
             let result = (signed >> count.min(63)) as u64 & mask(size);
             let carry = signed >> (count - 1).min(63) & 1 != 0;
-            (result, result_flags(result, size) | flag(carry, rflags::CF))
+            (result, SHIFTED | result_flags(result, size) | flag(carry, rflags::CF))
         }
     }
+}
+
+/// SHLD (`left`) and SHRD: shifts the low `size` bytes of `value` and fills up with `source`. The count is masked
+/// here. Returns the result and RFLAGS' status bits, starting from `flags`.
+pub(super) fn double_shift(left: bool, value: u64, source: u64, count: u64, flags: u64, size: usize) -> (u64, u64) {
+    let width = (size * 8) as u32;
+    let count = (count & if size == 8 { 63 } else { 31 }) as u32;
+    let (value, source) = (value & mask(size), source & mask(size));
+    if count == 0 {
+        return (value, flags & rflags::STATUS);
+    }
+    let bit = |value: u64, index: u32| value >> index & 1 != 0;
+    // Beyond 16 bits, the source follows once more.
+    let (result, last) = if left {
+        let wide = u128::from(value) << width | u128::from(source);
+        let high = if count <= width { wide << count } else { (wide << width | u128::from(source)) << (count - width) };
+        let result = (high >> width) as u64 & mask(size);
+        (result, count <= width && bit(value, width - count.min(width)))
+    } else {
+        let wide = u128::from(source) << width | u128::from(value);
+        let high = if count <= width { wide >> count } else { u128::from(source) << width | u128::from(source) };
+        let high = if count <= width { high } else { high >> (count - width) };
+        (high as u64 & mask(size), count <= width && bit(value, count.min(width) - 1))
+    };
+    let top = width - 1;
+    let overflow = match (left, count < width) {
+        (true, true) => bit(result, top) != last,
+        (true, false) => last,
+        (false, _) => bit(result, top) != bit(result, top - 1),
+    };
+    (result, SHIFTED | result_flags(result, size) | flag(last, rflags::CF) | flag(overflow, rflags::OF))
 }

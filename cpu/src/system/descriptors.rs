@@ -7,7 +7,7 @@ use super::operand::{
     write_register,
 };
 use super::privileged::require_cpl0;
-use super::{ExecError, Executed, GP0, Privilege, System, UD, retire};
+use super::{ExecError, Executed, GP0, Privilege, System, UD, alignment, retire};
 use crate::exception::Exception;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, Segment, TableRegister, control, rflags, seg};
@@ -214,6 +214,7 @@ pub(super) fn load_far_pointer(state: &mut CpuState, instr: &Instruction, sys: &
     let size = instr.op0_register().size();
     let at = operand::address(state, instr, size + 2, false)?;
     let mut bytes = [0; 10];
+    alignment::check(state, at, size)?;
     sys.read(state, at, &mut bytes[..size + 2], Privilege::Current)?;
     let selector = u16::from_le_bytes([bytes[size], bytes[size + 1]]);
     let mut offset = [0; 8];

@@ -3,7 +3,7 @@
 
 use super::arithmetic::result_flags;
 use super::operand::{self, Stack, linear, mask, read_memory, sign_extend, write_gpr, write_memory};
-use super::{Executed, GP0, Privilege, System, UD, retire};
+use super::{Executed, GP0, Privilege, System, UD, alignment, retire};
 use crate::exception::Exception;
 use crate::state::{CpuState, gpr, rflags, seg};
 use iced_x86::{Code, Instruction, Mnemonic};
@@ -32,6 +32,7 @@ pub(super) fn enter(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sys
     stack.reserve(allocated);
     // The manual: it faults if a write at the final stack pointer would.
     let at = linear(state, seg::SS, stack.pointer(), 1, true)?;
+    alignment::check(state, at, size)?;
     sys.page_pointer(state, at, 1, true, Privilege::Current)?;
     write_gpr(state, gpr::RBP, size, frame);
     stack.commit(state);
@@ -45,6 +46,7 @@ pub(super) fn bound(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sys
     let size = instr.op0_register().size();
     let at = operand::address(state, instr, size * 2, false)?;
     let mut bytes = [0; 8];
+    alignment::check(state, at, size)?;
     sys.read(state, at, &mut bytes[..size * 2], Privilege::Current)?;
     let pair = u64::from_le_bytes(bytes);
     let signed = |value: u64| sign_extend(value, size) as i64;

@@ -2,10 +2,8 @@
 //! out are not accessed and cannot fault.
 
 use super::availability::{avx_refused, refused};
-use super::operand::{
-    address_size, linear, mask, memory_segment, read_memory, read_register, sign_extend, write_memory,
-};
-use super::{ExecError, Executed, Privilege, System, UD, retire, x87};
+use super::operand::{address_size, linear, mask, memory_segment, read_register, sign_extend};
+use super::{ExecError, Executed, Privilege, System, UD, alignment, retire, x87};
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, gpr, seg};
@@ -47,6 +45,13 @@ fn selected(vector: &[u8], index: usize, size: usize) -> bool {
     vector[(index + 1) * size - 1] & 0x80 != 0
 }
 
+/// One element of a masked access: whether it is aligned is never checked.
+fn read_element(state: &mut CpuState, sys: &mut dyn System, at: u64, size: usize) -> Result<u64, Exception> {
+    let mut bytes = [0; 8];
+    sys.read(state, at, &mut bytes[..size], Privilege::Current)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
 /// MASKMOVQ, MASKMOVDQU, VMASKMOVDQU: bytes whose mask byte is negative go to DS:RDI.
 pub(super) fn maskmov_bytes(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     if let Some(exception) = refused(state, instr) {
@@ -69,6 +74,7 @@ pub(super) fn maskmov_bytes(state: &mut CpuState, instr: &Instruction, sys: &mut
     };
     let offset = state.gpr[gpr::RDI] & mask(width);
     let at = linear(state, memory_segment(instr), offset, length, true)?;
+    alignment::check(state, at, 8)?;
     store_selected(state, sys, at, &source[..length], |byte| mask_bytes[byte] & 0x80 != 0)?;
     if mmx {
         // Like every MMX instruction: TOP becomes 0 and all registers valid.
@@ -157,10 +163,9 @@ pub(super) fn vmaskmov(state: &mut CpuState, instr: &Instruction, sys: &mut dyn 
         let offset = offset.wrapping_add((index * size) as u64) & wrap;
         let at = linear(state, segment, offset, size, store)?;
         if store {
-            write_memory(state, sys, at, size, element(&source, index, size), Privilege::Current)?;
+            sys.write(state, at, &element(&source, index, size).to_le_bytes()[..size], Privilege::Current)?;
         } else {
-            let value = read_memory(state, sys, at, size, Privilege::Current)?;
-            set_element(&mut loaded, index, size, value);
+            set_element(&mut loaded, index, size, read_element(state, sys, at, size)?);
         }
     }
     if !store {
@@ -240,6 +245,6 @@ impl Address {
     fn load(&self, state: &mut CpuState, index: u64, size: usize, sys: &mut dyn System) -> Result<u64, Exception> {
         let offset = self.base.wrapping_add(index.wrapping_mul(self.scale)) & self.wrap;
         let at = linear(state, self.segment, offset, size, false)?;
-        read_memory(state, sys, at, size, Privilege::Current)
+        read_element(state, sys, at, size)
     }
 }

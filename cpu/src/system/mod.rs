@@ -7,11 +7,13 @@
 //! knows no engine and no host. All of it is a pure function of the state, memory and the answers of the bus.
 //!
 //! Not modelled: task switches, virtual-8086 mode, paging outside long mode, call gates, interrupt delivery outside
-//! long mode, alignment checks. Breakpoints and single-stepping are the engine's.
+//! long mode. Breakpoints and single-stepping are the engine's.
 
+pub(crate) mod alignment;
 mod approximate;
 mod arithmetic;
 pub(crate) mod availability;
+mod bits;
 mod control;
 mod descriptors;
 mod interrupts;

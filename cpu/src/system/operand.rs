@@ -1,6 +1,6 @@
 //! Operands: general-purpose registers by name, linear addresses of memory operands, the stack.
 
-use super::{ExecError, Privilege, System};
+use super::{ExecError, Privilege, System, alignment};
 use crate::exception::Exception;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, gpr, seg};
@@ -204,7 +204,7 @@ pub(crate) fn address(state: &CpuState, instr: &Instruction, size: usize, write:
     linear(state, memory_segment(instr), effective_offset(state, instr), size, write)
 }
 
-/// Reads `size` (1, 2, 4 or 8) bytes at a linear address.
+/// Reads `size` (1, 2, 4 or 8) bytes at a linear address. Errors: #PF, #AC.
 #[inline]
 pub(crate) fn read_memory(
     state: &mut CpuState,
@@ -213,12 +213,15 @@ pub(crate) fn read_memory(
     size: usize,
     privilege: Privilege,
 ) -> Result<u64, Exception> {
+    if privilege == Privilege::Current {
+        alignment::check(state, linear, size)?;
+    }
     let mut bytes = [0; 8];
     sys.read(state, linear, &mut bytes[..size], privilege)?;
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// Writes the low `size` (1, 2, 4 or 8) bytes of a value at a linear address.
+/// Writes the low `size` (1, 2, 4 or 8) bytes of a value at a linear address. Errors: #PF, #AC.
 #[inline]
 pub(crate) fn write_memory(
     state: &mut CpuState,
@@ -228,6 +231,9 @@ pub(crate) fn write_memory(
     value: u64,
     privilege: Privilege,
 ) -> Result<(), Exception> {
+    if privilege == Privilege::Current {
+        alignment::check(state, linear, size)?;
+    }
     sys.write(state, linear, &value.to_le_bytes()[..size], privilege)
 }
 

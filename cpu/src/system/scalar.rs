@@ -7,7 +7,7 @@ use super::operand::{
     sign_extend, write_gpr, write_operand, write_register,
 };
 use super::transfers::check_target;
-use super::{ExecError, Executed, Outcome, System, retire};
+use super::{ExecError, Executed, Outcome, System, bits, retire};
 use crate::exception::Exception;
 use crate::state::{CpuState, gpr, rflags, seg};
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
@@ -48,6 +48,8 @@ fn modifies_memory(instr: &Instruction) -> bool {
                 | Sal
                 | Shr
                 | Sar
+                | Shld
+                | Shrd
                 | Bts
                 | Btr
                 | Btc
@@ -95,6 +97,17 @@ fn execute_inner(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System
             }
             set_status(state, flags);
         }
+        Shld | Shrd => {
+            let value = read_operand(state, instr, 0, size, sys)?;
+            let source = read_operand(state, instr, 1, size, sys)?;
+            let count = read_operand(state, instr, 2, 1, sys)?;
+            let left = instr.mnemonic() == Shld;
+            let (result, flags) = arithmetic::double_shift(left, value, source, count, state.rflags, size);
+            write_operand(state, instr, 0, size, result, sys)?;
+            set_status(state, flags);
+        }
+        Bsf | Bsr | Lzcnt | Tzcnt => bits::scan(state, instr, size, sys)?,
+        Andn | Blsi | Blsr | Blsmsk | Bextr | Bzhi => bits::manipulate(state, instr, size, sys)?,
         Imul | Mul => multiply(state, instr, size, sys)?,
         Div | Idiv => divide(state, instr, size, sys)?,
         Push | Pop | Leave => stack(state, instr, sys)?,
@@ -293,10 +306,11 @@ fn multiply(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dy
         write_register(state, instr.op0_register(), wide as u64 & mask(size));
         wide
     };
+    // SF, ZF, AF and PF stay as they are.
     let low = wide as u64 & mask(size);
     let fits = if signed { wide as i128 == i128::from(sign_extend(low, size) as i64) } else { wide >> (size * 8) == 0 };
     let overflow = if fits { 0 } else { rflags::CF | rflags::OF };
-    set_status(state, result_flags(low, size) & !rflags::ZF | overflow);
+    state.rflags = state.rflags & !(rflags::CF | rflags::OF) | overflow;
     Ok(())
 }
 
@@ -335,6 +349,8 @@ fn divide(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn 
         write_gpr(state, gpr::RAX, size, quotient & mask(size));
         write_gpr(state, gpr::RDX, size, remainder & mask(size));
     }
+    // CF and OF stay as they are.
+    state.rflags = state.rflags & !(rflags::SF | rflags::ZF | rflags::PF) | rflags::AF;
     Ok(())
 }
 

@@ -4,9 +4,9 @@
 //! destination, on host memory. RCX, RSI and RDI are written back after every run, so that a fault leaves them as
 //! the manual says. What is copied is what copying element by element would: overlapping operands repeat.
 
-use super::arithmetic;
 use super::operand::{linear, mask, read_memory, write_gpr, write_memory};
 use super::{Executed, Privilege, System, retire};
+use super::{alignment, arithmetic};
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, gpr, rflags, seg};
@@ -82,6 +82,7 @@ impl StringOp {
         let size = self.size as u64;
         let offset = self.offset(state, register);
         let at = linear(state, segment, offset, self.size, write)?;
+        alignment::check(state, at, self.size)?;
         let in_page = at & (PAGE_SIZE - 1);
         // The second case: the element itself reaches over the end of the address size.
         if in_page + size > PAGE_SIZE || mask(self.width) - offset < size - 1 {

@@ -5,7 +5,7 @@ use super::control::nested_task;
 use super::descriptors::{Descriptor, fetch, gp, is_null, np, stack_segment};
 use super::operand::{self, Stack, linear, next_rip};
 use super::privileged::{LOADABLE_FLAGS, loaded_flags, require_cpl0};
-use super::{ExecError, Executed, GP0, Outcome, Privilege, System, UD};
+use super::{ExecError, Executed, GP0, Outcome, Privilege, System, UD, alignment};
 use crate::exception::Exception;
 use crate::model::attributes;
 use crate::paging::is_canonical;
@@ -162,6 +162,7 @@ pub(super) fn far_branch(state: &mut CpuState, instr: &Instruction, sys: &mut dy
         _ => {
             let at = operand::address(state, instr, size + 2, false)?;
             let mut bytes = [0; 16];
+            alignment::check(state, at, size)?;
             sys.read(state, at, &mut bytes[..size + 2], Privilege::Current)?;
             let word = u128::from_le_bytes(bytes);
             ((word >> (size * 8)) as u16, word as u64 & operand::mask(size))
@@ -299,6 +300,7 @@ pub(super) fn iret(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Syst
     let words = if state.is_64bit() { 5 } else { 3 };
     let mut bytes = [0u8; 40];
     let at = linear(state, seg::SS, frame.pointer(), size * words, false)?;
+    alignment::check(state, at, size)?;
     sys.read(state, at, &mut bytes[..size * words], Privilege::Current)?;
     let word = |index: usize| {
         let mut value = [0; 8];

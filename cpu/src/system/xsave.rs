@@ -6,9 +6,10 @@
 
 use super::availability::{avx_refused, sse_refused, x87_refused, xsave_refused};
 use super::operand::{address, effective_offset, memory_segment, write_memory};
-use super::{ExecError, Executed, GP0, Privilege, System, retire};
+use super::{ExecError, Executed, GP0, Privilege, System, alignment, retire};
+use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
-use crate::state::{CpuState, XSAVE_SIZE, control, gpr};
+use crate::state::{CpuState, XSAVE_SIZE, control, gpr, seg};
 use iced_x86::{EncodingKind, Instruction};
 
 const LEGACY: usize = 512;
@@ -58,11 +59,25 @@ fn write_mxcsr(state: &mut CpuState, value: u32) {
     state.fpu.0[MXCSR..MXCSR + 4].copy_from_slice(&value.to_le_bytes());
 }
 
+/// Linear address of the memory operand, whether or not it is one.
+fn unchecked_address(state: &CpuState, instr: &Instruction) -> u64 {
+    let segment = memory_segment(instr);
+    let base = if state.is_64bit() && segment < seg::FS { 0 } else { state.seg[segment].base };
+    base.wrapping_add(effective_offset(state, instr))
+}
+
+/// FXSAVE and FXRSTOR begin with doublewords: where alignment is checked, that these are aligned is checked before
+/// anything else, and that the image is, by #GP.
+fn check_alignment(state: &CpuState, instr: &Instruction) -> Result<(), Exception> {
+    alignment::check(state, unchecked_address(state, instr), 4)
+}
+
 /// FXSAVE, FXSAVE64
 pub(super) fn fxsave(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     if let Some(exception) = x87_refused(state) {
         return Err(exception.into());
     }
+    check_alignment(state, instr)?;
     let at = address(state, instr, LEGACY, true)?;
     if at % 16 != 0 {
         return Err(GP0);
@@ -79,6 +94,7 @@ pub(super) fn fxrstor(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
     if let Some(exception) = x87_refused(state) {
         return Err(exception.into());
     }
+    check_alignment(state, instr)?;
     let at = address(state, instr, LEGACY, false)?;
     if at % 16 != 0 {
         return Err(GP0);
@@ -120,8 +136,7 @@ fn area(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Resu
         return Err(exception.into());
     }
     // That it is not aligned is said before that it is no address.
-    let base = state.seg[memory_segment(instr)].base;
-    if !base.wrapping_add(effective_offset(state, instr)).is_multiple_of(64) {
+    if !unchecked_address(state, instr).is_multiple_of(64) {
         return Err(GP0);
     }
     Ok(address(state, instr, size, write)?)
@@ -130,10 +145,9 @@ fn area(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Resu
 /// Errors unless the whole area can be written, its reserved parts too: an area is stored whole or not at all.
 fn require_writable(state: &mut CpuState, at: u64, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
     let last = at.wrapping_add(size as u64 - 1);
+    sys.page_pointer(state, at, 1, true, Privilege::Current)?;
     if last / PAGE_SIZE != at / PAGE_SIZE {
-        for address in [at, last & !(PAGE_SIZE - 1)] {
-            sys.page_pointer(state, address, 1, true, Privilege::Current)?;
-        }
+        sys.page_pointer(state, last & !(PAGE_SIZE - 1), 1, true, Privilege::Current)?;
     }
     Ok(())
 }
