@@ -242,7 +242,8 @@ impl Lockstep {
     /// handler's first instruction, where the engine never does.
     fn step_kvm(&mut self, instruction: Option<Instruction>) -> Step {
         let mnemonic = instruction.map_or(Mnemonic::INVALID, |i| i.mnemonic());
-        let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix());
+        // With TF, a gather is left behind each element, too.
+        let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix() || i.is_vsib());
         let user = self.engine.state().cpl == 3;
         let returns = matches!(mnemonic, Mnemonic::Sysret | Mnemonic::Sysretq);
         if self.vm.steps_by_trap && !user {

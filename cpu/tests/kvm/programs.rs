@@ -481,12 +481,22 @@ programs! {
 
     user_interrupts:
         "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
-        "9:", "int 0x80", "lea r12, [rip + 2f]", "int 0x40", "2:", "lea r12, [rip + 2f]", "int 13", "2:", "int 4",
+        "9:", "nop", "int 0x80", "lea r12, [rip + 2f]", "int 0x40", "2:", "lea r12, [rip + 2f]", "int 13", "2:", "int 4",
         "lea r12, [rip + 2f]", "add r12, r15", "ud2", "2: xor r12d, r12d";
 
     interrupts:
         "int 0x41", "int 0x42", "int 0x80", "sub rsp, 16", "sidt [rsp]", "mov word ptr [rsp], 0x3ff", "lidt [rsp]",
         "lea r12, [rip + 2f]", "int 0x40", "2:", "mov word ptr [rsp], 0xfff", "lidt [rsp]", "add rsp, 16";
+
+    user_alignment:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
+        "9:", "nop", "pushfq", "or dword ptr [rsp], 0x40000", "popfq", "mov rax, [r13 + 8]", "lea r12, [rip + 2f]",
+        "mov eax, [r13 + 2]", "2:", "lea r12, [rip + 2f]", "mov [r13 + 0xffd], ax", "2:", "lea r12, [rip + 2f]",
+        "add qword ptr [r13 + 0x14], rax", "2:", "lea r12, [rip + 2f]", "movups xmm0, [r13 + 8]", "2:",
+        "lea rsi, [r13 + 1]", "lea rdi, [r13 + 0x101]", "movsb", "lea r12, [rip + 2f]", "movsw", "2:",
+        "movups xmm0, [r13 + 0x10]", "lea r12, [rip + 2f]", "fld tbyte ptr [r13 + 0x24]", "2:", "lea r12, [rip + 2f]",
+        "mov rax, [r13 + 0x10001]", "2:", "pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq", "mov rcx, [r13 + 3]",
+        "lea r12, [rip + 2f]", "add r12, r15", "ud2", "2: xor r12d, r12d";
 
     user_segments:
         "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",

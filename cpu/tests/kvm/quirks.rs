@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 use orrery_cpu::paging::is_canonical;
-use orrery_cpu::state::{CpuState, gpr, seg};
+use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 
 use crate::machine::vector_at;
 
@@ -73,6 +73,17 @@ impl Meeting<'_> {
         )
     }
 
+    /// KVM's page fault is at the end of what is canonical.
+    fn crosses_the_end(&self) -> bool {
+        (1u64 << 47).wrapping_sub(self.kvm.cr2) <= 64
+    }
+
+    /// What was read from a page table differs in the accessed flag.
+    fn only_accessed_differs(&self) -> bool {
+        let mut differences = self.kvm.gpr.iter().zip(&self.engine.gpr).map(|(kvm, engine)| kvm ^ engine);
+        differences.clone().filter(|d| *d != 0).count() == 1 && differences.any(|d| d == 0x20)
+    }
+
     /// Both faulted, within a page of each other.
     fn only_the_address_differs(&self) -> bool {
         self.kvm.cr2 != self.engine.cr2 && self.kvm.cr2.abs_diff(self.engine.cr2) < 4096
@@ -90,18 +101,21 @@ impl Meeting<'_> {
             _ if kvm == Some(6) && matches!(engine, Some(12 | 13)) => {
                 Some("#UD for #GP and #SS of user mode on an instruction that KVM does not emulate")
             }
-            _ if kvm == Some(6) && !is_canonical(self.before.gpr[gpr::RSP]) => {
-                Some("#UD in user mode with a stack pointer that is not canonical")
+            _ if !is_canonical(self.before.gpr[gpr::RSP]) => {
+                Some("user mode is emulated while its stack pointer is not canonical")
             }
-            _ if kvm == Some(12) && engine == Some(13) => Some("#SS for #GP of user mode"),
+            _ if kvm == Some(12) && engine == Some(13) => Some("#SS for #GP"),
             Int | Int3 | Into if kvm == Some(6) => Some("#UD for INT n of user mode"),
             Syscall if kvm == Some(14) => Some("SYSCALL fetches from the kernel as a user"),
             Xgetbv => Some("XGETBV of user mode reads the host's XCR0"),
             _ if kvm == Some(14) && engine == kvm && self.kvm.cr2 >> 47 != 0 => {
                 Some("user mode's access to the kernel's half finds no page")
             }
-            _ if kvm == Some(14) && engine == Some(13) && (1 << 47) - self.kvm.cr2 <= 64 => {
-                Some("#PF for #GP of user mode across the end of the lower half")
+            _ if kvm == Some(14) && matches!(engine, Some(12 | 13)) && self.crosses_the_end() => {
+                Some("#PF for #GP across the end of the lower half")
+            }
+            _ if kvm.is_some() && kvm == engine && (self.kvm.rflags ^ self.engine.rflags) == rflags::AC => {
+                Some("an exception of user mode clears AC")
             }
             _ if moves_selector => Some("selectors of user mode are the host's"),
             _ => None,
@@ -114,6 +128,11 @@ impl Meeting<'_> {
             Iretq if self.returns_with_kernel_data() => Some("IRET keeps data segments of the kernel"),
             _ if kvm == Some(8) && engine == kvm && self.kvm.cr2 != self.engine.cr2 => {
                 Some("a page fault while one is delivered leaves CR2 alone")
+            }
+            Mov if self.only_accessed_differs() => Some("a refused read-modify-write has read, and set accessed flags"),
+            _ if kvm == Some(12) && engine == Some(13) => Some("#SS for #GP"),
+            _ if kvm == Some(14) && matches!(engine, Some(12 | 13)) && self.crosses_the_end() => {
+                Some("#PF for #GP across the end of the lower half")
             }
             Iretq if engine.is_some() => Some("IRET does not check its frame"),
             Wrmsr if self.before.gpr[gpr::RCX] == 0x277 && engine == Some(13) => Some("reserved types in PAT"),

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use iced_x86::{Code, Mnemonic};
 
+use orrery_cpu::engine::EngineConfig;
+
 use crate::case::{Case, Executor, Outcome, Refusal};
 use crate::compare::{self, Difference, Tolerance};
 use crate::generate::sequence;
@@ -67,12 +69,16 @@ pub struct Campaign {
     make_guest: Box<dyn Fn() -> Guest>,
     tolerance: Tolerance,
     watchdog: Watchdog,
+    trace: bool,
     runs: u64,
     kinds: BTreeMap<String, Kind>,
     refusals: BTreeMap<String, (u64, Case)>,
-    cases: u64,
-    /// How often each instruction ran without an exception, by code.
-    pub executed: BTreeMap<Code, u64>,
+    /// Cases of one instruction, and of several.
+    pub cases: [u64; 2],
+    /// Cases about which the two sides disagreed, or that one of them refused.
+    pub differed: u64,
+    /// How often each instruction was compared, and how often it ran without an exception.
+    pub covered: BTreeMap<Code, [u64; 2]>,
     endings: [u64; 32],
 }
 
@@ -89,17 +95,21 @@ fn can_count(case: &Case) -> bool {
 impl Campaign {
     /// A campaign against the guests that `make_guest` makes. `supervisor` says that they run cases at CPL 0.
     pub fn new(make_guest: Box<dyn Fn() -> Guest>, supervisor: bool) -> Campaign {
+        // The engine's handlers come first: those of the host's side lie over them.
+        let guest = make_guest();
         Campaign {
             native: Native::new(),
-            guest: make_guest(),
+            guest,
             make_guest,
-            tolerance: Tolerance { undefined_flags: false, user_bit: supervisor },
+            tolerance: Tolerance { undefined_flags: EngineConfig::default().emulate_undefined, user_bit: supervisor },
             watchdog: Watchdog::start(),
+            trace: std::env::var_os("ORACLE_TRACE").is_some(),
             runs: 0,
             kinds: BTreeMap::new(),
             refusals: BTreeMap::new(),
-            cases: 0,
-            executed: BTreeMap::new(),
+            cases: [0; 2],
+            differed: 0,
+            covered: BTreeMap::new(),
             endings: [0; 32],
         }
     }
@@ -116,10 +126,10 @@ impl Campaign {
             Err(Refusal::Lacks(what)) => return Err(what),
         };
         self.endings[usize::from(expected.ending.vector & 31)] += 1;
-        if expected.ending.vector == 3 {
-            for instruction in &case.instructions {
-                *self.executed.entry(instruction.code()).or_default() += 1;
-            }
+        for instruction in &case.instructions {
+            let counts = self.covered.entry(instruction.code()).or_default();
+            counts[0] += 1;
+            counts[1] += u64::from(expected.ending.vector == 3);
         }
         let got = self.run_guest(case)?;
         let mut differences = compare::outcomes(case, &expected, &got, self.tolerance);
@@ -149,13 +159,14 @@ impl Campaign {
 
     /// Runs one case on both sides.
     pub fn check(&mut self, case: &Case) {
-        self.cases += 1;
-        if std::env::var_os("ORACLE_TRACE").is_some() {
+        self.cases[usize::from(case.instructions.len() > 1)] += 1;
+        if self.trace {
             eprintln!("{}", compare::describe(case));
         }
         match self.differences(case) {
             Ok(differences) if differences.is_empty() => {}
             Ok(differences) => {
+                self.differed += 1;
                 let (case, differences) = self.minimise(case.clone(), differences);
                 let class = compare::class_of(&case, &differences);
                 let kind = self.kinds.entry(class).or_insert_with(|| Kind {
@@ -174,6 +185,7 @@ impl Campaign {
                 }
             }
             Err(refusal) => {
+                self.differed += 1;
                 let mut name = refusal;
                 if let [one] = case.instructions.as_slice() {
                     let _ = write!(name, " ({:?})", one.mnemonic());
@@ -228,13 +240,14 @@ impl Campaign {
 
     /// One line about what ran.
     pub fn summary(&self) -> String {
+        let endings: Vec<_> = (0..).zip(self.endings).filter(|(_, count)| *count > 0).collect();
         format!(
-            "{} cases, {} instructions covered, {} kinds of disagreement, {} of refusal, endings by vector {:?}",
-            self.cases,
-            self.executed.len(),
-            self.kinds.len(),
-            self.refusals.len(),
-            self.endings
+            "{} instructions, {} sequences, {} opcodes, {} differences of {} kinds; endings {endings:?}",
+            self.cases[0],
+            self.cases[1],
+            self.covered.len(),
+            self.differed,
+            self.kinds.len() + self.refusals.len(),
         )
     }
 }

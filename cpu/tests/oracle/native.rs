@@ -64,6 +64,14 @@ static RUNNER: Mutex<()> = Mutex::new(());
 // SAFETY: Context is made of integers; all zeros is a value of it.
 static CONTEXT: Shared = Shared(UnsafeCell::new(unsafe { std::mem::zeroed() }));
 
+struct Handlers(UnsafeCell<[libc::sigaction; 5]>);
+
+// SAFETY: written by `Native::new`, which holds RUNNER, before the handler that reads it is installed.
+unsafe impl Sync for Handlers {}
+
+// SAFETY: an all-zero sigaction is a value of it: the default.
+static PREVIOUS: Handlers = Handlers(UnsafeCell::new(unsafe { std::mem::zeroed() }));
+
 const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 const ALTERNATE_STACK_SIZE: usize = 256 << 10;
 const USER_CS: u64 = 0x33;
@@ -198,8 +206,23 @@ const GREGS: [libc::c_int; 16] = [
     libc::REG_R15,
 ];
 
+/// The instruction at `code` has a REP or REPNE prefix.
+///
+/// # Safety
+/// `code` must be where an instruction can be fetched from.
+unsafe fn has_rep_prefix(mut code: *const u8) -> bool {
+    loop {
+        // SAFETY: a byte of the instruction, which has been executed.
+        match unsafe { code.read() } {
+            0xF2 | 0xF3 => return true,
+            0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 => code = code.wrapping_add(1),
+            _ => return false,
+        }
+    }
+}
+
 /// Copies the signal frame into the context and redirects it to [`leave`]; returns 1 to go on with the case instead.
-unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mut libc::c_void) -> u32 {
+unsafe extern "C" fn record(signal: i32, info: *mut libc::siginfo_t, frame: *mut libc::c_void) -> u32 {
     // SAFETY: the kernel passes a complete ucontext with an XSAVE area (checked by its magic number) to a
     // SA_SIGINFO handler; the context is ours, see `Shared`.
     unsafe {
@@ -215,7 +238,16 @@ unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mu
             }
             // The second time in one case: it has no end.
         } else if context.running == 0 {
-            // Not ours: a bug of the harness or the engine. Let the same fault kill the process.
+            // Not ours: the engine's, whose handler was there before.
+            let index = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);
+            let before = (*PREVIOUS.0.get())[index];
+            if before.sa_sigaction != libc::SIG_DFL && before.sa_sigaction != libc::SIG_IGN {
+                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                    std::mem::transmute(before.sa_sigaction);
+                handler(signal, info, frame);
+                return 0;
+            }
+            // Nor that: a bug of the harness. Let the same fault kill the process.
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = libc::SIG_DFL;
             libc::sigaction(signal, &action, ptr::null_mut());
@@ -227,10 +259,9 @@ unsafe extern "C" fn record(signal: i32, _info: *mut libc::siginfo_t, frame: *mu
         }
         let rip = machine.gregs[libc::REG_RIP as usize] as u64;
         if vector == 1 && context.stepping != 0 {
-            // A REP string instruction traps after every iteration, with RIP still on it; a loop of one
-            // instruction does too, but retires every time.
-            let opcode = (rip as *const u8).read();
-            if rip != context.last_rip || (0xE0..=0xE2).contains(&opcode) {
+            // A REP string instruction traps after every iteration, with RIP still on it; a branch to itself does too,
+            // but retires every time.
+            if rip != context.last_rip || !has_rep_prefix(rip as *const u8) {
                 context.steps += 1;
                 context.last_rip = rip;
             }
@@ -268,6 +299,7 @@ pub struct Native {
     alternate_stack: Vec<u8>,
     pristine: Vec<u8>,
     timer: libc::timer_t,
+    previous_stack: libc::stack_t,
     /// Stop after each instruction to count them. Slow (a signal each), and the case sees TF in PUSHF.
     pub count: bool,
 }
@@ -291,13 +323,16 @@ impl Native {
             };
             assert_eq!(at as u64, region.start, "linear {:#x} is taken in this process", region.start);
         }
-        let native = Native {
+        let mut native = Native {
             timer: start_timer(),
             _only_one: only_one,
             alternate_stack: vec![0; ALTERNATE_STACK_SIZE],
             pristine,
+            // SAFETY: integers and a pointer.
+            previous_stack: unsafe { std::mem::zeroed() },
             count: false,
         };
+        native.take_signals();
         native.restore_memory(true);
         for region in REGIONS {
             let protection = match region.rights {
@@ -325,32 +360,24 @@ impl Native {
         }
     }
 
-    fn with_signals<T>(&mut self, body: impl FnOnce() -> T) -> T {
-        // SAFETY: plain system calls on values of ours; the previous handlers and stack come back before return,
-        // since the engine under test may have its own.
+    /// Installs the handlers, over those of the engine, which get what is not ours.
+    fn take_signals(&mut self) {
+        // SAFETY: plain system calls on values of ours; what was there before comes back in `drop`.
         unsafe {
             let stack = libc::stack_t {
                 ss_sp: self.alternate_stack.as_mut_ptr().cast(),
                 ss_flags: 0,
                 ss_size: self.alternate_stack.len(),
             };
-            let mut old_stack: libc::stack_t = std::mem::zeroed();
-            libc::sigaltstack(&stack, &mut old_stack);
+            libc::sigaltstack(&stack, &mut self.previous_stack);
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             // The timer must not ring while a case's registers are taken.
             libc::sigaddset(&mut action.sa_mask, libc::SIGALRM);
-            let mut old: [libc::sigaction; SIGNALS.len()] = std::mem::zeroed();
-            for (signal, old) in SIGNALS.iter().zip(&mut old) {
+            for (signal, old) in SIGNALS.iter().zip(&mut *PREVIOUS.0.get()) {
                 libc::sigaction(*signal, &action, old);
             }
-            let result = body();
-            for (signal, old) in SIGNALS.iter().zip(&old) {
-                libc::sigaction(*signal, old, ptr::null_mut());
-            }
-            libc::sigaltstack(&old_stack, ptr::null_mut());
-            result
         }
     }
 }
@@ -379,8 +406,14 @@ fn start_timer() -> libc::timer_t {
 
 impl Drop for Native {
     fn drop(&mut self) {
-        // SAFETY: made by `start_timer`, deleted once.
-        unsafe { libc::timer_delete(self.timer) };
+        // SAFETY: made by `start_timer`, deleted once; the handlers and the stack are those that were there before.
+        unsafe {
+            libc::timer_delete(self.timer);
+            for (signal, old) in SIGNALS.iter().zip(&*PREVIOUS.0.get()) {
+                libc::sigaction(*signal, old, ptr::null_mut());
+            }
+            libc::sigaltstack(&self.previous_stack, ptr::null_mut());
+        }
         for region in REGIONS {
             // SAFETY: our own mapping, used by nobody else.
             unsafe { libc::munmap(region.start as *mut libc::c_void, (region.pages * PAGE) as usize) };
@@ -436,7 +469,7 @@ impl Executor for Native {
             }
         }
         let stepping = self.count;
-        assert_eq!(case.registers.rflags & 0x44000, 0, "NT and AC");
+        assert_eq!(case.registers.rflags & 0x4000, 0, "NT");
         let r = &case.registers;
         // SAFETY: RUNNER is held, so nobody else uses the context; no signal of ours is on its way.
         let context = unsafe { &mut *CONTEXT.0.get() };
@@ -454,7 +487,7 @@ impl Executor for Native {
         let context: *mut Context = context;
         // SAFETY: the case's code is user-mode code generated to touch our regions only, ends in an exception, and
         // its registers are all saved and restored by enter/leave.
-        self.with_signals(|| unsafe { enter(context) });
+        unsafe { enter(context) };
         // SAFETY: as above, and the handler is done.
         let context = unsafe { &*context };
         let captured = &context.captured;

@@ -69,32 +69,25 @@ pub fn is_system_feature(feature: CpuidFeature) -> bool {
     matches!(feature, SYSCALL | SEP | RDTSCP | RDRAND | RDSEED | CLFLUSHOPT | CLWB | MONITOR | SMM | UDBG | RDPMC)
 }
 
-/// Instructions whose result is the machine's own business, or that would leave the test's little world.
-fn is_excluded(mnemonic: Mnemonic) -> bool {
+/// Why an instruction of the model does not take part.
+fn exclusion(code: Code) -> Option<&'static str> {
     use Mnemonic::*;
-    matches!(
-        mnemonic,
-        // System calls and far transfers.
+    Some(match code.mnemonic() {
         Syscall | Sysenter | Sysexit | Sysexitq | Sysret | Sysretq | Int | Int1 | Into | Call | Jmp | Retf | Iret
-            | Iretd | Iretq
-            // Time, identity, randomness.
-            | Cpuid | Rdtsc | Rdtscp | Rdrand | Rdseed | Xgetbv | Rdpmc | Rdpid
-            // Descriptor tables differ; UMIP is emulated by the host's kernel.
-            | Lar | Lsl | Verr | Verw | Str | Sldt | Sgdt | Sidt | Smsw | Lds | Les | Lfs | Lgs | Lss
-            // The host has more components, and these know which.
-            | Xsaveopt | Xsaveopt64
-            // Two instructions in one for iced.
-            | Fstenv | Fsave
-            // Approximations: vendors differ.
-            | Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss
-            // Emulated by hypervisors in ways of their own.
-            | Wbinvd | Invd
-    )
-}
-
-fn is_transcendental(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::*;
-    matches!(mnemonic, F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos)
+        | Iretd | Iretq => "leaves the case: far transfers and system calls (KVM oracle)",
+        Cpuid | Rdtsc | Rdtscp | Rdrand | Rdseed | Xgetbv | Rdpmc | Rdpid => "the machine's own answer (unit tests)",
+        // UMIP is emulated by the host's kernel.
+        Lar | Lsl | Verr | Verw | Str | Sldt | Sgdt | Sidt | Smsw | Lds | Les | Lfs | Lgs | Lss => {
+            "depends on descriptor tables (KVM oracle)"
+        }
+        // The host has more components, and these know which.
+        Xsaveopt | Xsaveopt64 => "not in the model",
+        Fstenv | Fsave => "two instructions, both of which take part",
+        Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss | F2xm1 | Fyl2x | Fyl2xp1 | Fptan
+        | Fpatan | Fsin | Fcos | Fsincos => "approximation: processors differ (unit tests)",
+        Wbinvd | Invd | Clflushopt | Clwb | Monitor | Mwait | Rsm => "system (unit tests)",
+        _ => return None,
+    })
 }
 
 /// Near transfers of control; far ones are excluded.
@@ -150,46 +143,54 @@ fn is_privileged(code: Code) -> bool {
 
 /// How `code` takes part, if it does.
 pub fn class(code: Code) -> Option<Class> {
-    let op = code.op_code();
-    if !op.is_instruction() || !op.mode64() {
-        return None;
-    }
-    class_in(code, 64)
+    participation(code, 64).and_then(Result::ok)
 }
 
 /// How `code` takes part in compatibility mode, if it does.
 pub fn class_32(code: Code) -> Option<Class> {
-    let op = code.op_code();
-    if !op.is_instruction() || !op.compatibility_mode() {
-        return None;
-    }
-    class_in(code, 32)
+    participation(code, 32).and_then(Result::ok)
 }
 
-fn class_in(code: Code, bits: u32) -> Option<Class> {
+/// How `code` takes part in a mode, or why not. None if the mode or the model does not have it.
+pub fn participation(code: Code, bits: u32) -> Option<Result<Class, &'static str>> {
     let op = code.op_code();
-    if !matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+    let in_mode = if bits == 64 { op.mode64() } else { op.compatibility_mode() };
+    let encoded = matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+    if !op.is_instruction() || !in_mode || !encoded {
         return None;
     }
-    if !code.cpuid_features().iter().all(|f| in_model(*f)) {
+    if !code.cpuid_features().iter().all(|f| in_model(*f) || is_system_feature(*f)) {
         return None;
     }
+    Some(match excluded(code, bits) {
+        Some(reason) => Err(reason),
+        None if is_privileged(code) => Ok(Class::Privileged),
+        None => Ok(Class::Ordinary),
+    })
+}
+
+fn excluded(code: Code, bits: u32) -> Option<&'static str> {
+    let op = code.op_code();
     if is_near_branch(code) || bits == 32 && is_near_branch_32(code) {
-        // With 16-bit operands vendors differ.
         let narrow = op.op_kinds().iter().any(|k| matches!(k, OpCodeOperandKind::br16_1 | OpCodeOperandKind::br16_2));
-        return (!narrow).then_some(Class::Ordinary);
+        return narrow.then_some("16-bit near branch: vendors differ");
     }
-    // With a register operand vendors differ: #UD or NOP.
     if matches!(
         code,
         Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
     ) {
-        return None;
+        return Some("0F 0D with a register: #UD or NOP, vendors differ");
     }
-    if is_excluded(code.mnemonic()) || is_transcendental(code.mnemonic()) {
-        return None;
+    if code == Code::Ud0 {
+        return Some("decodes as the form with operands");
     }
-    let unsupported_operand = op.op_kinds().iter().any(|k| {
+    if let Some(reason) = exclusion(code) {
+        return Some(reason);
+    }
+    if code.cpuid_features().iter().any(|f| is_system_feature(*f)) {
+        return Some("system (unit tests)");
+    }
+    let of_another_size = op.op_kinds().iter().any(|k| {
         use OpCodeOperandKind::*;
         matches!(
             k,
@@ -209,14 +210,10 @@ fn class_in(code: Code, bits: u32) -> Option<Class> {
                 | mem_mib
         )
     });
-    if unsupported_operand {
-        return None;
+    let near_return = matches!(code, Code::Retnw | Code::Retnw_imm16 | Code::Retnd | Code::Retnd_imm16);
+    if of_another_size || bits == 64 && near_return {
+        return Some("16-bit near branch: vendors differ");
     }
-    // Near branches with 16-bit operands: vendors differ.
-    if bits == 64 && matches!(code, Code::Retnw | Code::Retnw_imm16 | Code::Retnd | Code::Retnd_imm16) {
-        return None;
-    }
-    // Loading a segment register needs equal descriptor tables.
     let loads_segment = matches!(code.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
         && matches!(
             op.op_kind(0),
@@ -227,10 +224,7 @@ fn class_in(code: Code, bits: u32) -> Option<Class> {
                 | OpCodeOperandKind::ds
                 | OpCodeOperandKind::es
         );
-    if loads_segment {
-        return None;
-    }
-    Some(if is_privileged(code) { Class::Privileged } else { Class::Ordinary })
+    loads_segment.then_some("depends on descriptor tables (KVM oracle)")
 }
 
 /// All instructions that take part in compatibility mode.

@@ -118,6 +118,14 @@ impl Setup<'_> {
                     self.pokes.push((linear, bytes));
                 }
             }
+            Mnemonic::Bound => {
+                // From the least to the greatest number.
+                let bounds: &[u8] =
+                    if size == 4 { &[0, 0x80, 0xFF, 0x7F] } else { &[0, 0, 0, 0x80, 0xFF, 0xFF, 0xFF, 0x7F] };
+                if let Some(linear) = linear.filter(|_| !self.rng.one_in(4)) {
+                    self.pokes.push((linear, bounds.to_vec()));
+                }
+            }
             Mnemonic::Xlatb => {
                 let at = target(self.rng, 256, true);
                 self.set(3, at | upper);

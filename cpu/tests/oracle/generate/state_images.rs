@@ -8,8 +8,8 @@ use super::operands::Setup;
 use super::x87_state;
 use crate::values::{interesting_f80, interesting_vector};
 
-/// RFLAGS bits that POPF may be given: all but TF, NT, VM, AC and the reserved ones.
-const POPPED: u64 = 0x0021_3ED5;
+/// RFLAGS bits that POPF may be given: all but TF, NT, VM and the reserved ones.
+const POPPED: u64 = 0x0025_3ED5;
 
 impl Setup<'_> {
     /// Prepares the instruction if it is one of these; `linear` is its memory operand.
