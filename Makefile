@@ -21,12 +21,15 @@ test: build images ## formatting, lints, every test
 # Images: `make images` builds hello, go and jvm; `make deps`, which it calls, installs Debian packages (as root).
 -include guest-image/images.mk
 
-oracle: ## the engine against the host processor and against KVM; COUNT=n runs n times as many cases
-	ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test oracle -- --nocapture
-	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) test --release --locked -p orrery-cpu --test kvm
-
-test-svm: ## tests on a KVM that has SVM, in QEMU: those of tests/svm/list; COUNT=n as for oracle, SVM='...' for more flags
-	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) run --release --locked -p orrery-tests --bin svm -- $(SVM)
+oracle: ## the engine against the host processor and against KVM; COUNT=n runs n times as many cases, SEED=n others
+	@log=$$(mktemp) && trap 'rm -f $$log' EXIT && failed=0; \
+	for oracle in oracle kvm; do \
+		ORACLE_COUNT=$(or $(COUNT),1) ORACLE_SEED=$(or $(SEED),0) \
+		KVM_ORACLE_COUNT=$(or $(COUNT),1) KVM_ORACLE_SEED=$(or $(SEED),0) \
+			$(CARGO) test --release --locked -p orrery-cpu --test $$oracle >$$log 2>&1 || failed=1; \
+		cat $$log; grep -E '^(host|KVM) oracle' $$log >>$$log.totals || failed=1; \
+	done; \
+	cat $$log.totals; rm -f $$log.totals; exit $$failed
 
 metamorphic: build images ## hello, go and jvm, disturbed in all that must not matter; COUNT=n perturbed runs each, SEED=s
 	@for image in hello go jvm; do \
