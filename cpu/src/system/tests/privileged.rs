@@ -185,7 +185,7 @@ fn segment_loads() {
     // LAR and LSL report instead of faulting.
     m.state.gpr[gpr::RCX] = 0x28;
     m.run(&[0x0F, 0x02, 0xC1]).unwrap();
-    assert_eq!((m.state.gpr[gpr::RAX], m.state.rflags & rflags::ZF), (0x00C0_F300, rflags::ZF));
+    assert_eq!((m.state.gpr[gpr::RAX], m.state.rflags & rflags::ZF), (0x00CF_F300, rflags::ZF));
     m.run(&[0x0F, 0x03, 0xC1]).unwrap();
     assert_eq!(m.state.gpr[gpr::RAX], 0xFFFF_FFFF);
     m.state.gpr[gpr::RCX] = 0x18;
