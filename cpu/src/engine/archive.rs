@@ -24,6 +24,7 @@ struct Key {
     mode: u16,
     grouping: bool,
     window: bool,
+    emulate_undefined: bool,
     max_instructions: u32,
     tlb_mask: u32,
 }
@@ -35,6 +36,7 @@ impl Key {
             mode: request.mode.0,
             grouping: request.grouping,
             window: request.window,
+            emulate_undefined: request.emulate_undefined,
             max_instructions: request.max_instructions,
             tlb_mask: request.tlb_mask,
         }
@@ -44,6 +46,7 @@ impl Key {
         let settings = u64::from(self.mode) << 48
             ^ u64::from(self.max_instructions) << 40
             ^ u64::from(self.tlb_mask) << 8
+            ^ u64::from(self.emulate_undefined) << 2
             ^ u64::from(self.grouping) << 1
             ^ u64::from(self.window);
         self.rip ^ settings.wrapping_mul(0x9E37_79B9_7F4A_7C15)
@@ -278,6 +281,7 @@ mod tests {
             grouping: true,
             window: true,
             isolated: false,
+            emulate_undefined: false,
             block: index,
             first_site: 3 * index,
             first_emulated: 5 * index,

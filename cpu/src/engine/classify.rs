@@ -98,12 +98,16 @@ fn near_branch(ins: &Instruction, mode: Mode) -> Treatment {
     }
 }
 
-/// The instruction writes to a memory operand in CS, which 32-bit code cannot. Those that write only sometimes see
-/// for themselves.
+/// The emulation of the instruction finds out by itself whether it writes to CS: it writes only sometimes, or
+/// something else comes first.
+pub fn looks_at_code_segment_itself(ins: &Instruction) -> bool {
+    use Mnemonic::{Arpl, Fxsave, Fxsave64, Pop, Vmaskmovpd, Vmaskmovps, Vpmaskmovd, Vpmaskmovq};
+    matches!(ins.mnemonic(), Arpl | Fxsave | Fxsave64 | Pop | Vmaskmovpd | Vmaskmovps | Vpmaskmovd | Vpmaskmovq)
+}
+
+/// The instruction writes to a memory operand in CS, which 32-bit code cannot.
 pub fn writes_code_segment(ins: &Instruction) -> bool {
-    use Mnemonic::{Arpl, Fxsave, Fxsave64, Vmaskmovpd, Vmaskmovps, Vpmaskmovd, Vpmaskmovq};
     ins.segment_prefix() == Register::CS
-        && !matches!(ins.mnemonic(), Arpl | Fxsave | Fxsave64 | Vmaskmovpd | Vmaskmovps | Vpmaskmovd | Vpmaskmovq)
         && (0..ins.op_count()).any(|i| {
             use OpAccess::*;
             ins.op_kind(i) == OpKind::Memory
@@ -217,7 +221,9 @@ fn must_emulate(ins: &Instruction) -> bool {
         }
     }
     // Of MOVSXD with 16 bits, AMD reads 32 bits of memory, Intel 16.
-    if ins.code() == Code::Movsxd_r16_rm16 || super::undefined::has_undefined_result(ins) {
+    // CMPXCHG that leaves a 32-bit register alone clears its upper half on some.
+    let exchanges_registers = ins.mnemonic() == Mnemonic::Cmpxchg && ins.op0_kind() == OpKind::Register;
+    if ins.code() == Code::Movsxd_r16_rm16 || exchanges_registers || super::undefined::has_undefined_result(ins) {
         return true;
     }
     match ins.mnemonic() {

@@ -904,6 +904,9 @@ impl Core {
             return exception;
         }
         let operand = (0..instruction.op_count()).find(|i| instruction.op_kind(*i) == OpKind::Memory);
+        if instruction.mnemonic() == Mnemonic::Pop && operand.is_some() {
+            return self.first_of_pop(exception, &instruction);
+        }
         let bit_string = classify::treatment(&instruction, Mode::of(self.state())) == Treatment::BitString;
         match operand.filter(|_| !bit_string).map(|i| system::effective_address(self.state(), &instruction, i)) {
             Some(Err(_)) if self.is_misaligned(&instruction) => Exception::GP0,
@@ -922,6 +925,16 @@ impl Core {
             }
             None => exception,
         }
+    }
+
+    /// POP to memory reads the stack before it computes an address, from the new RSP.
+    fn first_of_pop(&self, exception: Exception, instruction: &Instruction) -> Exception {
+        let state = self.state();
+        let bytes = instruction.stack_pointer_increment() as u64;
+        let rsp = state.gpr[4];
+        let no_stack = state.is_64bit() && !(is_canonical(rsp) && is_canonical(rsp.wrapping_add(bytes - 1)));
+        let in_stack = no_stack || in_stack_segment(instruction);
+        if exception == Exception::GP0 && in_stack { Exception::StackFault { error: 0 } } else { exception }
     }
 
     /// The instruction at RIP, decoded again; None if it cannot be read any more.
@@ -1015,7 +1028,10 @@ impl Core {
             return Err(Exception::GP0);
         }
         let state = self.state();
-        if !state.is_64bit() && classify::writes_code_segment(instruction) {
+        if !state.is_64bit()
+            && classify::writes_code_segment(instruction)
+            && !classify::looks_at_code_segment_itself(instruction)
+        {
             let waits = availability::unit(instruction) == Unit::X87 && fpu::error_pending();
             return Err(if waits { Exception::FloatingPoint } else { Exception::GP0 });
         }

@@ -4,6 +4,7 @@
 //! The engine executes such code carefully, one instruction at a time, so nothing else pays for it.
 
 use crate::exception::Exception;
+use crate::paging::is_canonical;
 use crate::state::{CpuState, control, rflags};
 
 /// Accesses are checked.
@@ -23,4 +24,9 @@ pub(crate) fn check(state: &CpuState, linear: u64, size: usize) -> Result<(), Ex
         _ => 1,
     };
     if is_checked(state) && !linear.is_multiple_of(alignment) { Err(Exception::AlignmentCheck) } else { Ok(()) }
+}
+
+/// As [`check`], for an operand in several parts: only that the first one has an address comes before.
+pub(crate) fn check_first(state: &CpuState, linear: u64, size: usize) -> Result<(), Exception> {
+    if state.is_64bit() && !is_canonical(linear) { Ok(()) } else { check(state, linear, size) }
 }

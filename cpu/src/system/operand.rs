@@ -198,6 +198,14 @@ pub fn effective_address(state: &CpuState, instr: &Instruction, operand: u32) ->
     address(state, instr, instr.memory_size().size().max(1), false)
 }
 
+/// Linear address of the memory operand, whether or not there can be one.
+pub(crate) fn unchecked_address(state: &CpuState, instr: &Instruction) -> u64 {
+    let segment = memory_segment(instr);
+    let base = if state.is_64bit() && segment < seg::FS { 0 } else { state.seg[segment].base };
+    let linear = base.wrapping_add(effective_offset(state, instr));
+    if state.is_64bit() { linear } else { linear & 0xFFFF_FFFF }
+}
+
 /// Linear address of `size` bytes at the memory operand of `instr`.
 #[inline]
 pub(crate) fn address(state: &CpuState, instr: &Instruction, size: usize, write: bool) -> Result<u64, Exception> {

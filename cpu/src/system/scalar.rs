@@ -3,11 +3,12 @@
 
 use super::arithmetic::{self, Shift, result_flags};
 use super::operand::{
-    Stack, branch_target, effective_offset, mask, mode_rip, next_rip, operand_size, read_operand, read_register,
-    sign_extend, write_gpr, write_operand, write_register,
+    Stack, address_size, branch_target, effective_offset, linear, mask, memory_segment, mode_rip, next_rip,
+    operand_size, read_memory, read_operand, read_register, sign_extend, write_gpr, write_memory, write_operand,
+    write_register,
 };
 use super::transfers::check_target;
-use super::{ExecError, Executed, Outcome, System, bits, retire};
+use super::{ExecError, Executed, Outcome, Privilege, System, bits, retire};
 use crate::exception::Exception;
 use crate::state::{CpuState, gpr, rflags, seg};
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
@@ -91,7 +92,10 @@ fn execute_inner(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System
             let accumulator = state.gpr[gpr::RAX] & mask(size);
             let flags = arithmetic::sub(accumulator, found, false, size).1;
             let value = if found == accumulator { read_operand(state, instr, 1, size, sys)? } else { found };
-            write_operand(state, instr, 0, size, value, sys)?;
+            // Memory is written in any case; a register that is left alone keeps its upper half.
+            if found == accumulator || instr.op0_kind() == OpKind::Memory {
+                write_operand(state, instr, 0, size, value, sys)?;
+            }
             if found != accumulator {
                 write_gpr(state, gpr::RAX, size, found);
             }
@@ -237,20 +241,32 @@ fn shift(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn S
     Ok(())
 }
 
-/// BT, BTS, BTR, BTC. A register offset into memory may reach outside the operand, which is left to the engine.
+/// BT, BTS, BTR, BTC. A register offset into memory reaches outside the operand.
 fn bit_test(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
-    if instr.op0_kind() == OpKind::Memory && instr.op1_kind() == OpKind::Register {
-        return Err(ExecError::Unsupported("a bit string in memory in a segment that is not flat"));
-    }
-    let value = read_operand(state, instr, 0, size, sys)?;
-    let offset = read_operand(state, instr, 1, 1, sys)? % (size as u64 * 8);
+    let bits = size as u64 * 8;
+    let modifies = instr.mnemonic() != Mnemonic::Bt;
+    let string = instr.op0_kind() == OpKind::Memory && instr.op1_kind() == OpKind::Register;
+    let offset = read_operand(state, instr, 1, if string { size } else { 1 }, sys)?;
+    let mut at = 0;
+    let value = if string {
+        let elements = sign_extend(offset, size) as i64 >> bits.trailing_zeros();
+        let displacement = elements.wrapping_mul(size as i64) as u64;
+        let operand = effective_offset(state, instr).wrapping_add(displacement) & mask(address_size(instr));
+        at = linear(state, memory_segment(instr), operand, size, modifies)?;
+        read_memory(state, sys, at, size, Privilege::Current)?
+    } else {
+        read_operand(state, instr, 0, size, sys)?
+    };
+    let offset = offset % bits;
     let result = match instr.mnemonic() {
         Mnemonic::Bts => value | 1 << offset,
         Mnemonic::Btr => value & !(1 << offset),
         Mnemonic::Btc => value ^ 1 << offset,
         _ => value,
     };
-    if instr.mnemonic() != Mnemonic::Bt {
+    if modifies && string {
+        write_memory(state, sys, at, size, result, Privilege::Current)?;
+    } else if modifies {
         write_operand(state, instr, 0, size, result, sys)?;
     }
     state.rflags = state.rflags & !rflags::CF | value >> offset & 1;

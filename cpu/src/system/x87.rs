@@ -2,7 +2,7 @@
 //! The instruction and operand pointers and the opcode are always zero.
 
 use super::availability::x87_refused;
-use super::operand::address;
+use super::operand::{address, unchecked_address};
 use super::xsave::normalise_x87;
 use super::{ExecError, Executed, Privilege, System, alignment, retire};
 use crate::exception::Exception;
@@ -93,15 +93,15 @@ pub(super) fn check_waiting(state: &CpuState) -> Result<(), ExecError> {
 }
 
 /// The images are made of words or doublewords.
-fn check_alignment(state: &CpuState, at: u64, narrow: bool) -> Result<(), Exception> {
-    alignment::check(state, at, if narrow { 2 } else { 4 })
+fn check_alignment(state: &CpuState, instr: &Instruction) -> Result<(), Exception> {
+    alignment::check_first(state, unchecked_address(state, instr), if is_narrow(instr) { 2 } else { 4 })
 }
 
 pub(super) fn fnstenv(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     check(state)?;
     let (bytes, size) = environment(state, is_narrow(instr));
+    check_alignment(state, instr)?;
     let at = address(state, instr, size, true)?;
-    check_alignment(state, at, is_narrow(instr))?;
     sys.write(state, at, &bytes[..size], Privilege::Current)?;
     // All exceptions are masked afterwards.
     state.fpu.0[0] |= 0x3F;
@@ -113,8 +113,8 @@ pub(super) fn fldenv(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     check_waiting(state)?;
     let narrow = is_narrow(instr);
     let size = if narrow { 14 } else { 28 };
+    check_alignment(state, instr)?;
     let at = address(state, instr, size, false)?;
-    check_alignment(state, at, is_narrow(instr))?;
     let mut bytes = [0; 28];
     sys.read(state, at, &mut bytes[..size], Privilege::Current)?;
     let before = top(state);
@@ -134,8 +134,8 @@ pub(super) fn fnsave(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
         let from = ST_BEGIN + i * 16;
         bytes[size + i * 10..size + i * 10 + 10].copy_from_slice(&state.fpu.0[from..from + 10]);
     }
+    check_alignment(state, instr)?;
     let at = address(state, instr, size + 80, true)?;
-    check_alignment(state, at, is_narrow(instr))?;
     sys.write(state, at, &bytes[..size + 80], Privilege::Current)?;
     // FNINIT: the registers keep their contents and become empty.
     let before = top(state);
@@ -160,8 +160,8 @@ pub(super) fn frstor(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     check_waiting(state)?;
     let narrow = is_narrow(instr);
     let size = if narrow { 14 } else { 28 };
+    check_alignment(state, instr)?;
     let at = address(state, instr, size + 80, false)?;
-    check_alignment(state, at, is_narrow(instr))?;
     let mut bytes = [0u8; 108];
     sys.read(state, at, &mut bytes[..size + 80], Privilege::Current)?;
     for i in 0..8 {

@@ -5,11 +5,11 @@
 //! on and of the header are not written.
 
 use super::availability::{avx_refused, sse_refused, x87_refused, xsave_refused};
-use super::operand::{address, effective_offset, memory_segment, write_memory};
+use super::operand::{address, unchecked_address, write_memory};
 use super::{ExecError, Executed, GP0, Privilege, System, alignment, retire};
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
-use crate::state::{CpuState, XSAVE_SIZE, control, gpr, seg};
+use crate::state::{CpuState, XSAVE_SIZE, control, gpr};
 use iced_x86::{EncodingKind, Instruction};
 
 const LEGACY: usize = 512;
@@ -59,17 +59,10 @@ fn write_mxcsr(state: &mut CpuState, value: u32) {
     state.fpu.0[MXCSR..MXCSR + 4].copy_from_slice(&value.to_le_bytes());
 }
 
-/// Linear address of the memory operand, whether or not it is one.
-fn unchecked_address(state: &CpuState, instr: &Instruction) -> u64 {
-    let segment = memory_segment(instr);
-    let base = if state.is_64bit() && segment < seg::FS { 0 } else { state.seg[segment].base };
-    base.wrapping_add(effective_offset(state, instr))
-}
-
-/// FXSAVE and FXRSTOR begin with doublewords: where alignment is checked, that these are aligned is checked before
-/// anything else, and that the image is, by #GP.
+/// FXSAVE and FXRSTOR begin with doublewords: where alignment is checked, that these are aligned is checked before the
+/// rest of the operand's address, and that the image is, by #GP.
 fn check_alignment(state: &CpuState, instr: &Instruction) -> Result<(), Exception> {
-    alignment::check(state, unchecked_address(state, instr), 4)
+    alignment::check_first(state, unchecked_address(state, instr), 4)
 }
 
 /// FXSAVE, FXSAVE64

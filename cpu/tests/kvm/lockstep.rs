@@ -320,6 +320,7 @@ impl Lockstep {
         let mut engine_vector = None;
         let kvm = self.vm.capture(self.engine.state());
         let mut first = None;
+        let mut met = None;
         let mut left = CATCH_UP;
         while left > 0 {
             let now = self.engine.icount();
@@ -353,7 +354,10 @@ impl Lockstep {
                     self.comparisons += 1;
                     return Ok(stop != Stop::Limit);
                 }
-                first.get_or_insert(report);
+                if first.is_none() {
+                    met = Some(state.clone());
+                    first = Some(report);
+                }
             }
             if stop == Stop::Halted {
                 break;
@@ -375,7 +379,7 @@ impl Lockstep {
             engine_vector,
             emulates_kernel: self.vm.steps_by_trap,
             kvm: &kvm,
-            engine: state,
+            engine: met.as_ref().unwrap_or(state),
         };
         if let Some(quirk) = meeting.explain() {
             return Err(Verdict::Refused(quirk.to_string(), instruction));

@@ -36,6 +36,11 @@ impl Meeting<'_> {
         if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64) && engine == Some(13) && kvm != engine {
             return Some("no #GP of a misaligned FXSAVE or FXRSTOR");
         }
+        let compares = self.instruction.is_some_and(|i| i.is_string_instruction() && i.rflags_written() != 0);
+        let flags = self.kvm.rflags ^ self.engine.rflags;
+        if compares && kvm.is_some() && kvm == engine && flags != 0 && flags & !rflags::STATUS == 0 {
+            return Some("flags of a repeated comparison that faults");
+        }
         if kvm == engine && matches!(kvm, Some(8 | 14)) && self.only_the_address_differs() && self.is_in_any_order() {
             return Some("CR2 of an operand that is gone through in any order");
         }
@@ -130,6 +135,9 @@ impl Meeting<'_> {
                 Some("a page fault while one is delivered leaves CR2 alone")
             }
             Mov if self.only_accessed_differs() => Some("a refused read-modify-write has read, and set accessed flags"),
+            Cmpxchg if kvm.is_none() && engine.is_none() => {
+                Some("CMPXCHG clears the upper half of what it leaves alone")
+            }
             _ if kvm == Some(12) && engine == Some(13) => Some("#SS for #GP"),
             _ if kvm == Some(14) && matches!(engine, Some(12 | 13)) && self.crosses_the_end() => {
                 Some("#PF for #GP across the end of the lower half")

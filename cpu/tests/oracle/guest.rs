@@ -12,14 +12,14 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::case::{Case, Ending, Executor, Outcome, PAGE, Refusal, Registers, Rights, pages};
 
 const RAM_BYTES: u64 = 4 << 20;
-/// Guest-physical addresses of the system's own pages; they are mapped at HIGH + the same.
+/// Guest-physical addresses of the system's own pages; they are mapped at HIGH + the same, where no case reaches.
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x2000;
 const TSS: u64 = 0x3000;
 const HANDLERS: u64 = 0x4000;
 const STACK_TOP: u64 = 0x8000;
 const TABLES: u64 = 0x10000;
-const HIGH: u64 = 0xFFFF_8000_0000_0000;
+const HIGH: u64 = 0xFFFF_A5A5_0000_0000;
 const HANDLER_BYTES: u64 = 16;
 /// Most instructions a case may take; more means that the engine went astray.
 const BUDGET: u64 = 100_000;

@@ -215,7 +215,7 @@ unsafe fn has_rep_prefix(mut code: *const u8) -> bool {
         // SAFETY: a byte of the instruction, which has been executed.
         match unsafe { code.read() } {
             0xF2 | 0xF3 => return true,
-            0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 => code = code.wrapping_add(1),
+            0x26 | 0x2E | 0x36 | 0x3E | 0x40..=0x4F | 0x64..=0x67 | 0xF0 => code = code.wrapping_add(1),
             _ => return false,
         }
     }

@@ -99,6 +99,7 @@ pub(super) fn engine_config(arguments: &EngineArgs) -> EngineConfig {
         chaos_seed: arguments.engine_chaos,
         grouping: plain.grouping && !arguments.engine_no_grouping,
         archive: None,
+        ..plain
     }
 }
 
