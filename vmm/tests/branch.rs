@@ -280,6 +280,22 @@ fn a_branch_in_the_place_of_another_is_a_new_one() {
 }
 
 #[test]
+fn prepared_branches_are_like_others() {
+    let image = wanderer(1_500, 200);
+    let template = machine_at(&image, 5_000).freeze().unwrap();
+    let expected = [SEED, OTHER].map(|seed| finish(&mut branch(&template, seed)));
+    // The second does not stop before the guest's end.
+    for instructions in [3_000, 1 << 30] {
+        template.prepare(3, instructions).unwrap();
+        let mut children: Vec<_> = (0..5).map(|index| branch(&template, [SEED, OTHER][index % 2])).collect();
+        for (index, child) in children.iter_mut().enumerate() {
+            assert_eq!(child.take_inputs(), []);
+            assert_eq!(finish(child), expected[index % 2]);
+        }
+    }
+}
+
+#[test]
 fn hashes_wait_until_somebody_asks() {
     let image = wanderer(3_000, 500);
     let mut straight = machine(&image);

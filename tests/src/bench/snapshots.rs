@@ -24,12 +24,13 @@ const RESET_PAGES: usize = 50;
 const LIVE: usize = 1_000;
 
 /// What can be measured.
-pub const NAMES: [(&str, &str); 9] = [
+pub const NAMES: [(&str, &str); 10] = [
     ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
     ("reset-50", "going back to the branch point after 50 pages were written"),
     ("branches-per-second", "going back and running 100,000 instructions"),
     ("branch-recycled", "a branch in the place of one that was given back, until its first instruction has retired"),
     ("first-million", "the first million instructions of a branch"),
+    ("prepared-million", "the same of a branch whose template was told to prepare"),
     ("parent-million", "a million instructions of its parent"),
     ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
     ("live-1000", "a branch while up to 1000 brothers live that have run 100,000 instructions each"),
@@ -145,11 +146,12 @@ impl Guest {
             lines.push(self.branch(&branch, rounds)?);
         }
         if mib == 512 {
-            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 7] = [
+            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 8] = [
                 ("reset-50", Guest::reset),
                 ("branches-per-second", Guest::throughput),
                 ("branch-recycled", Guest::recycled),
                 ("first-million", Guest::first_million),
+                ("prepared-million", Guest::prepared_million),
                 ("parent-million", Guest::parent_million),
                 ("grandchild-512", Guest::grandchild),
                 ("live-1000", Guest::live),
@@ -237,6 +239,20 @@ impl Guest {
             micros.push(micros_since(before));
             run(&mut child, CHILD_INSTRUCTIONS)?;
             self.template.recycle(child);
+        }
+        Ok(Line::of(name, micros))
+    }
+
+    fn prepared_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let mut micros = Vec::new();
+        for _ in 0..rounds.min(200) / 4 {
+            self.template.prepare(4, 1_000_000)?;
+            let children: Result<Vec<_>> = (0..4).map(|_| self.child()).collect();
+            for child in &mut children? {
+                let before = Instant::now();
+                run(child, 1_000_000)?;
+                micros.push(micros_since(before));
+            }
         }
         Ok(Line::of(name, micros))
     }

@@ -16,7 +16,7 @@ use orrery_cpu::{CpuState, Icount};
 use super::dirty::DirtyPages;
 use super::save::LastSave;
 use super::state::MachineState;
-use super::{Board, Machine, Scheduled};
+use super::{Board, Limits, Machine, Scheduled};
 use crate::config::Seed;
 use crate::digest::{MemoryDigest, content_hash};
 use crate::inputs::Input;
@@ -24,8 +24,8 @@ use crate::ram::{self, FrozenRam, RamError};
 
 /// Most pages that branches copy on their way out for ever, instead of having them in the file that they map.
 const PATCHES_FEW: usize = 64;
-/// Machines that wait in a template for another branch to go on in their place.
-const SPARES_MAX: usize = 16;
+/// Most machines that wait in a template for branches to go on in their place.
+pub const SPARES_MAX: usize = 16;
 /// Most pages of its own that such a machine may have: 32 MiB.
 const SPARE_PAGES_MAX: usize = 8192;
 
@@ -187,6 +187,12 @@ impl Template {
             machine.origin = Some(Origin { frozen: Arc::clone(frozen), ram, start });
             return Ok(machine);
         }
+        self.fresh(start)
+    }
+
+    /// A machine in that state over RAM of its own.
+    fn fresh(&self, start: MachineState) -> Result<Machine, BranchError> {
+        let frozen = &self.0;
         let ram = frozen.ram()?;
         let memory = ram.map()?;
         let mut engine = Engine::branch(&frozen.translations, memory.clone())?;
@@ -205,11 +211,28 @@ impl Template {
             inputs_entered: start.inputs_entered,
             settled: start.settled,
             first_moment: start.first_moment,
-            seed,
+            seed: start.seed,
             ended: start.ended.clone(),
             saved: frozen.saved.clone(),
             origin: Some(Origin { frozen: Arc::clone(frozen), ram, start }),
         })
+    }
+
+    /// Makes `count` machines ready for branches to come, at most [`SPARES_MAX`] with those that are: each runs the
+    /// template's own future for `instructions` and goes back. So the host has mapped what a branch needs at first, and
+    /// branches run at full speed from their first instruction on. May be called from a thread of its own.
+    pub fn prepare(&self, count: usize, instructions: u64) -> Result<(), BranchError> {
+        let mut ready = Vec::new();
+        let waiting = lock(&self.0.spares).len();
+        for _ in waiting..count.min(SPARES_MAX) {
+            let mut machine = self.fresh(start(&self.0.state, self.seed(), None))?;
+            let until = Icount(self.icount().0.saturating_add(instructions));
+            // However it ends: it goes back.
+            let _ = machine.run(Limits::until(until));
+            ready.push(machine);
+        }
+        ready.into_iter().for_each(|machine| self.recycle(machine));
+        Ok(())
     }
 
     /// Gives a branch of this template back that is not needed any more: the next branch goes on in its place, which
