@@ -30,6 +30,8 @@ pub const HOST: u8 = 231;
 pub const DIVERGED: u8 = 232;
 /// What was asked for cannot be seen in the guest at that moment.
 pub const INSPECT: u8 = 236;
+/// The guest has no agent at that moment, or it does not answer.
+pub const AGENT: u8 = 237;
 /// A defect of Orrery.
 pub const INTERNAL: u8 = 239;
 

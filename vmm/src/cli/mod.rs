@@ -7,15 +7,18 @@ macro_rules! say {
 
 pub mod args;
 mod backtrace;
+mod cat;
 mod console;
 mod disassemble;
 mod doctor;
 pub mod exit;
 mod image;
 mod memory;
+mod profile;
 mod ps;
 mod registers;
 mod run;
+mod shell;
 mod standing;
 mod verify;
 
@@ -54,6 +57,9 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Registers(arguments) => registers::registers(arguments),
         Command::Memory(arguments) => memory::memory(arguments),
         Command::Disassemble(arguments) => disassemble::disassemble(arguments),
+        Command::Profile(arguments) => profile::profile(arguments),
+        Command::Shell(arguments) => shell::shell(arguments),
+        Command::Cat(arguments) => cat::cat(arguments),
         Command::Completions(arguments) => {
             let mut command = Cli::command();
             clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());
