@@ -76,6 +76,11 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// The chain whose last link is this one.
+    pub fn after(last: Option<&Link>) -> Chain {
+        Chain { last: last.map(|link| link.link).unwrap_or_default() }
+    }
+
     /// Appends the state at a moment.
     pub fn append(&mut self, icount: Icount, state: Hash) -> Link {
         let mut hasher = blake3::Hasher::new();

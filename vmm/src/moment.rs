@@ -14,9 +14,10 @@ use orrery_guest_image::{Image, ImageError};
 use crate::chain::Hash;
 use crate::config::Seed;
 use crate::inputs::{self, Input, InputsError};
-use crate::machine::{ForeignInputs, Limits, Machine, MachineError, Pause};
-use crate::run::directory::{INPUTS, MANIFEST, StoreError, read_manifest};
+use crate::machine::{ForeignInputs, Limits, Machine, MachineError, Output, Pause};
+use crate::run::directory::{ConsoleLog, INPUTS, MANIFEST, StoreError, read_manifest};
 use crate::run::manifest::{Ended, Manifest};
+use crate::store::{CaptureBase, SnapshotError, SnapshotRecord, Store, Timeline, log};
 
 /// Instructions between reports of progress.
 const REPORT_INSTRUCTIONS: u64 = 1 << 24;
@@ -156,6 +157,8 @@ pub struct MomentOptions {
     pub image: Option<PathBuf>,
     /// How the engine works.
     pub engine: EngineConfig,
+    /// Begin at power-on, whatever snapshots there are.
+    pub from_power_on: bool,
 }
 
 /// A run on disk, found by its name.
@@ -186,16 +189,22 @@ impl RunReference {
         Ok(if path.exists() { inputs::read_log(&path)? } else { Vec::new() })
     }
 
-    /// Opens its image and checks that it is the one. `other`: where it is, if not where the manifest says.
-    pub fn image(&self, other: Option<&Path>) -> Result<Image, MomentError> {
+    /// Where its image is: `other`, or where the manifest says.
+    pub fn image_path(&self, other: Option<&Path>) -> PathBuf {
         let reference = &self.manifest.image;
         let path = other.unwrap_or(Path::new(&reference.path));
         // A relative path was relative to where the run was made, most often beside the runs.
         let beside = self.path.parent().and_then(Path::parent).map(|parent| parent.join(path));
-        let path = match beside {
+        match beside {
             Some(beside) if other.is_none() && !path.exists() && beside.exists() => beside,
             _ => path.to_owned(),
-        };
+        }
+    }
+
+    /// Opens its image and checks that it is the one. `other`: where it is, if not where the manifest says.
+    pub fn image(&self, other: Option<&Path>) -> Result<Image, MomentError> {
+        let reference = &self.manifest.image;
+        let path = self.image_path(other);
         let image = Image::open(&path)?;
         let actual = Hash(image.hash());
         if actual != reference.hash {
@@ -240,6 +249,14 @@ pub struct Moment {
     pub run: RunReference,
     /// Its image.
     pub image: Image,
+    /// Where the machine began: a snapshot, or power-on.
+    pub start: Option<SnapshotRecord>,
+    /// What a further snapshot builds on, if it began at one.
+    pub base: Option<(CaptureBase, Timeline)>,
+    /// Console output since the start, in the form of the console log: whole lines, and what comes after them.
+    pub console: ConsoleLog<Vec<u8>>,
+    /// Snapshots that should have been used and are damaged.
+    pub damage: Vec<SnapshotError>,
     /// The machine, exactly there. The run's later inputs wait in it, so running it on goes through the run's future.
     pub machine: Machine,
 }
@@ -273,17 +290,119 @@ impl Moment {
             (None, None) => return Err(MomentError::NoEnd { run: run.manifest.id.clone() }),
         };
         let image = run.image(options.image.as_deref())?;
-        let manifest = &run.manifest;
-        let mut machine = Machine::new(&image, &manifest.machine, Seed(manifest.seed), options.engine.clone())?;
-        machine.replay(run.inputs()?);
-        advance(&mut machine, manifest, target, progress)?;
-        Ok(Moment { run, image, machine })
+        let inputs = run.inputs()?;
+        let mut damage = Vec::new();
+        let found = match options.from_power_on {
+            true => None,
+            false => nearest(&run, &inputs, target, &image, &options.engine, &mut damage),
+        };
+        let mut console = ConsoleLog::new(Vec::new());
+        let (mut machine, start, base) = match found {
+            Some(Start { machine, record, base }) => {
+                if let Some(line) = &record.console_line {
+                    console.begin_with(line);
+                }
+                (machine, Some(record), Some(base))
+            }
+            None => {
+                let manifest = &run.manifest;
+                let seed = Seed(manifest.seed);
+                (Machine::new(&image, &manifest.machine, seed, options.engine.clone())?, None, None)
+            }
+        };
+        machine.replay(inputs[machine.inputs_entered() as usize..].to_vec());
+        let mut output = |outputs: Vec<Output>| {
+            for output in outputs.iter().filter(|output| output.channel == "console") {
+                console.append(output.icount, output.time, &output.bytes).expect("memory takes every byte");
+            }
+        };
+        advance_with(&mut machine, &run.manifest, target, progress, &mut output)?;
+        Ok(Moment { run, image, start, base, console, damage, machine })
     }
 
     /// Instructions retired.
     pub fn icount(&self) -> Icount {
         self.machine.icount()
     }
+}
+
+/// A machine at a snapshot.
+struct Start {
+    machine: Machine,
+    record: SnapshotRecord,
+    base: (CaptureBase, Timeline),
+}
+
+/// Snapshots of the run and of those behind it that are on its timeline, the last one first.
+fn candidates(run: &RunReference, inputs: &[Input], target: Icount) -> Vec<SnapshotRecord> {
+    let mut limit = target.0;
+    let mut records = log::read(&run.path).unwrap_or_default().records;
+    records.retain(|record| record.icount <= limit);
+    let runs = run.path.parent().unwrap_or(Path::new("."));
+    for (index, point) in run.manifest.branches.iter().enumerate().rev() {
+        limit = limit.min(point.icount);
+        let path = runs.join(&point.run);
+        // A run of this name may be another one by now.
+        let Ok(parent) = read_manifest(&path) else { continue };
+        let mine = &run.manifest;
+        let same = parent.image.hash == mine.image.hash
+            && parent.machine == mine.machine
+            && parent.seed == mine.seed
+            && parent.branches == mine.branches[..index];
+        let Ok(theirs) = inputs::read_log(&path.join(INPUTS)) else { continue };
+        if !same
+            || !theirs
+                .iter()
+                .take_while(|input| input.icount < limit)
+                .eq(inputs.iter().take_while(|i| i.icount < limit))
+        {
+            continue;
+        }
+        let list = log::read(&path).unwrap_or_default().records;
+        records.extend(list.into_iter().filter(|record| record.icount <= limit));
+    }
+    records.sort_by_key(|record| std::cmp::Reverse(record.icount));
+    records
+}
+
+/// The machine of the last snapshot that is whole. Damaged ones cost time and nothing else.
+fn nearest(
+    run: &RunReference,
+    inputs: &[Input],
+    target: Icount,
+    image: &Image,
+    engine: &EngineConfig,
+    damage: &mut Vec<SnapshotError>,
+) -> Option<Start> {
+    let runs = run.path.parent().unwrap_or(Path::new("."));
+    let store = match Store::existing(runs) {
+        Ok(store) => store?,
+        Err(error) => {
+            damage.push(error);
+            return None;
+        }
+    };
+    for record in candidates(run, inputs, target) {
+        if record.inputs_entered > inputs.len() as u64 {
+            let what = "more inputs had entered than the run's log has".to_owned();
+            damage.push(SnapshotError::Inconsistent { icount: record.icount, what });
+            continue;
+        }
+        let loaded = store.load(&record, image, engine.clone()).and_then(|mut machine| {
+            let timeline = Timeline::of(&store, &record)?;
+            let base = CaptureBase::of(&mut machine);
+            Ok(Start { machine, record: record.clone(), base: (base, timeline) })
+        });
+        match loaded {
+            Ok(start) if *start.machine.config() == run.manifest.machine => return Some(start),
+            Ok(_) => {
+                let what = "it is of another machine".to_owned();
+                damage.push(SnapshotError::Inconsistent { icount: record.icount, what });
+            }
+            Err(error) => damage.push(error),
+        }
+    }
+    None
 }
 
 /// Brings a machine that is on the timeline of a run to a later moment of it: through the branch points on the way.
@@ -293,22 +412,37 @@ pub fn advance(
     target: Icount,
     progress: &mut dyn FnMut(Icount),
 ) -> Result<(), MomentError> {
+    advance_with(machine, manifest, target, progress, &mut |_| {})
+}
+
+fn advance_with(
+    machine: &mut Machine,
+    manifest: &Manifest,
+    target: Icount,
+    progress: &mut dyn FnMut(Icount),
+    output: &mut dyn FnMut(Vec<Output>),
+) -> Result<(), MomentError> {
     for point in &manifest.branches {
         if point.icount < machine.icount().0 || point.icount > target.0 {
             continue;
         }
-        run_to(machine, Icount(point.icount), progress)?;
+        run_to(machine, Icount(point.icount), progress, output)?;
         // At the branch's first moment its streams have their new keys already.
         machine.rekey(Seed(point.seed));
     }
-    run_to(machine, target, progress)
+    run_to(machine, target, progress, output)
 }
 
-fn run_to(machine: &mut Machine, target: Icount, progress: &mut dyn FnMut(Icount)) -> Result<(), MomentError> {
+fn run_to(
+    machine: &mut Machine,
+    target: Icount,
+    progress: &mut dyn FnMut(Icount),
+    output: &mut dyn FnMut(Vec<Output>),
+) -> Result<(), MomentError> {
     while machine.icount() < target {
         let next = Icount(machine.icount().0.saturating_add(REPORT_INSTRUCTIONS).min(target.0));
         let pause = machine.run(Limits::until(next))?;
-        machine.take_output();
+        output(machine.take_output());
         machine.take_inputs();
         progress(machine.icount());
         match pause {

@@ -27,7 +27,7 @@ fn record(directory: &Path, image: &Image) -> (String, Outcome) {
         replayed_inputs: None,
         host_cpu_vendor: String::new(),
     };
-    let options = RecorderOptions { epoch_instructions: 1000, until: None, until_time: None };
+    let options = RecorderOptions { epoch_instructions: 1000, until: None, until_time: None, snapshots: None };
     let run = RunDirectory::create(&directory.join("runs"), "guest", 1).unwrap();
     let id = run.id().to_owned();
     let summary = Recorder::new(machine, origin, options, Some(run)).unwrap().run(&mut NoHost).unwrap();

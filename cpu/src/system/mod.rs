@@ -23,7 +23,6 @@ mod masked;
 mod operand;
 mod privileged;
 mod scalar;
-mod sha;
 mod strings;
 #[cfg(test)]
 mod tests;
@@ -274,9 +273,6 @@ fn dispatch(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> 
         }
         F2xm1 | Fcos | Fpatan | Fptan | Fsin | Fsincos | Fyl2x | Fyl2xp1 => {
             approximate::transcendental(state, instr, sys)
-        }
-        Sha1rnds4 | Sha1nexte | Sha1msg1 | Sha1msg2 | Sha256rnds2 | Sha256msg1 | Sha256msg2 => {
-            sha::execute(state, instr, sys)
         }
         Enter => legacy::enter(state, instr, sys),
         Bound => legacy::bound(state, instr, sys),

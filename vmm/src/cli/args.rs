@@ -6,6 +6,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::chain::EPOCH_INSTRUCTIONS;
 use crate::config::MachineConfig;
+use crate::moment::MomentName;
+use crate::run::SnapshotOptions;
+use crate::run::snapshots::{DIRTY_BYTES, EVERY_INSTRUCTIONS, MOST};
 
 /// A deterministic x86-64 hypervisor: State(N) = f(image, machine, seed, inputs).
 #[derive(Parser, Debug)]
@@ -30,6 +33,22 @@ pub enum Command {
     Run(RunArgs),
     /// Run an image several times and compare every epoch
     Verify(VerifyArgs),
+    /// Store the complete state at a moment of a run
+    Snapshot(SnapshotCommandArgs),
+    /// Go on from a moment of a run, with another seed or other inputs
+    Branch(Box<BranchArgs>),
+    /// List the runs on disk
+    Runs(RunsArgs),
+    /// Show which runs branched off which
+    Tree(RunsArgs),
+    /// Find the first instruction after which two runs differ
+    Diff(DiffArgs),
+    /// Check and clean the store of snapshots
+    Store(StoreArgs),
+    /// Write a run to one file
+    Export(ExportArgs),
+    /// Take a run from such a file
+    Import(ImportArgs),
     /// Say whether this host can run guests, and how
     Doctor(DoctorArgs),
     /// Build, look into and take apart images
@@ -44,12 +63,6 @@ pub enum Command {
     Memory(MemoryArgs),
     /// Show the guest's code at a moment
     Disassemble(DisassembleArgs),
-    /// Show where a run spends its instructions
-    Profile(ProfileArgs),
-    /// Open a shell in the guest at a moment, in a branch that is thrown away
-    Shell(ShellArgs),
-    /// Show a file of the guest as it was at a moment
-    Cat(CatArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -160,7 +173,246 @@ pub struct RunArgs {
     pub epoch: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub snapshots: SnapshotArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub engine: EngineArgs,
+}
+
+/// When automatic snapshots are taken. They change nothing in the guest.
+#[derive(Args, Debug, Clone)]
+pub struct SnapshotArgs {
+    /// Take no automatic snapshots
+    #[arg(long)]
+    pub no_snapshots: bool,
+    /// Instructions between automatic snapshots
+    #[arg(long, value_name = "N", default_value_t = EVERY_INSTRUCTIONS, value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_every: u64,
+    /// Take a snapshot early when so much memory has been written, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = DIRTY_BYTES >> 20, value_parser = clap::value_parser!(u64).range(1..1 << 24))]
+    pub snapshot_dirty: u64,
+    /// Keep so many automatic snapshots: beyond, every second one goes and the distance doubles
+    #[arg(long, value_name = "N", default_value_t = MOST as u64, value_parser = clap::value_parser!(u64).range(2..1 << 20))]
+    pub snapshot_most: u64,
+}
+
+impl SnapshotArgs {
+    /// What these flags ask for.
+    pub fn options(&self) -> Option<SnapshotOptions> {
+        (!self.no_snapshots).then_some(SnapshotOptions {
+            every_instructions: self.snapshot_every,
+            dirty_bytes: self.snapshot_dirty << 20,
+            most: self.snapshot_most as usize,
+        })
+    }
+}
+
+/// Where runs are, for commands about moments.
+#[derive(Args, Debug, Clone)]
+pub struct PlaceArgs {
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+    /// The run's image, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+}
+
+/// Arguments of `orrery snapshot`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery snapshot hello-1-001@400000000
+
+Runs to that moment from the nearest snapshot before it, and stores its complete state. The moment is
+reached at once from then on. `orrery store gc` never removes such a snapshot for its age or size.")]
+pub struct SnapshotCommandArgs {
+    /// The moment, as RUN@ICOUNT; the beginning of the run's name is enough
+    pub moment: MomentName,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub places: PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery branch`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery branch hello-1-001@400000000                  the same future again
+  orrery branch hello-1-001@400000000 --seed 7         another future
+  orrery branch hello-1-001@400000000 --seed 7 --count 20 --jobs 2
+  orrery branch shell-1-001@900000000 --inputs other.jsonl
+
+With the parent's seed and inputs a branch is bit for bit the parent's future. With another seed every
+random stream starts anew at the moment; inputs that the parent had later come at the same virtual
+time. With --inputs the parent's later inputs are replaced by those of the file.
+Exit code 0: all branches ran to their end, whatever that was; with one branch, the guest's own.")]
+pub struct BranchArgs {
+    /// The moment, as RUN@ICOUNT; the beginning of the run's name is enough
+    pub moment: MomentName,
+    /// The seed from there on; by default the parent's
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Inputs from there on, instead of the parent's
+    #[arg(long, value_name = "FILE")]
+    pub inputs: Option<PathBuf>,
+    /// How many branches, with seeds counted up from --seed (or from the parent's, plus one)
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub count: u64,
+    /// How many run at once
+    #[arg(long, value_name = "J", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    pub jobs: u64,
+    /// Stop after exactly this many instructions since power-on
+    #[arg(long, value_name = "ICOUNT")]
+    pub until: Option<u64>,
+    /// Stop at this virtual time: a number with ns, us, ms, s or min
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub until_virtual: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub places: PlaceArgs,
+    /// Do not show the console and the summary
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Print the summaries as JSON, one line per branch
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub snapshots: SnapshotArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub engine: EngineArgs,
+}
+
+/// Arguments of `orrery runs` and `orrery tree`.
+#[derive(Args, Debug)]
+pub struct RunsArgs {
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+    /// Only runs whose name begins like this
+    pub name: Option<String>,
+    /// Print one JSON object per run
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery diff`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery diff hello-1-001 hello-2-001
+
+Shows the first instruction after which the two runs differ in a register, in memory or in time, and
+the console around it. Exit code 0: they do not differ. 232: they do.")]
+pub struct DiffArgs {
+    /// A run
+    pub first: String,
+    /// Another run of the same image and machine
+    pub second: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub places: PlaceArgs,
+    /// Lines of console output to show before and after
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub lines: usize,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery store`.
+#[derive(Args, Debug)]
+pub struct StoreArgs {
+    /// What to do with the store.
+    #[command(subcommand)]
+    pub command: StoreCommand,
+}
+
+/// What `orrery store` can do.
+#[derive(Subcommand, Debug)]
+pub enum StoreCommand {
+    /// Verify everything in the store, and say which snapshots are lost
+    Check(StoreCheckArgs),
+    /// Remove snapshots by age and size, and what no snapshot needs
+    Gc(StoreGcArgs),
+}
+
+/// Arguments of `orrery store check`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Exit code 0: no damage. 234: there is damage. A lost snapshot costs time only: its moment is reached
+from the one before it. `orrery store gc` removes what is damaged."
+)]
+pub struct StoreCheckArgs {
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+    /// Print the findings as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery store gc`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery store gc --dry-run
+  orrery store gc --max-size 2000 --older-than 30
+
+Without flags only what no snapshot needs goes, such as that of runs that have been removed. Snapshots
+made by `orrery snapshot` stay. Runs can be reproduced without any snapshot.")]
+pub struct StoreGcArgs {
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
+    /// Remove automatic snapshots until the store has at most so many MiB, oldest runs first
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(..1 << 40))]
+    pub max_size: Option<u64>,
+    /// Remove automatic snapshots of runs that have not been written to for so many days
+    #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u64).range(..1 << 24))]
+    pub older_than: Option<u64>,
+    /// Only say what would be removed
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `orrery export`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery export hello-1-001 -o hello.orrery
+  orrery import hello.orrery
+
+The file has the run's manifest, console, hash chain, inputs and image: all that is needed to go
+through it again elsewhere. It has no snapshots.")]
+pub struct ExportArgs {
+    /// The run
+    pub run: String,
+    /// Where to write it
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Leave the image out: whoever imports the run has it
+    #[arg(long)]
+    pub no_image: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub places: PlaceArgs,
+}
+
+/// Arguments of `orrery import`.
+#[derive(Args, Debug)]
+pub struct ImportArgs {
+    /// A file made by `orrery export`
+    pub file: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub places: PlaceArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `orrery verify`.
@@ -308,26 +560,15 @@ pub struct ImageExtractArgs {
     pub directory: PathBuf,
 }
 
-/// Where a run and its image are.
-#[derive(Args, Debug, Clone)]
-pub struct RunPlaceArgs {
-    /// Where runs are kept
-    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
-    pub runs: PathBuf,
-    /// The run's image, if it is not where it was
-    #[arg(long, value_name = "FILE")]
-    pub image: Option<PathBuf>,
-}
-
 /// A moment of a run.
 #[derive(Args, Debug, Clone)]
 pub struct MomentArgs {
-    /// The moment: a run, or the beginning of its name, and the number of instructions since its power-on, or `end`
+    /// The moment: a run, or the beginning of its name, and the number of instructions since its power-on
     #[arg(value_name = "RUN@ICOUNT")]
     pub moment: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub place: RunPlaceArgs,
+    /// Where runs are kept
+    #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
+    pub runs: PathBuf,
 }
 
 /// Arguments of `orrery ps`.
@@ -438,90 +679,6 @@ pub struct DisassembleArgs {
     /// Print the instructions as JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// Arguments of `orrery profile`.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  orrery profile go-1-001
-  orrery profile go-1-001 --from 600000000 --svg go.svg
-  orrery profile go-1-001 --folded > go.folded
-
-The run is run again and its stack is sampled every so many instructions: the same samples every
-time. Functions of the kernel end in _[k]. An idle guest executes nothing, so it is not seen here.")]
-pub struct ProfileArgs {
-    /// The run, or the beginning of its name
-    pub run: String,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub place: RunPlaceArgs,
-    /// Where to begin
-    #[arg(long, value_name = "ICOUNT", default_value_t = 0)]
-    pub from: u64,
-    /// Where to end [default: the run's end]
-    #[arg(long, value_name = "ICOUNT")]
-    pub to: Option<u64>,
-    /// Instructions between samples [default: a prime that gives about 10000 samples]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    pub every: Option<u64>,
-    /// Only the function that runs, not its callers: quicker
-    #[arg(long)]
-    pub flat: bool,
-    /// Write a flame graph
-    #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
-    /// Print the stacks as `process;outer;inner COUNT`, for other tools
-    #[arg(long, conflicts_with = "json")]
-    pub folded: bool,
-    /// Print the profile as JSON
-    #[arg(long)]
-    pub json: bool,
-    /// How many functions to show
-    #[arg(long, value_name = "N", default_value_t = 30)]
-    pub top: usize,
-}
-
-/// Arguments of `orrery shell`.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  orrery shell go-1-001@850000000
-  orrery shell go-1-001@850000000 -- ps -ef
-  echo 'cat /proc/meminfo' | orrery shell go-1-001@850000000
-
-The guest goes on from the moment in a branch of its own, with the shell in it; the branch ends with
-the shell and leaves nothing behind. The command's exit code becomes the shell's. The image must have
-been built by a version of Orrery with this command, and must have a shell (/bin/sh).")]
-pub struct ShellArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub moment: MomentArgs,
-    /// A command to run instead of the shell
-    #[arg(last = true, value_name = "CMD")]
-    pub command: Vec<String>,
-}
-
-/// Arguments of `orrery cat`.
-#[derive(Args, Debug)]
-#[command(after_help = "Examples:
-  orrery cat go-1-001@850000000 /proc/85/status
-  orrery cat go-1-001@850000000 /var/log/app.log > app.log
-  orrery cat go-1-001@850000000 /etc/passwd --disk
-
-The guest's own kernel reads the file, in a branch that is thrown away: its agent stops every other
-process first, which takes it a few thousand instructions from the moment on. With --disk nothing
-runs: the file is read from the guest's disk, where what the guest has not written back is missing.")]
-pub struct CatArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub moment: MomentArgs,
-    /// Path of the file in the guest
-    pub path: String,
-    /// Read from the guest's disk, without running the guest
-    #[arg(long)]
-    pub disk: bool,
-    /// Say how far the guest had to run
-    #[arg(long, short, conflicts_with = "disk")]
-    pub verbose: bool,
 }
 
 /// Arguments of `orrery completions`.

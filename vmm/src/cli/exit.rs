@@ -30,8 +30,10 @@ pub const HOST: u8 = 231;
 pub const DIVERGED: u8 = 232;
 /// What was asked for cannot be seen in the guest at that moment.
 pub const INSPECT: u8 = 236;
-/// The guest has no agent at that moment, or it does not answer.
-pub const AGENT: u8 = 237;
+/// There is no such run, or the moment is not in it.
+pub const MOMENT: u8 = 233;
+/// The store or a run on disk is damaged.
+pub const DAMAGED: u8 = 234;
 /// A defect of Orrery.
 pub const INTERNAL: u8 = 239;
 

@@ -7,19 +7,24 @@ macro_rules! say {
 
 pub mod args;
 mod backtrace;
-mod cat;
+mod branch;
 mod console;
+mod diff;
 mod disassemble;
 mod doctor;
 pub mod exit;
+mod export;
 mod image;
+mod import;
 mod memory;
-mod profile;
 mod ps;
 mod registers;
 mod run;
-mod shell;
+mod runs;
+mod snapshot;
 mod standing;
+mod store;
+mod tree;
 mod verify;
 
 use clap::{CommandFactory, Parser};
@@ -50,6 +55,14 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
     match cli.command {
         Command::Run(arguments) => run::run(arguments),
         Command::Verify(arguments) => verify::verify(arguments),
+        Command::Snapshot(arguments) => snapshot::snapshot(arguments),
+        Command::Branch(arguments) => branch::branch(&arguments),
+        Command::Runs(arguments) => runs::runs(&arguments),
+        Command::Tree(arguments) => tree::tree(&arguments),
+        Command::Diff(arguments) => diff::diff(&arguments),
+        Command::Store(arguments) => store::store(&arguments),
+        Command::Export(arguments) => export::export(&arguments),
+        Command::Import(arguments) => import::import(&arguments),
         Command::Doctor(arguments) => doctor::doctor(arguments),
         Command::Image(arguments) => image::image(arguments),
         Command::Ps(arguments) => ps::ps(arguments),
@@ -57,9 +70,6 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Registers(arguments) => registers::registers(arguments),
         Command::Memory(arguments) => memory::memory(arguments),
         Command::Disassemble(arguments) => disassemble::disassemble(arguments),
-        Command::Profile(arguments) => profile::profile(arguments),
-        Command::Shell(arguments) => shell::shell(arguments),
-        Command::Cat(arguments) => cat::cat(arguments),
         Command::Completions(arguments) => {
             let mut command = Cli::command();
             clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());

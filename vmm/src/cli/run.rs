@@ -45,6 +45,7 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
         epoch_instructions: arguments.epoch,
         until: arguments.until.map(Icount),
         until_time: arguments.until_virtual.map(VirtualNs),
+        snapshots: arguments.snapshots.options(),
     };
     let take_input = !arguments.no_input && arguments.inputs.is_none();
     let mut console = Console::connect(!arguments.quiet, take_input).map_err(|e| Failure::new(exit::HOST, e))?;
@@ -115,11 +116,15 @@ pub(super) fn record_failure(error: RecordError) -> Failure {
         RecordError::Store(error) => {
             Failure::new(exit::STORE, format!("{error}; the run stopped, and its manifest does not call it complete"))
         }
+        RecordError::Snapshots(error) => {
+            let advice = "the run stopped, and its manifest does not call it complete; --no-snapshots needs no store";
+            Failure::new(exit::STORE, format!("{error}; {advice}"))
+        }
         RecordError::Inputs(error) => Failure::new(exit::INPUTS, error),
     }
 }
 
-fn report(summary: &Summary, quiet: bool, json: bool) {
+pub(super) fn report(summary: &Summary, quiet: bool, json: bool) {
     if json {
         use std::io::Write;
         let text = serde_json::to_string(summary).expect("a summary is plain data");

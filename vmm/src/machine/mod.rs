@@ -453,6 +453,12 @@ impl Machine {
         hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
     }
 
+    /// Bytes of RAM in pages that may have been written since the digest of RAM was brought up to date.
+    pub fn unhashed_bytes(&mut self) -> u64 {
+        self.collect_dirty();
+        self.dirty.digest.len() as u64 * PAGE_SIZE
+    }
+
     /// Brings the digest of RAM up to date.
     pub(crate) fn update_digest(&mut self) {
         self.collect_dirty();

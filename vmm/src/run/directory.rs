@@ -10,6 +10,7 @@ use orrery_devices::VirtualNs;
 use super::manifest::{Manifest, ManifestError};
 use crate::chain::Link;
 use crate::inputs::{self, Input};
+use crate::store::PartialLine;
 
 /// Name of the manifest in a run's directory.
 pub const MANIFEST: &str = "manifest.json";
@@ -59,11 +60,62 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stor
     move |source| StoreError::Io { action, path, source }
 }
 
+/// What a branch takes over from the run that it leaves.
+#[derive(Clone, Debug, Default)]
+pub struct Past {
+    /// Links of the hash chain.
+    pub links: Vec<Link>,
+    /// Inputs that have entered.
+    pub inputs: Vec<Input>,
+    /// Whole lines of the console log.
+    pub console: String,
+    /// Console output after them.
+    pub line: Option<PartialLine>,
+}
+
+/// Reads the links of a run's chain. What comes after damage, or was cut by a crash, is left out.
+pub fn read_links(run: &Path) -> Result<Vec<Link>, StoreError> {
+    let path = run.join(CHAIN);
+    let text = fs::read_to_string(&path).map_err(io_error("read", &path))?;
+    let mut lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    if lines.next() != Some(CHAIN_HEADER) {
+        return Ok(Vec::new());
+    }
+    Ok(lines.map_while(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// A line of the console log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConsoleLine {
+    /// Icount of its first byte.
+    pub icount: u64,
+    /// Virtual time of its first byte, in nanoseconds.
+    pub virtual_ns: u64,
+    /// The line as it is in the log: bytes that are not printable are escaped.
+    pub text: String,
+}
+
+/// Reads a run's console log. Lines that are not of its form are left out.
+pub fn read_console(run: &Path) -> Result<Vec<ConsoleLine>, StoreError> {
+    let path = run.join(CONSOLE);
+    let bytes = fs::read(&path).map_err(io_error("read", &path))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    Ok(lines
+        .filter_map(|line| {
+            let mut parts = line.splitn(3, ' ');
+            let icount = parts.next()?.parse().ok()?;
+            let virtual_ns = parts.next()?.parse().ok()?;
+            Some(ConsoleLine { icount, virtual_ns, text: parts.next()?.to_owned() })
+        })
+        .collect())
+}
+
 /// An open run directory.
 pub struct RunDirectory {
     path: PathBuf,
     id: String,
-    console: ConsoleLog,
+    console: ConsoleLog<BufWriter<File>>,
     chain: BufWriter<File>,
     inputs: BufWriter<File>,
 }
@@ -71,14 +123,7 @@ pub struct RunDirectory {
 impl RunDirectory {
     /// Makes a new directory `runs/<stem>-<seed>-<number>` and its files.
     pub fn create(runs: &Path, stem: &str, seed: u64) -> Result<RunDirectory, StoreError> {
-        fs::create_dir_all(runs).map_err(io_error("create directory", runs))?;
-        let stem: String = stem
-            .chars()
-            .take(40)
-            .map(|c| if c.is_ascii_alphanumeric() || "._".contains(c) { c } else { '-' })
-            .collect();
-        let stem = stem.trim_start_matches('.');
-        let (id, path) = claim(runs, if stem.is_empty() { "run" } else { stem }, seed)?;
+        let (id, path) = claim_run(runs, stem, seed)?;
         let create = |name: &str| {
             let path = path.join(name);
             let file = OpenOptions::new().write(true).create_new(true).open(&path);
@@ -88,8 +133,30 @@ impl RunDirectory {
         writeln!(chain, "{CHAIN_HEADER}").map_err(io_error("write", &path.join(CHAIN)))?;
         let mut inputs = create(INPUTS)?;
         writeln!(inputs, "{}", inputs::HEADER).map_err(io_error("write", &path.join(INPUTS)))?;
-        let console = ConsoleLog { file: create(CONSOLE)?, line: Vec::new(), moment: None };
+        let console = ConsoleLog::new(create(CONSOLE)?);
         Ok(RunDirectory { path, id, console, chain, inputs })
+    }
+
+    /// Makes a new directory for a run that shares its past with another: `past` is written into its files.
+    pub fn create_branch(runs: &Path, stem: &str, seed: u64, past: &Past) -> Result<RunDirectory, StoreError> {
+        let mut run = RunDirectory::create(runs, stem, seed)?;
+        for link in &past.links {
+            run.link(link)?;
+        }
+        for input in &past.inputs {
+            run.input(input)?;
+        }
+        let path = run.path.join(CONSOLE);
+        run.console.file.write_all(past.console.as_bytes()).map_err(io_error("write", &path))?;
+        if let Some(line) = &past.line {
+            run.console.begin_with(line);
+        }
+        Ok(run)
+    }
+
+    /// Console output whose line has not ended.
+    pub fn partial_line(&self) -> Option<PartialLine> {
+        self.console.partial_line()
     }
 
     /// Name of the run.
@@ -147,6 +214,21 @@ impl RunDirectory {
     }
 }
 
+/// Makes the directory of a new run and gives it a name that is free.
+pub(super) fn claim_run(runs: &Path, stem: &str, seed: u64) -> Result<(String, PathBuf), StoreError> {
+    fs::create_dir_all(runs).map_err(io_error("create directory", runs))?;
+    let stem: String =
+        stem.chars().take(40).map(|c| if c.is_ascii_alphanumeric() || "._".contains(c) { c } else { '-' }).collect();
+    let stem = stem.trim_start_matches('.');
+    claim(runs, if stem.is_empty() { "run" } else { stem }, seed)
+}
+
+/// Puts the names in a directory on disk.
+pub(super) fn sync_names(directory: &Path) -> Result<(), StoreError> {
+    let file = File::open(directory).map_err(io_error("open", directory))?;
+    file.sync_all().map_err(io_error("flush", directory))
+}
+
 /// Takes the first free name.
 fn claim(runs: &Path, stem: &str, seed: u64) -> Result<(String, PathBuf), StoreError> {
     for number in 1..=NUMBER_MAX {
@@ -169,8 +251,8 @@ pub fn read_manifest(run: &Path) -> Result<Manifest, StoreError> {
 }
 
 /// Writes `ICOUNT VIRTUAL_NS TEXT` for each line of output; bytes that are not printable are escaped.
-struct ConsoleLog {
-    file: BufWriter<File>,
+pub struct ConsoleLog<W> {
+    file: W,
     line: Vec<u8>,
     /// Moment of the first byte of `line`.
     moment: Option<(Icount, VirtualNs)>,
@@ -179,8 +261,31 @@ struct ConsoleLog {
 /// Longer lines are split.
 const LINE_MAX: usize = 4096;
 
-impl ConsoleLog {
-    fn append(&mut self, now: Icount, time: VirtualNs, bytes: &[u8]) -> io::Result<()> {
+impl<W: Write> ConsoleLog<W> {
+    /// A log with no output yet.
+    pub fn new(file: W) -> ConsoleLog<W> {
+        ConsoleLog { file, line: Vec::new(), moment: None }
+    }
+
+    /// Goes on in the middle of a line.
+    pub fn begin_with(&mut self, line: &PartialLine) {
+        self.line = line.bytes.clone();
+        self.moment = Some((Icount(line.icount), VirtualNs(line.virtual_ns)));
+    }
+
+    /// Output whose line has not ended.
+    pub fn partial_line(&self) -> Option<PartialLine> {
+        let (icount, time) = self.moment?;
+        Some(PartialLine { icount: icount.0, virtual_ns: time.0, bytes: self.line.clone() })
+    }
+
+    /// Where the whole lines are.
+    pub fn lines(&self) -> &W {
+        &self.file
+    }
+
+    /// Appends output.
+    pub fn append(&mut self, now: Icount, time: VirtualNs, bytes: &[u8]) -> io::Result<()> {
         for byte in bytes {
             self.moment.get_or_insert((now, time));
             self.line.push(*byte);

@@ -169,6 +169,11 @@ impl Manifest {
         self.branches.last().map_or(self.seed, |point| point.seed)
     }
 
+    /// The run's name without its seed and number.
+    pub fn stem(&self) -> &str {
+        self.id.rsplitn(3, '-').nth(2).unwrap_or(&self.id)
+    }
+
     fn with_checksum(&self) -> Manifest {
         let blank = Manifest { checksum: String::new(), ..self.clone() };
         let text = serde_json::to_string(&blank).expect("a manifest is plain data");

@@ -3,10 +3,13 @@
 //! Host effects live here: files are created, flushed and renamed so that a crash leaves either no manifest, a
 //! manifest that says "running", or a complete one.
 
+pub mod archive;
 pub mod directory;
 pub mod manifest;
 pub mod recorder;
+pub mod snapshots;
 
 pub use directory::{RunDirectory, StoreError};
 pub use manifest::{Ended, Manifest};
 pub use recorder::{Recorder, Summary};
+pub use snapshots::SnapshotOptions;

@@ -8,10 +8,12 @@ use serde::Serialize;
 
 use super::directory::{RunDirectory, StoreError};
 use super::manifest::{self, BranchPoint, Ended, ImageReference, Manifest, Outcome};
+use super::snapshots::{SnapshotOptions, Snapshotter};
 use crate::chain::{Chain, Hash, Link};
 use crate::config::{MachineConfig, Seed};
 use crate::inputs::InputChannel;
 use crate::machine::{ForeignInputs, Limits, Machine, Pause};
+use crate::store::{CaptureBase, SnapshotError, Timeline};
 
 /// Instructions between looks at the host: signals, input, progress.
 const SLICE_INSTRUCTIONS: u64 = 1 << 22;
@@ -68,6 +70,8 @@ pub struct RecorderOptions {
     pub until: Option<Icount>,
     /// Stop at this virtual time.
     pub until_time: Option<VirtualNs>,
+    /// Automatic snapshots; None for none. A run that is not recorded has none.
+    pub snapshots: Option<SnapshotOptions>,
 }
 
 /// What a manifest says about a run before it starts.
@@ -93,6 +97,9 @@ pub enum RecordError {
     /// The run directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The snapshots.
+    #[error(transparent)]
+    Snapshots(#[from] SnapshotError),
     /// The replayed inputs.
     #[error(transparent)]
     Inputs(#[from] ForeignInputs),
@@ -132,6 +139,7 @@ pub struct Recorder {
     chain: Chain,
     last_link: Option<Link>,
     links: Vec<Link>,
+    snapshots: Option<Snapshotter>,
     input_open: bool,
     /// Virtual time of the last input or output.
     activity: VirtualNs,
@@ -145,17 +153,37 @@ impl Recorder {
         options: RecorderOptions,
         directory: Option<RunDirectory>,
     ) -> Result<Recorder, RecordError> {
+        Recorder::resume(machine, origin, options, directory, &[])
+    }
+
+    /// Prepares the recording of a machine that has a past: `links` are those of its chain, which the directory has
+    /// already.
+    pub fn resume(
+        machine: Machine,
+        origin: Origin,
+        options: RecorderOptions,
+        directory: Option<RunDirectory>,
+        links: &[Link],
+    ) -> Result<Recorder, RecordError> {
         assert!(options.epoch_instructions > 0, "an epoch has instructions");
+        let snapshots = match (&directory, options.snapshots) {
+            (Some(directory), Some(wanted)) => {
+                let runs = directory.path().parent().unwrap_or(directory.path());
+                Some(Snapshotter::new(runs, directory.path(), wanted, &machine))
+            }
+            _ => None,
+        };
         let recorder = Recorder {
+            activity: machine.time(),
+            snapshots,
             machine,
             origin,
             options,
             directory,
-            chain: Chain::default(),
-            last_link: None,
-            links: Vec::new(),
+            chain: Chain::after(links.last()),
+            last_link: links.last().copied(),
+            links: links.to_vec(),
             input_open: true,
-            activity: VirtualNs(0),
         };
         recorder.write_manifest(None)?;
         Ok(recorder)
@@ -169,6 +197,13 @@ impl Recorder {
     /// The links so far.
     pub fn links(&self) -> &[Link] {
         &self.links
+    }
+
+    /// Lets the first automatic snapshot build on one that is in the store.
+    pub fn build_on(&mut self, base: CaptureBase, timeline: Timeline) {
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.build_on(base, timeline);
+        }
     }
 
     /// Runs to the end.
@@ -191,7 +226,12 @@ impl Recorder {
         match pause {
             Pause::Ended(ended) => return Ok(Some(ended)),
             Pause::Limit if self.reached_end() => return Ok(Some(Ended::Limit)),
-            Pause::Limit => self.link_at_epoch()?,
+            Pause::Limit => {
+                self.link_at_epoch()?;
+                if let (Some(snapshots), Some(directory)) = (&mut self.snapshots, &self.directory) {
+                    snapshots.look(&mut self.machine, directory.partial_line())?;
+                }
+            }
             Pause::Idle { until } => self.wait(host, until)?,
             // Nothing is observed while a run is recorded.
             Pause::Observed => {}
@@ -322,6 +362,9 @@ impl Recorder {
             state_hash: link.state,
             chain: link.link,
         };
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.finish()?;
+        }
         if let Some(directory) = &mut self.directory {
             directory.flush()?;
         }

@@ -1,0 +1,216 @@
+//! Automatic snapshots of a run: when they are taken, and the thread that writes them.
+//!
+//! The guest waits only for the copy of what has changed. A thread compresses and writes it, then adds it to the run's
+//! list. While that thread is busy no further snapshot is taken. None of this can be seen by the guest.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use super::directory::INPUTS;
+use crate::machine::Machine;
+use crate::store::log::{self, SnapshotLog};
+use crate::store::{Capture, CaptureBase, PartialLine, SnapshotError, SnapshotRecord, Store, StoreWriter, Timeline};
+
+/// Instructions between snapshots.
+pub const EVERY_INSTRUCTIONS: u64 = 1 << 28;
+/// Snapshots that a run keeps.
+pub const MOST: usize = 128;
+/// Bytes of RAM written after which a snapshot is taken early.
+pub const DIRTY_BYTES: u64 = 256 << 20;
+/// A snapshot is not taken sooner than this part of the ordinary distance after the last.
+const EARLY_PART: u64 = 8;
+
+/// When snapshots are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SnapshotOptions {
+    /// Instructions between two snapshots.
+    pub every_instructions: u64,
+    /// Bytes of RAM written since the last snapshot after which the next is taken early.
+    pub dirty_bytes: u64,
+    /// Snapshots that are kept: when there are more, every second one is removed and the distance doubles.
+    pub most: usize,
+}
+
+impl Default for SnapshotOptions {
+    fn default() -> SnapshotOptions {
+        SnapshotOptions { every_instructions: EVERY_INSTRUCTIONS, dirty_bytes: DIRTY_BYTES, most: MOST }
+    }
+}
+
+/// Takes the snapshots of one run.
+pub struct Snapshotter {
+    options: SnapshotOptions,
+    base: Option<CaptureBase>,
+    timeline: Option<Timeline>,
+    last_icount: u64,
+    runs: PathBuf,
+    run: PathBuf,
+    writer: Option<Writer>,
+}
+
+struct Writer {
+    sender: SyncSender<(Capture, Option<PartialLine>)>,
+    thread: JoinHandle<()>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    busy: AtomicBool,
+    /// How often the list was thinned out: the distance has doubled as often.
+    thinned: AtomicU32,
+    failure: Mutex<Option<SnapshotError>>,
+}
+
+impl Snapshotter {
+    /// Snapshots of the run in directory `run` among `runs`, beginning after `machine`'s moment. Nothing is written yet.
+    pub fn new(runs: &Path, run: &Path, options: SnapshotOptions, machine: &Machine) -> Snapshotter {
+        Snapshotter {
+            options,
+            base: None,
+            timeline: None,
+            last_icount: machine.icount().0,
+            runs: runs.to_owned(),
+            run: run.to_owned(),
+            writer: None,
+        }
+    }
+
+    /// Lets the first snapshot build on one that is in the store.
+    pub fn build_on(&mut self, base: CaptureBase, timeline: Timeline) {
+        self.base = Some(base);
+        self.timeline = Some(timeline);
+    }
+
+    /// Takes a snapshot if one is due and the machine stands at a moment. `line` is console output without an end of
+    /// line yet.
+    pub fn look(&mut self, machine: &mut Machine, line: Option<PartialLine>) -> Result<(), SnapshotError> {
+        if !self.is_due(machine) {
+            return self.failure();
+        }
+        let writer = match &self.writer {
+            Some(writer) => writer,
+            None => self.writer.insert(Writer::start(&self.runs, &self.run, self.options, self.timeline.take())?),
+        };
+        let (capture, base) = Capture::take(machine, self.base.as_ref())?;
+        self.base = Some(base);
+        self.last_icount = machine.icount().0;
+        writer.shared.busy.store(true, Ordering::Release);
+        // A writer that is gone has left its failure.
+        let _ = writer.sender.send((capture, line));
+        self.failure()
+    }
+
+    fn is_due(&self, machine: &mut Machine) -> bool {
+        let since = machine.icount().0.saturating_sub(self.last_icount);
+        let thinned = self.writer.as_ref().map_or(0, |writer| writer.shared.thinned.load(Ordering::Relaxed));
+        let every = self.options.every_instructions.saturating_mul(1 << thinned.min(40));
+        let busy = self.writer.as_ref().is_some_and(|writer| writer.shared.busy.load(Ordering::Acquire));
+        if busy || since < every / EARLY_PART || since == 0 || !machine.at_moment() {
+            return false;
+        }
+        since >= every || machine.unhashed_bytes() >= self.options.dirty_bytes
+    }
+
+    fn failure(&self) -> Result<(), SnapshotError> {
+        let failure = self.writer.as_ref().and_then(|writer| lock(&writer.shared.failure).take());
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Waits until everything is written.
+    pub fn finish(&mut self) -> Result<(), SnapshotError> {
+        let Some(Writer { sender, thread, shared }) = self.writer.take() else { return Ok(()) };
+        drop(sender);
+        // A panic of the writer has been printed; the snapshots that it acknowledged are whole.
+        let _ = thread.join();
+        let failure = lock(&shared.failure).take();
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Writer {
+    fn start(
+        runs: &Path,
+        run: &Path,
+        options: SnapshotOptions,
+        timeline: Option<Timeline>,
+    ) -> Result<Writer, SnapshotError> {
+        let (sender, receiver) = sync_channel(1);
+        let shared = Arc::new(Shared::default());
+        let mut scribe = Scribe {
+            writer: StoreWriter::new(Store::open(runs)?),
+            timeline: timeline.unwrap_or_default(),
+            log: SnapshotLog::open(run)?,
+            records: log::read(run)?.records,
+            inputs_synced: 0,
+            run: run.to_owned(),
+            options,
+        };
+        let theirs = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("snapshots".into())
+            .spawn(move || scribe.work(&receiver, &theirs))
+            .map_err(|source| SnapshotError::Io { action: "start a thread for", path: "snapshots".into(), source })?;
+        Ok(Writer { sender, thread, shared })
+    }
+}
+
+/// What the thread has.
+struct Scribe {
+    writer: StoreWriter,
+    timeline: Timeline,
+    log: SnapshotLog,
+    records: Vec<SnapshotRecord>,
+    inputs_synced: u64,
+    run: PathBuf,
+    options: SnapshotOptions,
+}
+
+impl Scribe {
+    fn work(&mut self, receiver: &Receiver<(Capture, Option<PartialLine>)>, shared: &Shared) {
+        while let Ok((capture, line)) = receiver.recv() {
+            let written = self.write(&capture, line, shared);
+            drop(capture);
+            if let Err(error) = written {
+                lock(&shared.failure).get_or_insert(error);
+                // Later captures build on this one.
+                return;
+            }
+            shared.busy.store(false, Ordering::Release);
+        }
+    }
+
+    fn write(&mut self, capture: &Capture, line: Option<PartialLine>, shared: &Shared) -> Result<(), SnapshotError> {
+        let mut record = self.writer.write(&mut self.timeline, capture, false)?;
+        record.console_line = line;
+        if record.inputs_entered > self.inputs_synced {
+            // The snapshot's past must be on disk before the snapshot is.
+            let path = self.run.join(INPUTS);
+            let synced = File::open(&path).and_then(|file| file.sync_data());
+            synced.map_err(|source| SnapshotError::Io { action: "flush", path: path.display().to_string(), source })?;
+            self.inputs_synced = record.inputs_entered;
+        }
+        self.log.append(&record)?;
+        self.records.push(record);
+        let automatic = self.records.iter().filter(|record| !record.kept).count();
+        if automatic > self.options.most.max(2) {
+            let mut odd = false;
+            self.records.retain(|record| {
+                odd ^= !record.kept;
+                record.kept || !odd
+            });
+            log::replace(&self.run, &self.records)?;
+            self.log = SnapshotLog::open(&self.run)?;
+            shared.thinned.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
