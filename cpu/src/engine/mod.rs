@@ -14,6 +14,7 @@ mod emulation;
 mod fpu;
 mod groups;
 mod hash;
+mod homeless;
 mod mmu;
 mod mode;
 mod observe;

@@ -10,6 +10,7 @@ use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::groups::{Plan, Which, needs_pointer, reads, writes};
+use super::homeless;
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
 use super::thunks::Thunks;
@@ -1137,10 +1138,14 @@ impl Translator {
         if pin_rcx {
             self.fetch(host::RCX, 1);
         }
+        let in_place = match use_of.memory {
+            None if !pin_rax && !pin_rcx => homeless::use_place(&mut out, &use_of.access),
+            _ => None,
+        };
         let mut write_back: [Option<(u8, u8)>; 4] = [None; 4];
         let mut assigned: [Option<(u8, u8)>; 4] = [None; 4];
         for i in 0..ins.op_count() {
-            if ins.op_kind(i) != OpKind::Register {
+            if ins.op_kind(i) != OpKind::Register || in_place == Some(i) {
                 continue;
             }
             let register = ins.op_register(i);
