@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::case::{self, CODE, DATA, PAGES, Registers, Rights, STACK, pages};
 
 /// Bytes of RAM, from guest-physical address 0.
-pub const RAM_BYTES: u64 = 0x60000;
+pub const RAM_BYTES: u64 = 0x3A000;
 /// Where all of RAM is mapped for the kernel: linear = HIGH + physical.
 pub const HIGH: u64 = 0xFFFF_8000_0000_0000;
 const GDT: u64 = 0x1000;
@@ -26,9 +26,9 @@ pub const STEP_PORT: u16 = 0x99;
 /// Where the handler of #DB leaves its frame: RIP, CS, RFLAGS, RSP, SS.
 pub const STEP_FRAME: u64 = STEP_STACK_TOP - 40;
 const TABLES: u64 = 0x10000;
-const TABLES_END: u64 = 0x30000;
+const TABLES_END: u64 = 0x1C000;
 /// Where the pages of the test regions begin.
-const USER_PAGES: u64 = 0x30000;
+const USER_PAGES: u64 = 0x1C000;
 
 /// Selectors. User code and data lie where SYSRET looks for them with STAR = 0x0023_0010 << 32.
 pub const KERNEL_CS: u16 = 0x10;
