@@ -201,7 +201,7 @@ pub struct CpuState {
     pub cr2: u64,
     pub cr3: u64,
     pub cr4: u64,
-    /// DR0..DR3, two unused, DR6, DR7.
+    /// DR0..DR3, what a load of SS holds back of the traps behind it, one unused, DR6, DR7.
     pub dr: [u64; 8],
     pub xcr0: u64,
     pub efer: u64,

@@ -42,6 +42,69 @@ fn a_guest_prints_and_powers_off() {
     assert_eq!(machine.icount(), Icount(1 + 12 + 3));
 }
 
+/// Sends itself an NMI, and another from its handler; exits with 16 * (how many came) + how many had come when the
+/// handler was about to return for the first time.
+fn nmi_guest() -> Image {
+    guest(|a| {
+        const COMMAND: u32 = 0xFEE0_0300;
+        let (mut start, mut handler, mut done) = (a.create_label(), a.create_label(), a.create_label());
+        let send = |a: &mut CodeAssembler| {
+            a.mov(ebx, COMMAND).unwrap();
+            a.mov(dword_ptr(rbx), 0x400u32).unwrap();
+        };
+        a.jmp(start).unwrap();
+        a.set_label(&mut handler).unwrap();
+        a.inc(r15d).unwrap();
+        a.cmp(r15d, 1).unwrap();
+        a.jne(done).unwrap();
+        send(a);
+        a.nop().unwrap();
+        a.mov(r14d, r15d).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.iretq().unwrap();
+        a.set_label(&mut start).unwrap();
+        a.mov(rdi, DATA).unwrap();
+        a.lea(rax, ptr(handler)).unwrap();
+        // The gate of vector 2: all of the guest lies below 2^32, its code segment is 0x10.
+        a.mov(word_ptr(rdi + 32), ax).unwrap();
+        a.mov(word_ptr(rdi + 36), 0x8E00u32).unwrap();
+        a.mov(word_ptr(rdi + 34), 0x10u32).unwrap();
+        a.shr(eax, 16).unwrap();
+        a.mov(word_ptr(rdi + 38), ax).unwrap();
+        a.mov(qword_ptr(rdi + 40), 0).unwrap();
+        a.mov(word_ptr(rdi + 0x100), 0xFFFu32).unwrap();
+        a.mov(qword_ptr(rdi + 0x102), rdi).unwrap();
+        a.lidt(ptr(rdi + 0x100)).unwrap();
+        a.xor(r15d, r15d).unwrap();
+        a.xor(r14d, r14d).unwrap();
+        send(a);
+        a.nop().unwrap();
+        a.mov(eax, r15d).unwrap();
+        a.shl(eax, 4).unwrap();
+        a.or(eax, r14d).unwrap();
+        exit_al(a);
+    })
+}
+
+#[test]
+fn an_nmi_to_itself_is_taken_at_once_and_one_at_a_time() {
+    let mut machine = machine(&nmi_guest());
+    assert_eq!(run_to_end(&mut machine), Ended::PowerOff { code: 0x21 });
+}
+
+#[test]
+fn stopping_does_not_matter_to_nmis() {
+    let mut whole = machine(&nmi_guest());
+    run_to_end(&mut whole);
+    let mut stepped = machine(&nmi_guest());
+    while stepped.ended().is_none() {
+        let limit = Icount(stepped.icount().0 + 1);
+        stepped.run(Limits::until(limit)).expect("no inputs");
+    }
+    assert_eq!(stepped.icount(), whole.icount());
+    assert_eq!(stepped.state_hash(), whole.state_hash());
+}
+
 #[test]
 fn halting_with_interrupts_off_ends_the_run() {
     let mut machine = machine(&guest(|a| {

@@ -6,11 +6,13 @@ use super::block::{
     window_of,
 };
 use super::classify::{self, Treatment};
+use super::debug::PENDING;
 use super::fpu;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
 use super::region::Region;
 use super::registers::HOME;
+use super::segmented::is_segmented;
 use super::signals::{self, SignalStack};
 use super::thunks::{self, Thunks, exit};
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
@@ -204,12 +206,12 @@ impl Core {
         unsafe { &mut (*self.block).state }
     }
 
-    fn budget(&self) -> i64 {
+    pub fn budget(&self) -> i64 {
         // SAFETY: as above.
         unsafe { (*self.block).budget }
     }
 
-    fn set_budget(&mut self, budget: i64) {
+    pub fn set_budget(&mut self, budget: i64) {
         // SAFETY: as above.
         unsafe { (*self.block).budget = budget };
     }
@@ -355,14 +357,6 @@ impl Core {
         if mode.is_64bit() && !is_canonical(rip) {
             return Err(Exception::GP0);
         }
-        let linear = if mode.is_64bit() {
-            rip
-        } else {
-            rip.wrapping_add(self.state().seg[crate::state::seg::CS].base) & 0xFFFF_FFFF
-        };
-        if linear != rip {
-            return Ok(Err(self.unsupported("code segment with a base", &[])));
-        }
         let page = self.code_page(rip >> 12, mode).map_err(|exception| match exception {
             Exception::PageFault { error, .. } => Exception::PageFault { address: rip, error },
             other => other,
@@ -384,8 +378,13 @@ impl Core {
         self.translate(identity, mode, purpose)
     }
 
+    /// Another block can be translated without forgetting any.
+    pub fn has_room_for_block(&self) -> bool {
+        self.t.has_room(MAX_BLOCK_BYTES)
+    }
+
     fn translate(&mut self, identity: u32, mode: Mode, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
-        if !self.t.has_room(MAX_BLOCK_BYTES) {
+        if !self.has_room_for_block() {
             self.clear_code();
             return self.find(purpose);
         }
@@ -469,13 +468,7 @@ impl Core {
             }
         };
         let second = request.second_page;
-        assert!(self.translator.a.bytes.len() <= MAX_BLOCK_BYTES, "a block fits its bound");
-        self.t.place(&self.translator.a.bytes);
-        self.translator.sites.drain(..).for_each(|site| self.t.sites.push(site));
-        self.translator.emulated.drain(..).for_each(|instruction| self.t.emulated.push(instruction));
-        self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
-        let now = self.now().0;
-        self.t.add_block(rip, identity, second, purpose, &placed, now);
+        self.keep_translation(rip, identity, second, purpose, &placed);
         let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
         let mut fresh = self.t.pages.add_block(page, index, offset as u32, in_first);
         if let Some(second_page) = second_physical {
@@ -485,6 +478,24 @@ impl Core {
             self.flush_writes();
         }
         Ok(Ok(index))
+    }
+
+    /// Puts what the translator has just made where it can be executed and found.
+    pub fn keep_translation(
+        &mut self,
+        rip: u64,
+        identity: u32,
+        second: Option<(u64, u32)>,
+        purpose: Purpose,
+        placed: &super::translate::Placed,
+    ) {
+        assert!(self.translator.a.bytes.len() <= MAX_BLOCK_BYTES, "a block fits its bound");
+        self.t.place(&self.translator.a.bytes);
+        self.translator.sites.drain(..).for_each(|site| self.t.sites.push(site));
+        self.translator.emulated.drain(..).for_each(|instruction| self.t.emulated.push(instruction));
+        self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
+        let now = self.now().0;
+        self.t.add_block(rip, identity, second, purpose, placed, now);
     }
 
     // Running --------------------------------------------------------------------------------------------------
@@ -526,7 +537,7 @@ impl Core {
         fpu::store(state, ymm);
     }
 
-    fn enter(&mut self, target: u32) -> u32 {
+    pub fn enter(&mut self, target: u32) -> u32 {
         // SAFETY: the thunk follows the System V convention; every register that translated code uses is saved by
         // it or is caller-saved. `self` is only reached through the raw pointer in the block meanwhile.
         unsafe {
@@ -565,6 +576,13 @@ impl Core {
                 return Stop::InterruptWindow;
             }
             self.upset();
+            if is_segmented(self.state()) {
+                (follow, careful, short) = (Follow::Nothing, false, false);
+                if let Some(stop) = self.step_segmented() {
+                    return stop;
+                }
+                continue;
+            }
             let debug = self.debug_active();
             let state = self.state_mut();
             let trap = state.rflags & rflags::TF != 0;
@@ -572,12 +590,13 @@ impl Core {
             let resume = state.rflags & rflags::RF != 0;
             state.rflags &= !rflags::RF;
             let shadow = std::mem::take(&mut state.interrupt_shadow);
+            let held = std::mem::take(&mut state.dr[PENDING]);
             // Accesses that are compared with breakpoints or checked for alignment.
             let each = debug || alignment::is_checked(self.state());
             let alone = shadow || trap || careful || each || self.records_execution();
             careful |= each;
             if debug && !resume {
-                let hits = self.instruction_breakpoint();
+                let hits = self.instruction_breakpoint(held);
                 if hits != 0 {
                     if let Some(stop) = self.raise(Exception::Debug { dr6: hits }) {
                         return stop;
@@ -627,7 +646,8 @@ impl Core {
             short = false;
             let was_careful = std::mem::take(&mut careful);
             let before = self.now();
-            let mut holds_trap = false;
+            let mut traps = None;
+            let mut stop = None;
             let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
@@ -640,7 +660,9 @@ impl Core {
                     if self.bus().attention() {
                         // The instruction has retired unless it is one for the emulation, which has no operand.
                         self.settle(argument);
-                        return Stop::Attention;
+                        let retired = self.now() > before;
+                        let traps = if retired { self.plain_traps(trap, held) } else { 0 };
+                        return self.behind(Some(Stop::Attention), traps).unwrap_or(Stop::Attention);
                     }
                 }
             }
@@ -659,7 +681,7 @@ impl Core {
                     match std::mem::replace(&mut self.pending, Pending::None) {
                         Pending::Careful => {
                             // It has not retired: a shadow that covers it still does.
-                            self.state_mut().interrupt_shadow = shadow;
+                            self.hold(shadow, held);
                             self.statistics.careful += 1;
                             careful = true;
                         }
@@ -706,7 +728,7 @@ impl Core {
                     SiteKind::Window { patch } => {
                         self.statistics.window += 1;
                         self.rewind(site);
-                        self.state_mut().interrupt_shadow = shadow;
+                        self.hold(shadow, held);
                         if !self.move_window(self.t.sites[site].block) {
                             follow = Follow::Windowless { patch };
                         }
@@ -714,7 +736,7 @@ impl Core {
                     SiteKind::Lookup => {
                         self.statistics.lookup += 1;
                         self.rewind(site);
-                        self.state_mut().interrupt_shadow = shadow;
+                        self.hold(shadow, held);
                         follow = Follow::Forward { old: self.t.sites[site].block };
                     }
                     SiteKind::Emulate { instruction } => {
@@ -724,28 +746,41 @@ impl Core {
                         }
                         let instruction = self.t.emulated[instruction];
                         self.statistics.emulate(instruction.mnemonic());
-                        // MOV SS and POP SS hold back the single-step trap until the next instruction.
-                        holds_trap = matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
-                            && instruction.op0_register() == Register::SS;
                         // The shadow covers the instruction just before this one, unless this is the first.
-                        if let Some(stop) = self.emulate(&instruction) {
-                            return stop;
+                        stop = self.emulate(&instruction);
+                        if self.now() > before {
+                            traps = Some(self.traps_behind(&instruction, trap, held));
                         }
                     }
                     SiteKind::Memory { .. } | SiteKind::Fault { .. } => unreachable!("these leave by other doors"),
                 },
             }
-            if (trap || debug) && self.now() > before && !holds_trap {
-                let step = if trap { 1 << 14 } else { 0 };
-                let dr6 = std::mem::take(&mut self.debug_hits) | step;
-                if dr6 != 0
-                    && let Some(stop) = self.raise(Exception::Debug { dr6 })
-                {
-                    return stop;
-                }
+            if (trap || debug || held != 0) && traps.is_none() && self.now() > before {
+                traps = Some(self.plain_traps(trap, held));
             }
-            self.debug_hits = 0;
+            if let Some(stop) = self.behind(stop, traps.unwrap_or(0)) {
+                return stop;
+            }
         }
+    }
+
+    /// The instruction has not retired: what covered it still does.
+    fn hold(&mut self, shadow: bool, held: u64) {
+        let state = self.state_mut();
+        state.interrupt_shadow = shadow;
+        state.dr[PENDING] = held;
+    }
+
+    /// Behind an instruction that left with `stop`: raises #DB with these bits of DR6, if any, and returns what is
+    /// then left to say.
+    pub fn behind(&mut self, stop: Option<Stop>, traps: u64) -> Option<Stop> {
+        self.debug_hits = 0;
+        if traps == 0 || matches!(stop, Some(Stop::TripleFault | Stop::Unsupported { .. })) {
+            return stop;
+        }
+        let trapped = self.raise(Exception::Debug { dr6: traps });
+        // The trap has woken a vCPU that has just halted.
+        trapped.or(stop.filter(|stop| *stop != Stop::Halted))
     }
 
     /// After an instruction that ran alone: sets RIP behind it.
@@ -841,7 +876,7 @@ impl Core {
     }
 
     /// The exception that a host signal in translated code stands for; RIP and registers are the instruction's.
-    fn host_fault(&mut self) -> Exception {
+    pub fn host_fault(&mut self) -> Exception {
         // SAFETY: translated code is not running.
         let (vector, rip, flags, address) = unsafe {
             let b = &*self.block;
@@ -953,7 +988,7 @@ impl Core {
     }
 
     /// Delivers an exception; Some if that ends the run.
-    fn raise(&mut self, exception: Exception) -> Option<Stop> {
+    pub fn raise(&mut self, exception: Exception) -> Option<Stop> {
         self.statistics.exceptions += 1;
         self.state_mut().interrupt_shadow = false;
         let state: *mut CpuState = self.state_mut();
@@ -962,9 +997,15 @@ impl Core {
         result.err().map(|_| Stop::TripleFault)
     }
 
-    /// Delivers an external interrupt between two instructions.
-    pub fn interrupt(&mut self, vector: u8, bus: &mut dyn Bus) -> Result<(), Stop> {
-        assert!(self.can_interrupt(), "interrupts are delivered when the guest accepts them");
+    pub fn can_nmi(&self) -> bool {
+        let state = self.state();
+        !state.nmi_blocked && !state.interrupt_shadow
+    }
+
+    /// Delivers an external interrupt between two instructions; without a vector, an NMI.
+    pub fn interrupt(&mut self, vector: Option<u8>, bus: &mut dyn Bus) -> Result<(), Stop> {
+        let accepted = if vector.is_some() { self.can_interrupt() } else { self.can_nmi() };
+        assert!(accepted, "interrupts are delivered when the guest accepts them");
         let bus: *mut (dyn Bus + '_) = bus;
         // SAFETY: only the lifetime is forgotten; cleared below.
         self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
@@ -972,14 +1013,17 @@ impl Core {
         // SAFETY: as in `raise`.
         let state = unsafe { &mut *state };
         state.halted = false;
-        *self.statistics.interrupts.entry(vector).or_default() += 1;
-        let result = system::deliver_interrupt(state, vector, self);
+        *self.statistics.interrupts.entry(vector.unwrap_or(2)).or_default() += 1;
+        let result = match vector {
+            Some(vector) => system::deliver_interrupt(state, vector, self),
+            None => system::deliver_nmi(state, self),
+        };
         self.bus = None;
         result.map_err(|_| Stop::TripleFault)
     }
 
     /// Executes one instruction in Rust; Some if the run stops after it.
-    fn emulate(&mut self, instruction: &Instruction) -> Option<Stop> {
+    pub fn emulate(&mut self, instruction: &Instruction) -> Option<Stop> {
         match self.permitted(instruction) {
             Ok(()) => {}
             Err(exception) => return self.raise(exception),
@@ -988,6 +1032,7 @@ impl Core {
         if touches_fpu {
             self.store_fpu();
         }
+        let nmi_blocked = self.state().nmi_blocked;
         let state: *mut CpuState = self.state_mut();
         // SAFETY: as in `raise`.
         let result = system::execute(unsafe { &mut *state }, instruction, self);
@@ -1007,19 +1052,31 @@ impl Core {
                 Some(Stop::Halted)
             }
             Err(ExecError::Exception(exception)) => self.raise(exception),
-            Err(ExecError::Unsupported(what)) => {
-                let mut bytes = [0u8; 15];
-                let len = instruction.len();
-                let class = self.current_class();
-                let rip = self.state().rip;
-                let read = self.read_linear(rip, &mut bytes[..len], class).is_ok();
-                Some(self.unsupported(what, if read { &bytes[..len] } else { &[] }))
-            }
+            Err(ExecError::Unsupported(what)) => match self.execute_natively(instruction) {
+                Some(Ok(())) => {
+                    self.state_mut().interrupt_shadow = false;
+                    let budget = self.budget() - 1;
+                    self.set_budget(budget);
+                    None
+                }
+                Some(Err(exception)) => self.raise(exception),
+                None => Some(self.report_unsupported(what, instruction)),
+            },
         };
-        if stop.is_none() && self.bus().attention() {
+        // Behind IRET an NMI may have been waiting.
+        let unblocked = nmi_blocked && !self.state().nmi_blocked;
+        if stop.is_none() && (unblocked || self.bus().attention()) {
             return Some(Stop::Attention);
         }
         stop
+    }
+
+    fn report_unsupported(&mut self, what: &str, instruction: &Instruction) -> Stop {
+        let mut bytes = [0u8; 15];
+        let len = instruction.len();
+        let (rip, class) = (self.linear_rip(), self.current_class());
+        let read = self.read_linear(rip, &mut bytes[..len], class).is_ok();
+        self.unsupported(what, if read { &bytes[..len] } else { &[] })
     }
 
     /// The checks that do not depend on the operands: is the instruction in the model, is its unit switched on.

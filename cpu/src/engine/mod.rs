@@ -17,10 +17,12 @@ mod hash;
 mod homeless;
 mod mmu;
 mod mode;
+mod native;
 mod observe;
 mod pages;
 mod region;
 mod registers;
+mod segmented;
 mod signals;
 mod statistics;
 mod thunks;
@@ -213,7 +215,18 @@ impl Engine {
 
     /// Delivers an external interrupt now and ends HLT. Call only if `can_interrupt`.
     pub fn interrupt(&mut self, vector: u8, bus: &mut dyn Bus) -> Result<(), Stop> {
-        self.core.interrupt(vector, bus)
+        self.core.interrupt(Some(vector), bus)
+    }
+
+    /// True if a non-maskable interrupt can be delivered now: none is being handled and no shadow is in force. When
+    /// one can be delivered again `run` stops with [`Stop::Attention`].
+    pub fn can_nmi(&self) -> bool {
+        self.core.can_nmi()
+    }
+
+    /// Delivers a non-maskable interrupt now and ends HLT. Call only if `can_nmi`.
+    pub fn nmi(&mut self, bus: &mut dyn Bus) -> Result<(), Stop> {
+        self.core.interrupt(None, bus)
     }
 
     /// Tells the engine that something else than the vCPU has written `len` bytes of RAM at `gpa`.

@@ -52,6 +52,11 @@ impl Mode {
         Mode(mode)
     }
 
+    /// The same, but for 32-bit code in flat segments.
+    pub fn flat32(self) -> Mode {
+        Mode(self.0 & !Mode::CODE64 | Mode::CODE32 | Mode::FLAT)
+    }
+
     /// The access class.
     pub fn class(self) -> Class {
         match self.0 & 3 {

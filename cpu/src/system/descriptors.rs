@@ -264,6 +264,12 @@ pub(super) fn store_table(state: &mut CpuState, instr: &Instruction, sys: &mut d
     retire(state, instr)
 }
 
+/// The upper half of a 16-byte descriptor; #GP(selector) if the table ends before it.
+pub(super) fn upper_half(state: &mut CpuState, sys: &mut dyn System, selector: u16) -> Result<u64, Exception> {
+    let at = locate(state, selector, 16).ok_or(gp(selector))?;
+    read_memory(state, sys, at.wrapping_add(8), 8, Privilege::Supervisor)
+}
+
 /// Reads the descriptor of an LDT or TSS in the GDT: 16 bytes in long mode, 8 otherwise.
 fn system_segment(
     state: &mut CpuState,

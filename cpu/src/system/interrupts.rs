@@ -4,7 +4,7 @@
 use super::descriptors::{Descriptor, find, gp, is_null, np};
 use super::operand::{mode_rip, next_rip, read_memory};
 use super::transfers::is_usable_code;
-use super::{ExecError, Executed, Outcome, Privilege, System, UD, retire};
+use super::{ExecError, Executed, Outcome, Privilege, System, UD, real, retire};
 use crate::exception::Exception;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, Segment, control, gpr, rflags, seg};
@@ -68,7 +68,8 @@ pub fn deliver_exception(state: &mut CpuState, exception: Exception, sys: &mut d
         match current {
             Exception::PageFault { address, .. } => state.cr2 = address,
             Exception::Debug { dr6 } => {
-                state.dr[6] |= dr6;
+                // B0 to B3 say what has just been met; the other bits add up until software clears them.
+                state.dr[6] = state.dr[6] & !0xF | dr6;
                 state.dr[7] &= !(1 << 13);
             }
             _ => {}
@@ -106,6 +107,13 @@ pub fn deliver_interrupt(state: &mut CpuState, vector: u8, sys: &mut dyn System)
     }
 }
 
+/// Delivers a non-maskable interrupt; others wait until the next IRET. The caller has checked that none is blocked.
+pub fn deliver_nmi(state: &mut CpuState, sys: &mut dyn System) -> Result<(), TripleFault> {
+    deliver_interrupt(state, 2, sys)?;
+    state.nmi_blocked = true;
+    Ok(())
+}
+
 /// INT n, INT3, INT1, INTO
 pub(super) fn software(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     let (vector, software) = match instr.mnemonic() {
@@ -116,8 +124,8 @@ pub(super) fn software(state: &mut CpuState, instr: &Instruction, sys: &mut dyn 
         Mnemonic::Into => (4, true),
         _ => (instr.immediate8(), true),
     };
-    if state.efer & control::EFER_LMA == 0 {
-        return Err(ExecError::Unsupported("INT outside long mode"));
+    if state.efer & control::EFER_LMA == 0 && state.cr0 & control::CR0_PE != 0 {
+        return Err(ExecError::Unsupported("INT in protected mode outside long mode"));
     }
     let return_rip = next_rip(state, instr);
     let event = Event { vector, error_code: None, return_rip, software, external: !software, resume: false };
@@ -173,7 +181,7 @@ fn read_gate(state: &mut CpuState, event: &Event, sys: &mut dyn System) -> Resul
 }
 
 /// Stack pointer number `index` of the 64-bit TSS: 0..=2 are RSP0..RSP2, 4..=10 are IST1..IST7.
-fn tss_stack(state: &mut CpuState, index: usize, sys: &mut dyn System) -> Result<u64, Exception> {
+pub(super) fn tss_stack(state: &mut CpuState, index: usize, sys: &mut dyn System) -> Result<u64, Exception> {
     let offset = 4 + index as u64 * 8;
     if !state.tr.present() || offset + 7 > u64::from(state.tr.limit) {
         return Err(Exception::InvalidTss { error: u32::from(state.tr.selector & !3) });
@@ -205,6 +213,9 @@ fn handler_segment(
 }
 
 fn enter(state: &mut CpuState, event: &Event, sys: &mut dyn System) -> Result<(), Exception> {
+    if state.cr0 & control::CR0_PE == 0 {
+        return real::interrupt(state, event.vector, event.return_rip, sys);
+    }
     if state.efer & control::EFER_LMA == 0 {
         // No gate of this model fits outside long mode: the double fault that follows finds none either.
         return Err(Exception::GeneralProtection { error: u32::from(event.vector) * 8 + 2 });

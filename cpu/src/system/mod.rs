@@ -6,8 +6,8 @@
 //! emulation needs in return (linear memory, caches of translations, the bus, time) it asks of a [`System`]. It
 //! knows no engine and no host. All of it is a pure function of the state, memory and the answers of the bus.
 //!
-//! Not modelled: task switches, virtual-8086 mode, paging outside long mode, call gates, interrupt delivery outside
-//! long mode. Breakpoints and single-stepping are the engine's.
+//! Not modelled: task switches, virtual-8086 mode, paging outside long mode, gates and interrupt delivery in
+//! protected mode outside long mode. Breakpoints and single-stepping are the engine's.
 
 pub(crate) mod alignment;
 mod approximate;
@@ -16,12 +16,14 @@ pub(crate) mod availability;
 mod bits;
 mod control;
 mod descriptors;
+mod gates;
 mod interrupts;
 mod io;
 mod legacy;
 mod masked;
 mod operand;
 mod privileged;
+mod real;
 mod scalar;
 mod strings;
 #[cfg(test)]
@@ -35,11 +37,11 @@ use crate::exception::Exception;
 use crate::model::ModelFeatures;
 use crate::state::{CpuState, rflags};
 use crate::{Icount, paging};
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess};
 
-pub use interrupts::{TripleFault, deliver_exception, deliver_interrupt};
+pub use interrupts::{TripleFault, deliver_exception, deliver_interrupt, deliver_nmi};
 pub use operand::effective_address;
-pub(crate) use operand::effective_offset;
+pub(crate) use operand::{effective_offset, next_rip as rip_behind};
 pub use paging::is_canonical;
 
 /// With whose rights a linear address is accessed.
@@ -157,6 +159,14 @@ pub(crate) type Executed = Result<Outcome, ExecError>;
 pub(crate) const UD: ExecError = ExecError::Exception(Exception::InvalidOpcode);
 /// #GP(0)
 pub(crate) const GP0: ExecError = ExecError::Exception(Exception::GP0);
+
+/// Linear address of the memory operand number `operand`, with the checks of its segment for the way it is accessed.
+pub(crate) fn operand_address(state: &CpuState, instr: &Instruction, operand: u32) -> Result<u64, Exception> {
+    use OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
+    let access = InstructionInfoFactory::new().info(instr).op_access(operand);
+    let write = matches!(access, Write | CondWrite | ReadWrite | ReadCondWrite);
+    operand::address(state, instr, instr.memory_size().size().max(1), write)
+}
 
 /// Retires `instr`: RIP goes to the instruction behind it.
 #[inline]

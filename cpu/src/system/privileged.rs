@@ -138,7 +138,15 @@ pub(super) fn wrmsr(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sys
 
 pub(super) fn cpuid(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     let (leaf, subleaf) = (state.gpr[gpr::RAX] as u32, state.gpr[gpr::RCX] as u32);
-    let result = model::cpuid(leaf, subleaf, sys.features(), &model::CpuidContext::of(state));
+    let mut result = model::cpuid(leaf, subleaf, sys.features(), &model::CpuidContext::of(state));
+    if leaf == 1 {
+        // The APIC flag follows the enable bit of IA32_APIC_BASE (SDM volume 3, section 11.4.3).
+        const APIC_BASE: u32 = 0x1B;
+        let now = sys.now();
+        if matches!(sys.bus().msr_read(now, APIC_BASE), Ok(base) if base >> 11 & 1 == 0) {
+            result.edx &= !(1 << 9);
+        }
+    }
     state.gpr[gpr::RAX] = u64::from(result.eax);
     state.gpr[gpr::RBX] = u64::from(result.ebx);
     state.gpr[gpr::RCX] = u64::from(result.ecx);

@@ -5,14 +5,12 @@ use super::control::nested_task;
 use super::descriptors::{Descriptor, fetch, gp, is_null, np, stack_segment};
 use super::operand::{self, Stack, linear, next_rip};
 use super::privileged::{LOADABLE_FLAGS, loaded_flags, require_cpl0};
-use super::{ExecError, Executed, GP0, Outcome, Privilege, System, UD, alignment};
+use super::{ExecError, Executed, GP0, Outcome, Privilege, System, UD, alignment, gates, real};
 use crate::exception::Exception;
 use crate::model::attributes;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, Segment, control, gpr, rflags, seg};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
-
-const REAL_MODE: ExecError = ExecError::Unsupported("far transfer in real-address mode");
 
 fn flat(selector: u16, attributes: u16, dpl: u16) -> Segment {
     Segment { base: 0, limit: u32::MAX, selector, attributes: attributes | dpl << 5 }
@@ -111,22 +109,14 @@ pub(super) fn is_usable_code(state: &CpuState, segment: &Segment) -> bool {
 }
 
 /// The code segment, with the privilege level it shall execute at, that a far JMP or CALL leads to.
-fn branch_segment(
-    state: &mut CpuState,
-    sys: &mut dyn System,
-    selector: u16,
-) -> Result<(Descriptor, Segment), ExecError> {
-    if is_null(selector) {
-        return Err(GP0);
-    }
-    let descriptor = fetch(state, sys, selector)?;
+fn branch_segment(state: &CpuState, descriptor: Descriptor, selector: u16) -> Result<Segment, ExecError> {
     let segment = descriptor.segment(selector & !3 | u16::from(state.cpl));
-    if !segment.is_code_or_data() {
-        return Err(match segment.kind() {
-            4 | 5 | 0xC => ExecError::Unsupported("far transfer through a call gate or task gate"),
-            1 | 9 if state.efer & control::EFER_LMA == 0 => ExecError::Unsupported("task switch"),
-            _ => gp(selector).into(),
-        });
+    if !segment.is_code_or_data() && state.efer & control::EFER_LMA == 0 {
+        match segment.kind() {
+            4 | 5 | 0xC => return Err(ExecError::Unsupported("far transfer through a gate outside long mode")),
+            1 | 9 => return Err(ExecError::Unsupported("task switch")),
+            _ => {}
+        }
     }
     if !is_usable_code(state, &segment) {
         return Err(gp(selector).into());
@@ -143,14 +133,11 @@ fn branch_segment(
     if !segment.present() {
         return Err(np(selector).into());
     }
-    Ok((descriptor, segment))
+    Ok(segment)
 }
 
-/// Far JMP and CALL to a code segment.
+/// Far JMP and CALL, to a code segment or through a call gate.
 pub(super) fn far_branch(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
-    if state.cr0 & control::CR0_PE == 0 {
-        return Err(REAL_MODE);
-    }
     let size = match instr.code() {
         Code::Jmp_ptr1616 | Code::Jmp_m1616 | Code::Call_ptr1616 | Code::Call_m1616 => 2,
         Code::Jmp_m1664 | Code::Call_m1664 => 8,
@@ -168,7 +155,18 @@ pub(super) fn far_branch(state: &mut CpuState, instr: &Instruction, sys: &mut dy
             ((word >> (size * 8)) as u16, word as u64 & operand::mask(size))
         }
     };
-    let (descriptor, segment) = branch_segment(state, sys, selector)?;
+    if state.cr0 & control::CR0_PE == 0 {
+        return real::far_branch(state, instr, sys, size, selector, offset);
+    }
+    if is_null(selector) {
+        return Err(GP0);
+    }
+    let descriptor = fetch(state, sys, selector)?;
+    let named = descriptor.segment(selector);
+    if !named.is_code_or_data() && named.kind() == gates::CALL_GATE && state.efer & control::EFER_LMA != 0 {
+        return gates::through_call_gate(state, instr, sys, selector, descriptor);
+    }
+    let segment = branch_segment(state, descriptor, selector)?;
     check_target(state, &segment, offset)?;
     if instr.mnemonic() == Mnemonic::Call {
         let mut stack = Stack::of(state);
@@ -223,14 +221,18 @@ fn return_stack(
     stack_segment(state, sys, selector, level)
 }
 
-/// After a return to an outer level: segments that the outer level may not use become null.
+/// After a return to an outer level: segments that the outer level may not use become null, and null selectors lose
+/// their RPL.
 fn drop_inner_segments(state: &mut CpuState) {
     for which in [seg::ES, seg::DS, seg::FS, seg::GS] {
         let segment = &mut state.seg[which];
         let conforming = segment.kind() & 0xC == 0xC;
-        // A null selector stays as it is: the base of FS and GS is the guest's own.
-        if segment.present() && segment.dpl() < state.cpl && !conforming {
-            *segment = Segment::default();
+        if is_null(segment.selector) {
+            segment.selector = 0;
+        } else if segment.present() && segment.dpl() < state.cpl && !conforming {
+            // The base of FS and GS stays: software in 64-bit mode relies on it.
+            let base = if which >= seg::FS { segment.base } else { 0 };
+            *segment = Segment { base, ..Segment::default() };
         }
     }
 }
@@ -252,9 +254,6 @@ fn return_to(state: &mut CpuState, code: Segment, rip: u64, stack: Option<(Segme
 
 /// Far RET.
 pub(super) fn far_return(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
-    if state.cr0 & control::CR0_PE == 0 {
-        return Err(REAL_MODE);
-    }
     let size = match instr.code() {
         Code::Retfw | Code::Retfw_imm16 => 2,
         Code::Retfd | Code::Retfd_imm16 => 4,
@@ -264,6 +263,12 @@ pub(super) fn far_return(state: &mut CpuState, instr: &Instruction, sys: &mut dy
     let mut stack = Stack::of(state);
     let rip = stack.pop(state, sys, size)?;
     let selector = stack.pop(state, sys, size)? as u16;
+    if state.cr0 & control::CR0_PE == 0 {
+        real::load_code(state, selector, rip)?;
+        stack.release(released);
+        stack.commit(state);
+        return Ok(Outcome::Next);
+    }
     let code = return_segment(state, sys, selector)?;
     check_target(state, &code, rip)?;
     stack.release(released);
@@ -284,9 +289,6 @@ pub(super) fn far_return(state: &mut CpuState, instr: &Instruction, sys: &mut dy
 
 /// IRET, IRETD, IRETQ. In 64-bit mode SS:RSP are always popped.
 pub(super) fn iret(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
-    if state.cr0 & control::CR0_PE == 0 {
-        return Err(ExecError::Unsupported("IRET in real-address mode"));
-    }
     let long = state.efer & control::EFER_LMA != 0;
     if nested_task(state) {
         return Err(if long { GP0 } else { ExecError::Unsupported("IRET to a nested task") });
@@ -310,6 +312,15 @@ pub(super) fn iret(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Syst
     let (rip, selector, flags) = (word(0), word(1) as u16, word(2));
     if !long && flags & rflags::VM != 0 && state.cpl == 0 {
         return Err(ExecError::Unsupported("IRET to virtual-8086 mode"));
+    }
+    if state.cr0 & control::CR0_PE == 0 {
+        real::load_code(state, selector, rip)?;
+        let mut stack = frame;
+        stack.release((size * words) as u64);
+        stack.commit(state);
+        state.rflags = loaded_flags(state, flags, size) | flags & operand::mask(size) & rflags::RF;
+        state.nmi_blocked = false;
+        return Ok(Outcome::Next);
     }
     let code = return_segment(state, sys, selector)?;
     check_target(state, &code, rip)?;

@@ -4,8 +4,10 @@
 //! [`LocalApic::msr_write`]. The machine asks [`LocalApic::interrupt`] for the vector to deliver and takes it
 //! with [`LocalApic::acknowledge`]. `registers` decodes accesses, `timer` counts.
 //!
-//! Left out, since one vCPU and no legacy controller make them unobservable: INIT and start-up IPIs, NMIs,
-//! ExtINT through LINT0, performance and thermal interrupts, and moving the window (refused with #GP).
+//! An NMI that the processor sends itself waits in [`LocalApic::nmi_pending`]; two that meet there are one.
+//!
+//! Left out, since one vCPU and no legacy controller make them unobservable: INIT and start-up IPIs, ExtINT through
+//! LINT0, NMIs through LINT1, performance and thermal interrupts, and moving the window (refused with #GP).
 
 mod registers;
 mod timer;
@@ -106,6 +108,7 @@ pub struct LocalApic {
     interrupt_command: u64,
     lvt: [u32; 6],
     timer: Timer,
+    nmi_pending: bool,
 }
 
 impl LocalApic {
@@ -125,7 +128,18 @@ impl LocalApic {
             interrupt_command: 0,
             lvt: [LVT_MASKED; 6],
             timer: Timer::new(config, RandomStream::new(seed, "lapic timer")),
+            nmi_pending: false,
         }
+    }
+
+    /// An NMI waits for the processor to take it.
+    pub fn nmi_pending(&self) -> bool {
+        self.nmi_pending
+    }
+
+    /// The processor takes the NMI.
+    pub fn acknowledge_nmi(&mut self) {
+        self.nmi_pending = false;
     }
 
     /// Gives the timer's delays another seed.
@@ -220,15 +234,21 @@ impl LocalApic {
     }
 
     /// The effect of a write to the interrupt command register (SDM 11.6.1). There is one processor, so only
-    /// fixed and lowest-priority interrupts that include the sender do anything.
+    /// fixed and lowest-priority interrupts and NMIs that include the sender do anything. A shorthand that includes
+    /// the sender is not valid for NMIs (SDM table 11-3).
     fn send(&mut self, destination: u32, command: u32) {
         let vector = command as u8;
-        let fixed = matches!(command >> 8 & 7, 0 | 1);
+        const NMI: u32 = 4;
+        let mode = command >> 8 & 7;
+        let fixed = matches!(mode, 0 | 1);
         let to_self = match command >> 18 & 3 {
             0 => self.is_destination(destination, command >> 11 & 1 == 1),
             1 | 2 => true,
             _ => false,
         };
+        if mode == NMI && to_self && command >> 18 & 3 == 0 {
+            self.nmi_pending = true;
+        }
         if !fixed || !to_self {
             return;
         }

@@ -49,6 +49,24 @@ fn software_disabled_takes_nothing() {
 }
 
 #[test]
+fn an_nmi_to_itself_waits_until_it_is_taken() {
+    let mut bench = Bench::new();
+    let mut lapic = enabled(&mut bench, LapicConfig::default());
+    // To another processor, and with a shorthand, which is not valid.
+    bench.write(&mut lapic, 0x310, 4, 1 << 24);
+    bench.write(&mut lapic, 0x300, 4, 0x400);
+    bench.write(&mut lapic, 0x300, 4, 0x4_0400);
+    assert!(!lapic.nmi_pending());
+    bench.write(&mut lapic, 0x310, 4, 0);
+    bench.write(&mut lapic, 0x300, 4, 0x400);
+    bench.write(&mut lapic, 0x300, 4, 0x400);
+    assert!(lapic.nmi_pending());
+    assert_eq!(lapic.interrupt(), None);
+    lapic.acknowledge_nmi();
+    assert!(!lapic.nmi_pending());
+}
+
+#[test]
 fn self_interrupts_arrive_in_both_modes() {
     let mut bench = Bench::new();
     let mut lapic = enabled(&mut bench, LapicConfig::default());

@@ -232,6 +232,16 @@ impl Board {
         self.devices.lapic.interrupt().is_some()
     }
 
+    /// An NMI waits for the vCPU.
+    pub(super) fn nmi_pending(&self) -> bool {
+        self.devices.lapic.nmi_pending()
+    }
+
+    /// The vCPU takes the NMI.
+    pub(super) fn acknowledge_nmi(&mut self) {
+        self.devices.lapic.acknowledge_nmi();
+    }
+
     /// Takes the interrupt that is pending.
     pub(super) fn acknowledge_interrupt(&mut self) -> u8 {
         self.devices.lapic.acknowledge()
@@ -261,7 +271,7 @@ impl Board {
     /// Looks whether an interrupt has become deliverable.
     #[inline]
     pub(super) fn note_interrupts(&mut self) {
-        self.attention |= !self.window_requested && self.interrupt_pending();
+        self.attention |= !self.window_requested && self.interrupt_pending() || self.nmi_pending();
     }
 
     /// Applies the effects that `origin` has left, in order; the interrupt controllers may add to them.

@@ -348,7 +348,11 @@ impl Machine {
                 continue;
             }
             let bound = next.unwrap_or(limits.time).min(limits.time);
-            let stop_at = limits.icount.min(self.board.clock.icount_at(bound));
+            let mut stop_at = limits.icount.min(self.board.clock.icount_at(bound));
+            if self.board.nmi_pending() && !self.engine.state().nmi_blocked {
+                // Only a shadow keeps it away, which the next instruction ends.
+                stop_at = stop_at.min(Icount(icount.0 + 1));
+            }
             self.board.begin_run(bound, limits.pause_on_output);
             let stop = self.engine.run(stop_at, &mut self.board);
             self.first_moment |= self.engine.icount() > icount;
@@ -396,8 +400,15 @@ impl Machine {
         }
     }
 
-    /// Takes the highest pending interrupt if the vCPU accepts one now; true if it did.
+    /// Takes a pending NMI, or else the highest pending interrupt, if the vCPU accepts one now; true if it did.
     fn deliver_interrupt(&mut self) -> bool {
+        if self.board.nmi_pending() && self.engine.can_nmi() {
+            self.board.acknowledge_nmi();
+            if let Err(stop) = self.engine.nmi(&mut self.board) {
+                self.stopped(stop);
+            }
+            return true;
+        }
         let pending = self.board.interrupt_pending();
         let accepted = pending && self.engine.can_interrupt();
         self.board.window_requested = pending && !accepted;

@@ -1,9 +1,11 @@
 //! The emulation on a small machine: 8 MiB of RAM, 4-level page tables, a GDT, an IDT and a TSS.
 
 mod data;
+mod gates;
 mod hostile;
 mod paging;
 mod privileged;
+mod real;
 
 use super::*;
 use crate::memory::{GuestMemory, PhysMemory};
@@ -29,6 +31,8 @@ const KERNEL_STACK: u64 = 0x11_0000;
 struct Ports {
     written: Vec<(u16, u32)>,
     random: u64,
+    /// What every MSR of the machine reads as.
+    apic_base: u64,
 }
 
 impl Bus for Ports {
@@ -43,7 +47,7 @@ impl Bus for Ports {
     }
     fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
     fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
-        Ok(0xFEE0_0900)
+        Ok(self.apic_base)
     }
     fn msr_write(&mut self, _: Icount, _: u32, _: u64) -> Result<(), MsrRefused> {
         Ok(())
@@ -192,7 +196,7 @@ impl Machine {
         state.efer |= control::EFER_NXE | control::EFER_SCE;
         let sys = Flat {
             memory,
-            ports: Ports { written: Vec::new(), random: 1 },
+            ports: Ports { written: Vec::new(), random: 1, apic_base: 0xFEE0_0900 },
             features: ModelFeatures::default(),
             flushes: Vec::new(),
             slow: false,

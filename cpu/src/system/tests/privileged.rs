@@ -215,3 +215,32 @@ fn model_instructions() {
     assert_eq!(raised(m.run(&[0x0F, 0x01, 0xC8])), Exception::InvalidOpcode);
     assert_eq!(raised(m.run(&[0x0F, 0x0B])), Exception::InvalidOpcode);
 }
+
+#[test]
+fn debug_exceptions_replace_the_breakpoint_bits_and_add_to_the_others() {
+    let mut m = Machine::new();
+    m.state.dr[6] = 0xFFFF_4FF2;
+    deliver_exception(&mut m.state, Exception::Debug { dr6: 4 }, &mut m.sys).unwrap();
+    assert_eq!(m.state.dr[6], 0xFFFF_4FF4);
+}
+
+#[test]
+fn an_nmi_blocks_others_until_iret() {
+    let mut m = Machine::new();
+    let rsp = m.state.gpr[gpr::RSP];
+    deliver_nmi(&mut m.state, &mut m.sys).unwrap();
+    assert_eq!((m.state.rip, m.state.nmi_blocked), (HANDLER + 2 * 16, true));
+    m.run(&[0x48, 0xCF]).unwrap();
+    assert_eq!((m.state.rip, m.state.gpr[gpr::RSP], m.state.nmi_blocked), (USER, rsp, false));
+}
+
+#[test]
+fn cpuid_has_an_apic_while_it_is_enabled() {
+    for (base, flag) in [(0xFEE0_0900, 1), (0xFEE0_0100, 0)] {
+        let mut m = Machine::new();
+        m.sys.ports.apic_base = base;
+        m.state.gpr[gpr::RAX] = 1;
+        m.run(&[0x0F, 0xA2]).unwrap();
+        assert_eq!(m.state.gpr[gpr::RDX] >> 9 & 1, flag);
+    }
+}
