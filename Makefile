@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test oracle test-svm metamorphic demo bench bench-snapshots clean
+.PHONY: help all build test oracle conformance test-svm metamorphic demo bench bench-snapshots clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -31,10 +31,17 @@ oracle: ## the engine against the host processor and against KVM; COUNT=n runs n
 	done; \
 	cat $$log.totals; rm -f $$log.totals; exit $$failed
 
+test-svm: ## tests on a KVM that has SVM, in QEMU: those of tests/svm/list; COUNT=n as for oracle, SVM='...' for more flags
+	KVM_ORACLE_COUNT=$(or $(COUNT),1) $(CARGO) run --release --locked -p orrery-tests --bin svm -- $(SVM)
+
 metamorphic: build images ## hello, go and jvm, disturbed in all that must not matter; COUNT=n perturbed runs each, SEED=s
 	@for image in hello go jvm; do \
 		$(ORRERY) verify $(IMAGES)/$$image.img --seed $(or $(SEED),1) --perturb --times $$(($(or $(COUNT),5) + 1)) || exit 1; \
 	done
+
+conformance: build ## suites by others, run as guests and compared with docs/conformance.md; see there
+	$(CARGO) build --release --locked -p orrery-guest-image --example bare_image
+	ORRERY=$(ORRERY) sh tests/conformance/run.sh $(SUITES)
 
 demo: build images ## each image twice with one seed and once with another
 	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done
