@@ -26,6 +26,7 @@ pub mod chain;
 pub mod cli;
 pub mod config;
 pub mod digest;
+pub mod guest_agent;
 pub mod host;
 pub mod inputs;
 pub mod inspect;

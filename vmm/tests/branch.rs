@@ -295,6 +295,79 @@ fn prepared_branches_are_like_others() {
     }
 }
 
+/// A machine and how a machine without any branches comes to the same state: run to each icount, then take that seed.
+struct Member {
+    machine: Machine,
+    /// At its branch point, and now: the keys taken so far.
+    start: Vec<(u64, Seed)>,
+    keys: Vec<(u64, Seed)>,
+}
+
+/// Random freezing, branching, going back, recycling and running, against machines that never branched.
+#[test]
+fn a_random_family_agrees_with_machines_that_never_branched() {
+    let image = wanderer(1_200, 300);
+    let odd = EngineConfig {
+        tlb_bits: 2,
+        chaining: false,
+        max_block_instructions: 3,
+        chaos_seed: Some(5),
+        ..Default::default()
+    };
+    for (run, engine) in [EngineConfig::default(), odd, EngineConfig::default()].into_iter().enumerate() {
+        let mut state = 0x5eed + run as u64;
+        let mut below = move |bound: usize| {
+            state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+            (state >> 33) as usize % bound
+        };
+        let first = Machine::new(&image, &small(), SEED, engine).unwrap();
+        let mut family = vec![Member { machine: first, start: Vec::new(), keys: Vec::new() }];
+        let mut templates: Vec<(Template, Vec<(u64, Seed)>)> = Vec::new();
+        for _ in 0..60 {
+            let size = family.len();
+            let who = below(size);
+            let seed = Seed(1 + below(3) as u64);
+            let member = &mut family[who];
+            match below(7) {
+                0 => {
+                    templates.push((member.machine.freeze().unwrap(), member.keys.clone()));
+                }
+                1 | 2 if !templates.is_empty() => {
+                    let (template, keys) = &templates[below(templates.len())];
+                    let mut keys = keys.clone();
+                    keys.push((template.icount().0, seed));
+                    family.push(Member { machine: branch(template, seed), start: keys.clone(), keys });
+                }
+                3 => {
+                    if member.machine.reset().is_ok() {
+                        member.keys.clone_from(&member.start);
+                    }
+                }
+                4 if size > 6 => {
+                    let member = family.swap_remove(who);
+                    templates.iter().next_back().expect("somebody froze").0.recycle(member.machine);
+                }
+                5 => drop(member.machine.state_hash()),
+                _ => {
+                    let until = (member.machine.icount().0 + below(4_000) as u64).min(15_000);
+                    member.machine.run(Limits::until(Icount(until))).unwrap();
+                }
+            }
+        }
+        assert!(templates.len() > 3 && family.len() > 4, "{} templates, {} machines", templates.len(), family.len());
+        for (index, member) in family.iter_mut().enumerate() {
+            let mut straight = machine(&image);
+            for (icount, seed) in &member.keys {
+                run_until(&mut straight, *icount);
+                straight.rekey(*seed);
+            }
+            run_until(&mut straight, member.machine.icount().0);
+            assert_eq!(member.machine.state_hash(), straight.state_hash(), "run {run}, machine {index}");
+            assert_eq!(finish(&mut member.machine).0, finish(&mut straight).0, "run {run}, machine {index}");
+        }
+    }
+}
+
 #[test]
 fn hashes_wait_until_somebody_asks() {
     let image = wanderer(3_000, 500);

@@ -25,6 +25,7 @@ mod operand;
 mod privileged;
 mod real;
 mod scalar;
+mod sha;
 mod strings;
 #[cfg(test)]
 mod tests;
@@ -283,6 +284,9 @@ fn dispatch(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> 
         }
         F2xm1 | Fcos | Fpatan | Fptan | Fsin | Fsincos | Fyl2x | Fyl2xp1 => {
             approximate::transcendental(state, instr, sys)
+        }
+        Sha1rnds4 | Sha1nexte | Sha1msg1 | Sha1msg2 | Sha256rnds2 | Sha256msg1 | Sha256msg2 => {
+            sha::execute(state, instr, sys)
         }
         Enter => legacy::enter(state, instr, sys),
         Bound => legacy::bound(state, instr, sys),

@@ -53,6 +53,6 @@ fn boot() -> Result<u8, Failure> {
     mounts::runtime_file_systems();
     sys::set_host_name(&config.host_name)?;
     sys::bring_up_loopback()?;
-    agent::announce();
+    agent::start(&config);
     workload::run(&config)
 }

@@ -1,9 +1,10 @@
 //! Linux system calls behind safe functions. The only room with `unsafe`, but for the entry command's fork.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
 
 use crate::failure::Failure;
@@ -101,6 +102,121 @@ pub fn become_session_leader() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Opens a terminal for reading and writing, without making it the controlling one.
+pub fn open_terminal(path: &str) -> io::Result<OwnedFd> {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
+    Ok(file.into())
+}
+
+/// Makes a terminal pass bytes as they are: no echo, no lines, no signals.
+pub fn make_raw(terminal: &impl AsRawFd) {
+    // SAFETY: all zeroes is a valid termios, which tcgetattr fills in; the descriptor is open.
+    unsafe {
+        let mut settings: libc::termios = std::mem::zeroed();
+        if libc::tcgetattr(terminal.as_raw_fd(), &mut settings) == 0 {
+            libc::cfmakeraw(&mut settings);
+            libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &settings);
+        }
+    }
+}
+
+/// Makes a child of this process with a name, a session of its own, and nothing as standard input, output and error.
+/// True in the child, false in the parent and on failure.
+pub fn fork_daemon(name: &str) -> bool {
+    // SAFETY: init has one thread, so the child may do whatever the parent may.
+    if unsafe { libc::fork() } != 0 {
+        return false;
+    }
+    let name = c_string(name).unwrap_or_default();
+    // SAFETY: constant and owned NUL-terminated strings; descriptors 0 to 2 belong to this process alone.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+        libc::setsid();
+        let nothing = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        if nothing >= 0 {
+            for standard in 0..3 {
+                libc::dup2(nothing, standard);
+            }
+            if nothing > 2 {
+                libc::close(nothing);
+            }
+        }
+    }
+    true
+}
+
+/// Ends this process at once.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: a plain system call that does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Waits until one of the descriptors has something to be read or is closed on the other side, or until the timeout
+/// in milliseconds (negative: for ever). Says which.
+pub fn wait_readable(fds: &[i32], timeout_ms: i32) -> io::Result<Vec<bool>> {
+    let mut polled: Vec<libc::pollfd> =
+        fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
+    // SAFETY: pointer and length describe the array.
+    let result = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
+    match check(result.into()) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        Err(_) => Ok(vec![false; fds.len()]),
+        Ok(_) => Ok(polled.iter().map(|poll| poll.revents != 0).collect()),
+    }
+}
+
+/// A pair of pseudo-terminals: our side, and the command's.
+pub fn open_pseudo_terminal() -> io::Result<(File, File)> {
+    // SAFETY: plain system calls on a descriptor that is owned at once; the name's buffer has the length given.
+    unsafe {
+        let ours = check(libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC).into())? as i32;
+        let ours = File::from_raw_fd(ours);
+        check(libc::grantpt(ours.as_raw_fd()).into())?;
+        check(libc::unlockpt(ours.as_raw_fd()).into())?;
+        let mut name = [0u8; 64];
+        let failed = libc::ptsname_r(ours.as_raw_fd(), name.as_mut_ptr().cast(), name.len());
+        if failed != 0 {
+            return Err(io::Error::from_raw_os_error(failed));
+        }
+        let len = name.iter().position(|byte| *byte == 0).unwrap_or(0);
+        let theirs = open_terminal(&String::from_utf8_lossy(&name[..len]))?;
+        Ok((ours, File::from(theirs)))
+    }
+}
+
+/// Makes writing to a file return instead of waiting for room.
+pub fn set_nonblocking(file: &File) {
+    // SAFETY: plain system calls on an open descriptor.
+    unsafe {
+        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+        libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK);
+    }
+}
+
+/// Sets a terminal's size.
+pub fn set_size(terminal: &File, rows: u16, columns: u16) {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the request takes a winsize, which outlives the call.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ as _, ptr::from_ref(&size)) };
+}
+
+/// Makes the calling process a session leader with its standard input as controlling terminal. For the child between
+/// fork and exec: async-signal-safe.
+pub fn take_terminal() -> io::Result<()> {
+    // SAFETY: plain system calls on this process and its standard input.
+    unsafe {
+        libc::setsid();
+        libc::ioctl(0, libc::TIOCSCTTY as _, 0);
+    }
+    Ok(())
+}
+
+/// Stops every process but this one and the first.
+pub fn stop_all() {
+    // SAFETY: a plain system call; the sender and process 1 are not among those that it reaches.
+    unsafe { libc::kill(-1, libc::SIGSTOP) };
 }
 
 /// Waits for any child to end: its id and its status as wait(2) gives it. `ECHILD` when there is none.

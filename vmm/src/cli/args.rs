@@ -63,6 +63,12 @@ pub enum Command {
     Memory(MemoryArgs),
     /// Show the guest's code at a moment
     Disassemble(DisassembleArgs),
+    /// Show where a run spends its instructions
+    Profile(ProfileArgs),
+    /// Open a shell in the guest at a moment, in a branch that is thrown away
+    Shell(ShellArgs),
+    /// Show a file of the guest as it was at a moment
+    Cat(CatArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -560,15 +566,26 @@ pub struct ImageExtractArgs {
     pub directory: PathBuf,
 }
 
-/// A moment of a run.
+/// Where a run and its image are.
 #[derive(Args, Debug, Clone)]
-pub struct MomentArgs {
-    /// The moment: a run, or the beginning of its name, and the number of instructions since its power-on
-    #[arg(value_name = "RUN@ICOUNT")]
-    pub moment: String,
+pub struct RunPlaceArgs {
     /// Where runs are kept
     #[arg(long, value_name = "DIR", env = "ORRERY_RUNS", default_value = "runs")]
     pub runs: PathBuf,
+    /// The run's image, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+}
+
+/// A moment of a run.
+#[derive(Args, Debug, Clone)]
+pub struct MomentArgs {
+    /// The moment: a run, or the beginning of its name, and the number of instructions since its power-on, or `end`
+    #[arg(value_name = "RUN@ICOUNT")]
+    pub moment: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: RunPlaceArgs,
 }
 
 /// Arguments of `orrery ps`.
@@ -679,6 +696,90 @@ pub struct DisassembleArgs {
     /// Print the instructions as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `orrery profile`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery profile go-1-001
+  orrery profile go-1-001 --from 600000000 --svg go.svg
+  orrery profile go-1-001 --folded > go.folded
+
+The run is run again and its stack is sampled every so many instructions: the same samples every
+time. Functions of the kernel end in _[k]. An idle guest executes nothing, so it is not seen here.")]
+pub struct ProfileArgs {
+    /// The run, or the beginning of its name
+    pub run: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: RunPlaceArgs,
+    /// Where to begin
+    #[arg(long, value_name = "ICOUNT", default_value_t = 0)]
+    pub from: u64,
+    /// Where to end [default: the run's end]
+    #[arg(long, value_name = "ICOUNT")]
+    pub to: Option<u64>,
+    /// Instructions between samples [default: a prime that gives about 10000 samples]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub every: Option<u64>,
+    /// Only the function that runs, not its callers: quicker
+    #[arg(long)]
+    pub flat: bool,
+    /// Write a flame graph
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print the stacks as `process;outer;inner COUNT`, for other tools
+    #[arg(long, conflicts_with = "json")]
+    pub folded: bool,
+    /// Print the profile as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// How many functions to show
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub top: usize,
+}
+
+/// Arguments of `orrery shell`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery shell go-1-001@850000000
+  orrery shell go-1-001@850000000 -- ps -ef
+  echo 'cat /proc/meminfo' | orrery shell go-1-001@850000000
+
+The guest goes on from the moment in a branch of its own, with the shell in it; the branch ends with
+the shell and leaves nothing behind. The command's exit code becomes the shell's. The image must have
+been built by a version of Orrery with this command, and must have a shell (/bin/sh).")]
+pub struct ShellArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// A command to run instead of the shell
+    #[arg(last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// Arguments of `orrery cat`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  orrery cat go-1-001@850000000 /proc/85/status
+  orrery cat go-1-001@850000000 /var/log/app.log > app.log
+  orrery cat go-1-001@850000000 /etc/passwd --disk
+
+The guest's own kernel reads the file, in a branch that is thrown away: its agent stops every other
+process first, which takes it a few thousand instructions from the moment on. With --disk nothing
+runs: the file is read from the guest's disk, where what the guest has not written back is missing.")]
+pub struct CatArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub moment: MomentArgs,
+    /// Path of the file in the guest
+    pub path: String,
+    /// Read from the guest's disk, without running the guest
+    #[arg(long)]
+    pub disk: bool,
+    /// Say how far the guest had to run
+    #[arg(long, short, conflicts_with = "disk")]
+    pub verbose: bool,
 }
 
 /// Arguments of `orrery completions`.

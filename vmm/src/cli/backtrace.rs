@@ -17,8 +17,9 @@ struct Stack {
 }
 
 pub(super) fn backtrace(arguments: BacktraceArgs) -> Result<u8, Failure> {
-    let machine = standing::open(&arguments.moment)?;
-    let inspector = Inspector::new(&machine);
+    let standing = standing::open(&arguments.moment)?;
+    let machine = standing.machine();
+    let inspector = Inspector::new(machine);
     let stack = |task: &Task| -> Result<Stack, Failure> {
         let frames = inspector.backtrace_of(task).map_err(failure)?;
         Ok(Stack { pid: Some(task.pid), tid: Some(task.tid), name: Some(task.name.clone()), frames })

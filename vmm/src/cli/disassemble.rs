@@ -71,8 +71,9 @@ impl SymbolResolver for Mentioned {
 }
 
 pub(super) fn disassemble(arguments: DisassembleArgs) -> Result<u8, Failure> {
-    let machine = standing::open(&arguments.moment)?;
-    let inspector = Inspector::new(&machine);
+    let standing = standing::open(&arguments.moment)?;
+    let machine = standing.machine();
+    let inspector = Inspector::new(machine);
     let task = match arguments.pid {
         Some(pid) => Some(inspector.task(pid).map_err(failure)?),
         None => inspector.current_task().ok(),

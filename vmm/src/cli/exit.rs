@@ -34,6 +34,8 @@ pub const INSPECT: u8 = 236;
 pub const MOMENT: u8 = 233;
 /// The store or a run on disk is damaged.
 pub const DAMAGED: u8 = 234;
+/// The guest has no agent at that moment, or it does not answer.
+pub const AGENT: u8 = 237;
 /// A defect of Orrery.
 pub const INTERNAL: u8 = 239;
 

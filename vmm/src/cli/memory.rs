@@ -12,8 +12,9 @@ use crate::inspect::{AddressSpace, Inspector};
 const LINE: u64 = 16;
 
 pub(super) fn memory(arguments: MemoryArgs) -> Result<u8, Failure> {
-    let machine = standing::open(&arguments.moment)?;
-    let inspector = Inspector::new(&machine);
+    let standing = standing::open(&arguments.moment)?;
+    let machine = standing.machine();
+    let inspector = Inspector::new(machine);
     let space = space(&inspector, arguments.pid, arguments.physical)?;
     let address = resolve(&inspector, &arguments.address)?;
     let bytes = space.read_up_to(address, arguments.length as usize);

@@ -8,6 +8,7 @@ macro_rules! say {
 pub mod args;
 mod backtrace;
 mod branch;
+mod cat;
 mod console;
 mod diff;
 mod disassemble;
@@ -17,10 +18,12 @@ mod export;
 mod image;
 mod import;
 mod memory;
+mod profile;
 mod ps;
 mod registers;
 mod run;
 mod runs;
+mod shell;
 mod snapshot;
 mod standing;
 mod store;
@@ -70,6 +73,9 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Registers(arguments) => registers::registers(arguments),
         Command::Memory(arguments) => memory::memory(arguments),
         Command::Disassemble(arguments) => disassemble::disassemble(arguments),
+        Command::Profile(arguments) => profile::profile(arguments),
+        Command::Shell(arguments) => shell::shell(arguments),
+        Command::Cat(arguments) => cat::cat(arguments),
         Command::Completions(arguments) => {
             let mut command = Cli::command();
             clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());

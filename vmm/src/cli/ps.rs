@@ -16,8 +16,9 @@ struct Row {
 }
 
 pub(super) fn ps(arguments: PsArgs) -> Result<u8, Failure> {
-    let machine = standing::open(&arguments.moment)?;
-    let inspector = Inspector::new(&machine);
+    let standing = standing::open(&arguments.moment)?;
+    let machine = standing.machine();
+    let inspector = Inspector::new(machine);
     let mut tasks = inspector.tasks().map_err(failure)?;
     if !arguments.threads {
         // The running thread is shown in any case.

@@ -14,7 +14,8 @@ const GENERAL: [&str; 16] =
 const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
 
 pub(super) fn registers(arguments: RegistersArgs) -> Result<u8, Failure> {
-    let machine = standing::open(&arguments.moment)?;
+    let standing = standing::open(&arguments.moment)?;
+    let machine = standing.machine();
     let cpu = machine.cpu();
     if arguments.json {
         let mut all = as_json(cpu);
@@ -23,7 +24,7 @@ pub(super) fn registers(arguments: RegistersArgs) -> Result<u8, Failure> {
         super::say(Value::Object(all));
         return Ok(0);
     }
-    let inspector = Inspector::new(&machine);
+    let inspector = Inspector::new(machine);
     let symbol = inspector.symbolize(cpu.rip).map_or(String::new(), |symbol| super::ps::printable(&symbol.to_string()));
     say!("icount {} virtual {} ns", machine.icount().0, machine.time().0);
     say!("{:<12} {:016x} {symbol}", "rip", cpu.rip);

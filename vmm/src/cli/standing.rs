@@ -1,110 +1,86 @@
 //! `RUN@ICOUNT` on the command line: the machine of that run, standing exactly there.
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use orrery_cpu::Icount;
-use orrery_cpu::engine::EngineConfig;
-use orrery_guest_image::Image;
 
-use super::args::MomentArgs;
+use super::args::{MomentArgs, RunPlaceArgs};
 use super::exit::{self, Failure};
-use crate::chain::Hash;
-use crate::config::Seed;
-use crate::inputs;
-use crate::machine::{Limits, Machine, Pause};
-use crate::run::directory::{INPUTS, read_manifest};
-use crate::run::manifest::Manifest;
+use crate::machine::Machine;
+use crate::moment::{self, Moment, MomentError, MomentName, MomentOptions};
 
-/// Instructions between two looks at the progress bar.
-const SLICE_INSTRUCTIONS: u64 = 1 << 24;
-
-/// A run that is opened again, at its power-on.
-pub(super) struct Opened {
-    #[allow(dead_code)]
-    pub manifest: Manifest,
-    pub machine: Machine,
+/// A machine at a moment of a run.
+pub(super) struct Standing {
+    moment: Moment,
 }
 
-/// Finds a run by its name or by a part of it that begins only one name.
-fn find_run(runs: &Path, name: &str) -> Result<PathBuf, Failure> {
-    let direct = runs.join(name);
-    if direct.is_dir() {
-        return Ok(direct);
+impl Standing {
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.moment.machine
     }
-    let names = std::fs::read_dir(runs)
-        .map_err(|error| Failure::new(exit::STORE, format!("cannot read {}: {error}; give --runs", runs.display())))?;
-    let mut found: Vec<PathBuf> = names
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name)) && path.is_dir())
-        .collect();
-    found.sort();
-    match found.len() {
-        1 => Ok(found.remove(0)),
-        0 => Err(Failure::new(exit::STORE, format!("there is no run {name} in {}", runs.display()))),
-        count => Err(Failure::new(exit::STORE, format!("{name} begins the names of {count} runs; give more of it"))),
+
+    /// The machine alone, for futures that are not the run's.
+    pub fn into_machine(self) -> Machine {
+        self.moment.machine
     }
-}
 
-/// Splits `RUN@ICOUNT`.
-fn split(text: &str) -> Result<(&str, u64), Failure> {
-    let wrong =
-        || Failure::new(exit::USAGE, format!("{text} is not a moment; write RUN@ICOUNT, such as hello-1-001@1000000"));
-    let (run, icount) = text.rsplit_once('@').ok_or_else(wrong)?;
-    let icount = icount.replace('_', "").parse().map_err(|_| wrong())?;
-    Ok((run, icount)).and_then(|found| if run.is_empty() { Err(wrong()) } else { Ok(found) })
-}
-
-/// Opens a run at power-on.
-pub(super) fn open_run(runs: &Path, name: &str) -> Result<Opened, Failure> {
-    let directory = find_run(runs, name)?;
-    let manifest = read_manifest(&directory).map_err(|error| Failure::new(exit::STORE, error))?;
-    let image = Image::open(&manifest.image.path).map_err(|error| Failure::new(exit::IMAGE, error))?;
-    if Hash(image.hash()) != manifest.image.hash {
-        let text = format!(
-            "{} is not the image of run {}: its hash is {}, the run's image had {}",
-            manifest.image.path,
-            manifest.id,
-            Hash(image.hash()),
-            manifest.image.hash
-        );
-        return Err(Failure::new(exit::IMAGE, text));
+    /// The run's name.
+    pub fn id(&self) -> &str {
+        self.moment.run.id()
     }
-    let log = inputs::read(&directory.join(INPUTS)).map_err(|error| Failure::new(exit::INPUTS, error))?;
-    let mut machine = Machine::new(&image, &manifest.machine, Seed(manifest.seed), EngineConfig::default())
-        .map_err(|error| Failure::new(exit::HOST, error))?;
-    machine.replay(log);
-    Ok(Opened { manifest, machine })
-}
 
-/// Runs to an icount exactly, with a progress bar.
-pub(super) fn run_to(machine: &mut Machine, icount: u64) -> Result<(), Failure> {
-    let bar = bar(icount);
-    while machine.icount().0 < icount {
-        let next = machine.icount().0.saturating_add(SLICE_INSTRUCTIONS).min(icount);
-        let pause = machine.run(Limits::until(Icount(next))).map_err(|error| Failure::new(exit::INPUTS, error))?;
-        machine.take_output();
-        if let Pause::Ended(ended) = pause {
-            bar.finish_and_clear();
-            let text = format!("the run ended at icount {}, before {icount}: {ended}", machine.icount().0);
-            return Err(Failure::new(exit::STORE, text));
+    /// The run's last icount, if it ended in order.
+    pub fn end(&self) -> Option<u64> {
+        self.moment.run.manifest.outcome.as_ref().map(|outcome| outcome.icount)
+    }
+
+    /// Goes on to a later moment of the run. True if the run ends before it, or there.
+    pub fn advance(&mut self, icount: u64) -> Result<bool, Failure> {
+        let Moment { run, machine, .. } = &mut self.moment;
+        match moment::advance(machine, &run.manifest, Icount(icount), &mut |_| {}) {
+            Ok(()) => Ok(machine.ended().is_some()),
+            Err(MomentError::BeyondEnd { .. }) => Ok(true),
+            Err(error) => Err(failure(error)),
         }
-        bar.set_position(machine.icount().0);
     }
+}
+
+/// Opens the moment asked for.
+pub(super) fn open(arguments: &MomentArgs) -> Result<Standing, Failure> {
+    let name: MomentName = arguments.moment.parse().map_err(|error: moment::NameError| failure(error.into()))?;
+    open_named(&arguments.place, &name)
+}
+
+/// Opens a run at an icount.
+pub(super) fn open_run(place: &RunPlaceArgs, run: &str, icount: u64) -> Result<Standing, Failure> {
+    open_named(place, &MomentName { run: run.to_owned(), icount: Some(Icount(icount)) })
+}
+
+fn open_named(place: &RunPlaceArgs, name: &MomentName) -> Result<Standing, Failure> {
+    let options = MomentOptions { image: place.image.clone(), ..MomentOptions::default() };
+    let bar = bar(name.icount.map_or(0, |icount| icount.0));
+    let moment = Moment::open(&place.runs, name, &options, &mut |icount| bar.set_position(icount.0));
     bar.finish_and_clear();
-    Ok(())
+    Ok(Standing { moment: moment.map_err(failure)? })
 }
 
-/// Opens the machine at the moment asked for.
-pub(super) fn open(arguments: &MomentArgs) -> Result<Machine, Failure> {
-    let (run, icount) = split(&arguments.moment)?;
-    let mut opened = open_run(&arguments.runs, run)?;
-    run_to(&mut opened.machine, icount)?;
-    Ok(opened.machine)
+/// The exit code of a moment that cannot be opened.
+pub(super) fn failure(error: MomentError) -> Failure {
+    let code = match &error {
+        MomentError::Name(_) | MomentError::NoSuchRun { .. } | MomentError::Ambiguous { .. } => exit::USAGE,
+        MomentError::BeyondEnd { .. } | MomentError::NoEnd { .. } => exit::USAGE,
+        MomentError::Inputs(_) | MomentError::ForeignInputs(_) => exit::INPUTS,
+        MomentError::Image(_) | MomentError::OtherImage { .. } => exit::IMAGE,
+        MomentError::Machine(_) => exit::HOST,
+        _ => exit::STORE,
+    };
+    Failure::new(code, error)
 }
 
-fn bar(length: u64) -> ProgressBar {
+/// A progress bar up to an icount, on a terminal.
+pub(super) fn bar(length: u64) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }

@@ -10,13 +10,15 @@ use orrery_devices::disk::Disk;
 /// Most bytes of one file that are read.
 const FILE_MAX: u64 = 1 << 30;
 
-/// A file as it is found: which version of it, and its contents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Which file it is, and which version of it, as the guest's kernel says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FileVersion {
+    /// Number of its inode.
+    pub inode: u64,
     /// Bytes.
     pub len: u64,
     /// Seconds since 1970 at which it was written.
-    pub modified: i64,
+    pub modified: u64,
 }
 
 /// The file systems of the guest's disks.
@@ -25,25 +27,26 @@ pub(super) struct Files<'a> {
     mounted: OnceCell<Vec<Ext4>>,
 }
 
-/// Bytes of the superblock with the flag that the journal has something to be replayed (Linux,
-/// Documentation/filesystems/ext4/super.rst: `s_feature_incompat`, INCOMPAT_RECOVER).
-const RECOVER_BYTE: u64 = 1024 + 0x60;
-const RECOVER_BIT: u8 = 0x4;
+/// Bytes of the superblock with the flags that there is a journal and that it has something to be replayed (Linux,
+/// Documentation/filesystems/ext4/super.rst: COMPAT_HAS_JOURNAL and INCOMPAT_RECOVER, both 4).
+const JOURNAL_BYTES: [u64; 2] = [1024 + 0x5C, 1024 + 0x60];
+const JOURNAL_BIT: u8 = 0x4;
 
 /// A disk for the file system's reader, which wants one of its own. The base is shared; only written pages are copied.
 struct Reader {
     disk: CowDisk,
-    /// Hides that there is a journal to be replayed.
+    /// Hides that there is a journal.
     without_journal: bool,
 }
 
 impl Ext4Read for Reader {
     fn read(&mut self, start: u64, into: &mut [u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync + 'static>> {
         self.disk.read_at(start, into)?;
-        if self.without_journal
-            && let Some(byte) = RECOVER_BYTE.checked_sub(start).and_then(|at| into.get_mut(at as usize))
-        {
-            *byte &= !RECOVER_BIT;
+        let places = JOURNAL_BYTES.iter().filter_map(|place| place.checked_sub(start));
+        for place in places.filter(|_| self.without_journal) {
+            if let Some(byte) = into.get_mut(place as usize) {
+                *byte &= !JOURNAL_BIT;
+            }
         }
         Ok(())
     }
@@ -68,22 +71,13 @@ impl<'a> Files<'a> {
         })
     }
 
-    /// The version of a file, from the first disk that has it.
-    pub fn version(&self, path: &str) -> Option<FileVersion> {
+    /// The contents of a file, from the first disk that has it.
+    pub fn read(&self, path: &str) -> Option<Vec<u8>> {
         let path = Path::try_from(path).ok()?;
         self.mounted().iter().find_map(|disk| {
             let metadata = disk.metadata(path).ok()?;
-            let version = FileVersion { len: metadata.len(), modified: metadata.modified().seconds() };
-            metadata.file_type().is_regular_file().then_some(version)
+            let wanted = metadata.file_type().is_regular_file() && metadata.len() <= FILE_MAX;
+            disk.read(path).ok().filter(|_| wanted)
         })
-    }
-
-    /// The contents of a file, from the first disk that has it.
-    pub fn read(&self, path: &str) -> Option<Vec<u8>> {
-        if self.version(path)?.len > FILE_MAX {
-            return None;
-        }
-        let path = Path::try_from(path).ok()?;
-        self.mounted().iter().find_map(|disk| disk.read(path).ok())
     }
 }

@@ -22,6 +22,8 @@ const IMAGE_MAX: u64 = 512 << 20;
 /// Most modules and most symbols of one.
 const MODULES_MAX: usize = 4096;
 const MODULE_SYMBOLS_MAX: u64 = 1 << 18;
+/// Longest name of a module (MODULE_NAME_LEN).
+const MODULE_NAME_MAX: usize = 56;
 /// Bytes of an ELF symbol (Elf64_Sym).
 const ELF_SYMBOL_BYTES: usize = 24;
 
@@ -63,6 +65,7 @@ pub struct Kernel {
 struct Landmarks {
     init_task: Option<u64>,
     per_cpu_offset: Option<u64>,
+    modules: Option<u64>,
     /// Offset of the current task's pointer in the per-CPU area.
     current_task: Option<u64>,
 }
@@ -121,6 +124,7 @@ impl Kernel {
         let hot = layout.as_ref().ok().and_then(|layout| layout.pcpu_hot_current);
         let landmarks = Landmarks {
             init_task: symbols.address("init_task"),
+            modules: symbols.address("modules"),
             per_cpu_offset: symbols.address("__per_cpu_offset"),
             current_task: symbols
                 .address("current_task")
@@ -165,15 +169,22 @@ impl Kernel {
         Ok(space.u64(area.wrapping_add(offset))?)
     }
 
-    /// The modules that are loaded now. What cannot be read of one is left out.
-    pub fn modules(&self, space: &AddressSpace) -> Result<Vec<Module>, InspectError> {
-        let layout = self.layout()?;
-        let Some(places) = &layout.module else { return Ok(Vec::new()) };
-        let head = self.variable("modules")?;
+    /// Addresses and names of the modules that are loaded now, the latest first.
+    pub fn module_names(&self, space: &AddressSpace) -> Result<Vec<(u64, String)>, InspectError> {
+        let Some(places) = &self.layout()?.module else { return Ok(Vec::new()) };
+        let head = self.landmarks.modules.ok_or(InspectError::NoSymbol { name: "modules" })?;
+        let found = list(space, head, places.list, MODULES_MAX).map_while(Result::ok);
+        let name =
+            |address: u64| Some((address, space.string(address.wrapping_add(places.name), MODULE_NAME_MAX).ok()?));
+        Ok(found.map_while(name).collect())
+    }
+
+    /// Those modules. What cannot be read of one is left out.
+    pub fn modules(&self, space: &AddressSpace, names: &[(u64, String)]) -> Result<Vec<Module>, InspectError> {
+        let Some(places) = &self.layout()?.module else { return Ok(Vec::new()) };
         let mut modules = Vec::new();
-        for address in list(space, head, places.list, MODULES_MAX) {
-            let Ok(address) = address else { break };
-            let Ok(name) = space.string(address + places.name, 56) else { break };
+        for (address, name) in names {
+            let (address, name) = (*address, name.clone());
             modules.push(Module {
                 name,
                 address,
@@ -181,15 +192,19 @@ impl Kernel {
                     .memory
                     .iter()
                     .filter_map(|(base, size)| {
-                        let start = space.u64(address + base).ok()?;
-                        let bytes = space.u32(address + size).ok()?;
+                        let start = space.u64(address.wrapping_add(*base)).ok()?;
+                        let bytes = space.u32(address.wrapping_add(*size)).ok()?;
                         (start != 0 && bytes != 0).then(|| start..start.saturating_add(u64::from(bytes)))
                     })
                     .collect(),
                 symbols: module_symbols(space, address, places).unwrap_or_default(),
                 orc: places.orc.and_then(|(count, ips, entries)| {
-                    let count = space.u32(address + count).ok()?;
-                    Some((space.u64(address + ips).ok()?, space.u64(address + entries).ok()?, u64::from(count)))
+                    let count = space.u32(address.wrapping_add(count)).ok()?;
+                    Some((
+                        space.u64(address.wrapping_add(ips)).ok()?,
+                        space.u64(address.wrapping_add(entries)).ok()?,
+                        u64::from(count),
+                    ))
                 }),
             });
         }
@@ -244,10 +259,10 @@ fn module_symbols(
     module: u64,
     places: &super::layout::ModulePlaces,
 ) -> Result<SymbolTable, ReadError> {
-    let table = space.u64(module + places.kallsyms)?;
-    let symbols = space.u64(table + places.symbols)?;
-    let count = space.u32(table + places.symbol_count)?;
-    let strings = space.u64(table + places.strings)?;
+    let table = space.u64(module.wrapping_add(places.kallsyms))?;
+    let symbols = space.u64(table.wrapping_add(places.symbols))?;
+    let count = space.u32(table.wrapping_add(places.symbol_count))?;
+    let strings = space.u64(table.wrapping_add(places.strings))?;
     let count = u64::from(count).min(MODULE_SYMBOLS_MAX) as usize;
     let bytes = space.read_up_to(symbols, count * ELF_SYMBOL_BYTES);
     let mut result = SymbolTable::default();
@@ -267,4 +282,31 @@ fn module_symbols(
     }
     result.finish();
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::ram;
+
+    #[test]
+    fn lists_end_whatever_they_hold() {
+        let memory = ram::create(1 << 20).unwrap();
+        let space = AddressSpace::physical(&memory);
+        let link = |from: u64, to: u64| memory.write_obj(to, GuestAddress(from)).unwrap();
+        let found = |limit| list(&space, 0x1000, 0x10, limit).collect::<Vec<_>>();
+        for (from, to) in [(0x1000, 0x2010), (0x2010, 0x3010), (0x3010, 0x1000)] {
+            link(from, to);
+        }
+        assert_eq!(found(100), [Ok(0x2000), Ok(0x3000)]);
+        assert_eq!(found(1), [Ok(0x2000)]);
+        link(0x3010, 0x2010); // a cycle that does not come back to the head
+        assert_eq!(found(100), [Ok(0x2000), Ok(0x3000)]);
+        link(0x3010, 0xFFFF_0000); // outside RAM
+        let found = found(100);
+        assert_eq!(found.len(), 4, "{found:?}");
+        assert!(found[3].is_err());
+    }
 }

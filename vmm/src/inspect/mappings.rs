@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
+pub use super::files::FileVersion;
 use super::layout::{Layout, VmaPlaces};
 use super::memory::{AddressSpace, ReadError};
 
@@ -40,6 +41,9 @@ pub struct Mapping {
 pub struct MappedFile {
     /// Path, as seen from the root of the file system that `/` is.
     pub path: String,
+    /// Which version of the file.
+    #[serde(skip)]
+    pub version: FileVersion,
     /// Kind of file system, such as `ext4`; `vdso` for the page of code that the kernel gives to every process.
     pub file_system: String,
 }
@@ -59,7 +63,10 @@ pub(super) fn mappings(space: &AddressSpace, layout: &Layout, mm: u64) -> Vec<Ma
         VmaPlaces::Maple { root, .. } => {
             let root = space.u64(mm.wrapping_add(root)).unwrap_or(0);
             let mut tree = MapleTree { space, places: &layout.mm_vmas, areas: &mut areas, seen: BTreeSet::new() };
-            tree.walk(root, u64::MAX, MAPLE_DEPTH_MAX);
+            // The root has bits 1:0 = 10 if it is a node; an empty tree has none, nor has one with index 0 alone.
+            if root & 3 == 2 {
+                tree.walk(root, u64::MAX, MAPLE_DEPTH_MAX);
+            }
         }
     }
     let vdso = layout.mm_vdso.and_then(|offset| space.u64(mm.wrapping_add(offset)).ok());
@@ -82,9 +89,8 @@ impl MapleTree<'_> {
     /// Adds the areas below an entry of the tree, whose last index is `last`.
     fn walk(&mut self, entry: u64, last: u64, depth: usize) {
         let VmaPlaces::Maple { range, range_slots, allocation, allocation_slots, .. } = *self.places else { return };
-        // An internal entry has bits 1:0 = 10; a tree with one area at index 0 alone has no node, nor has an empty one.
         let full = self.seen.len() > MAPPINGS_MAX || self.areas.len() > MAPPINGS_MAX;
-        if entry & 3 != 2 || entry <= 4096 || full || depth == 0 {
+        if entry <= 4096 || full || depth == 0 {
             return;
         }
         let kind = entry >> 3 & 0xF;
@@ -124,7 +130,10 @@ fn mapping(space: &AddressSpace, layout: &Layout, area: u64, vdso: Option<u64>) 
     let (start, end, flags) = (read(layout.vma_start)?, read(layout.vma_end)?, read(layout.vma_flags)?);
     let file = read(layout.vma_file)?;
     let file = match file {
-        0 if vdso == Some(start) => Some(MappedFile { path: "[vdso]".into(), file_system: "vdso".into() }),
+        0 if vdso == Some(start) => {
+            let version = FileVersion { inode: 0, len: end.saturating_sub(start), modified: 0 };
+            Some(MappedFile { path: "[vdso]".into(), version, file_system: "vdso".into() })
+        }
         0 => None,
         file => mapped_file(space, layout, file).ok(),
     };
@@ -147,7 +156,14 @@ pub(super) fn mapped_file(space: &AddressSpace, layout: &Layout, file: u64) -> R
     let super_block = space.u64(inode.wrapping_add(layout.inode_sb))?;
     let kind = space.u64(super_block.wrapping_add(layout.sb_type))?;
     let name = space.u64(kind.wrapping_add(layout.fs_type_name))?;
-    Ok(MappedFile { path: path_of(space, layout, dentry, mount)?, file_system: space.string(name, 32)? })
+    let member =
+        |offset: Option<u64>| offset.and_then(|offset| space.u64(inode.wrapping_add(offset)).ok()).unwrap_or(0);
+    let version = FileVersion {
+        inode: member(layout.inode_number),
+        len: member(layout.inode_size),
+        modified: member(layout.inode_modified),
+    };
+    Ok(MappedFile { path: path_of(space, layout, dentry, mount)?, version, file_system: space.string(name, 32)? })
 }
 
 /// The path of a directory entry: names up to the root of its file system, then on from where that is mounted.

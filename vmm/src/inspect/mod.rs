@@ -39,6 +39,7 @@ mod mappings;
 pub mod memory;
 pub mod object;
 mod orc;
+pub mod profile;
 mod symbols;
 mod tasks;
 mod unwind;
@@ -93,14 +94,20 @@ pub enum InspectError {
     },
 }
 
+/// What was read from files, by path and version; None for what is no program.
+type Objects = BTreeMap<(String, FileVersion), Option<Arc<Object>>>;
+
 /// What stays the same from one moment of a guest to the next: the kernel's tables, and what was read from programs'
 /// files. Sharing it makes the second [`Inspector`] cheap. One cache may serve any number of guests.
 #[derive(Default)]
 pub struct InspectCache {
     kernels: Mutex<Vec<Arc<Kernel>>>,
-    objects: Mutex<BTreeMap<(String, FileVersion), Option<Arc<Object>>>>,
+    objects: Mutex<Objects>,
+    modules: Mutex<Arc<[Module]>>,
 }
 
+/// Most bytes of the page of code that the kernel gives to every process.
+const VDSO_MAX: u64 = 1 << 20;
 /// Most kernels and most files that a cache keeps.
 const CACHED_KERNELS_MAX: usize = 4;
 const CACHED_OBJECTS_MAX: usize = 256;
@@ -114,7 +121,7 @@ pub struct Inspector<'a> {
     /// The kernel's view of memory.
     space: AddressSpace<'a>,
     kernel: OnceCell<Result<Arc<Kernel>, InspectError>>,
-    modules: OnceCell<Vec<Module>>,
+    modules: OnceCell<Arc<[Module]>>,
     mappings: Mutex<BTreeMap<u64, Arc<[Mapping]>>>,
 }
 
@@ -198,9 +205,15 @@ impl<'a> Inspector<'a> {
 
     /// The kernel modules that are loaded.
     pub fn modules(&self) -> &[Module] {
-        self.modules.get_or_init(|| match self.kernel() {
-            Ok(kernel) => kernel.modules(&self.space).unwrap_or_default(),
-            Err(_) => Vec::new(),
+        self.modules.get_or_init(|| {
+            let Ok(kernel) = self.kernel() else { return Arc::default() };
+            let mut known = self.cache.modules.lock().unwrap_or_else(PoisonError::into_inner);
+            let names = kernel.module_names(&self.space).unwrap_or_default();
+            let same = known.iter().map(|module| (module.address, module.name.as_str()));
+            if !same.eq(names.iter().map(|(address, name)| (*address, name.as_str()))) {
+                *known = kernel.modules(&self.space, &names).unwrap_or_default().into();
+            }
+            Arc::clone(&known)
         })
     }
 
@@ -269,23 +282,27 @@ impl<'a> Inspector<'a> {
     /// What is known of the file that a mapping shows.
     fn object(&self, task: &Task, mapping: &Mapping) -> Option<Arc<Object>> {
         let file = mapping.file.as_ref()?;
-        if file.file_system == "vdso" {
-            let bytes =
-                self.space_of(task).read_up_to(mapping.start, (mapping.end - mapping.start).min(1 << 20) as usize);
-            let version = FileVersion { len: bytes.len() as u64, modified: 0 };
-            return self.cached_object(&file.path, version, || Some(bytes));
+        // Files of other file systems are not on the disks, even if one of the same name is.
+        if file.file_system != "vdso" && !file.file_system.starts_with("ext") {
+            return None;
         }
-        let version = self.files.version(&file.path)?;
-        self.cached_object(&file.path, version, || self.files.read(&file.path))
+        self.cached_object(file, || {
+            if file.file_system == "vdso" {
+                let len = mapping.end.saturating_sub(mapping.start).min(VDSO_MAX);
+                return Some(self.space_of(task).read_up_to(mapping.start, len as usize));
+            }
+            self.files.read(&file.path)
+        })
     }
 
-    fn cached_object(
-        &self,
-        path: &str,
-        version: FileVersion,
-        read: impl FnOnce() -> Option<Vec<u8>>,
-    ) -> Option<Arc<Object>> {
-        let key = (path.to_owned(), version);
+    /// The contents of a file on the guest's disks: what the guest has written back, which may be less than what it
+    /// would read itself.
+    pub fn disk_file(&self, path: &str) -> Option<Vec<u8>> {
+        self.files.read(path)
+    }
+
+    fn cached_object(&self, file: &MappedFile, read: impl FnOnce() -> Option<Vec<u8>>) -> Option<Arc<Object>> {
+        let key = (file.path.clone(), file.version);
         let mut known = self.cache.objects.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(object) = known.get(&key) {
             return object.clone();

@@ -30,6 +30,7 @@ struct Tables {
 }
 
 /// One step up the kernel's stack.
+#[allow(clippy::large_enum_variant)] // made and taken apart at once, and never kept
 pub(super) enum OrcStep {
     /// The caller's registers, and whether the address is one to return to (not an interrupted one).
     Caller(Registers, bool),

@@ -16,6 +16,9 @@ use super::{InspectError, Inspector};
 /// Bytes of a kernel stack that are looked through, at most.
 const KERNEL_STACK_BYTES: u64 = 16 << 10;
 
+/// Most guesses in a row: behind so many there is more noise than stack.
+const GUESSES_MAX: usize = 8;
+
 /// What an address belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Symbol {
@@ -155,8 +158,8 @@ impl Inspector<'_> {
                 for own in program.lookup(name) {
                     let Some(offset) = program.offset_of_address(own) else { continue };
                     let inside = offset.wrapping_sub(mapping.offset);
-                    if inside < mapping.end - mapping.start {
-                        let address = mapping.start + inside;
+                    if inside < mapping.end.saturating_sub(mapping.start) {
+                        let address = mapping.start.wrapping_add(inside);
                         places.push(Place { address, object: Some(file.path.clone()), pid: Some(task.pid) });
                     }
                 }
@@ -167,8 +170,12 @@ impl Inspector<'_> {
 
     /// The stack of the running task, from the vCPU's registers on.
     pub fn backtrace(&self) -> Vec<Frame> {
-        let task = self.current_task().ok();
-        self.backtrace_from(task.as_ref(), Registers::of(self.cpu), self.cpu.cpl != 3)
+        self.backtrace_with(self.current_task().ok().as_ref())
+    }
+
+    /// The same, for callers that know the running task.
+    pub(super) fn backtrace_with(&self, task: Option<&Task>) -> Vec<Frame> {
+        self.backtrace_from(task, Registers::of(self.cpu), self.cpu.cpl != 3)
     }
 
     /// The stack of a task: from where it was put aside if it does not run now.
@@ -289,6 +296,7 @@ impl Inspector<'_> {
         let mappings = self.mappings(task);
         let object = |mapping: &super::Mapping| self.object(task, mapping);
         let space: AddressSpace = self.space_of(task);
+        let mut guesses = 0;
         let unwinder = UserUnwinder { space, mappings: &mappings, object: &object };
         let (mut registers, mut returning, mut how) = (start, false, How::Exact);
         while frames.len() < FRAMES_MAX {
@@ -304,6 +312,10 @@ impl Inspector<'_> {
                 symbol,
             });
             let Some(step) = unwinder.step(&registers, returning && !interrupted) else { break };
+            guesses = if step.how == How::Guess { guesses + 1 } else { 0 };
+            if guesses > GUESSES_MAX {
+                break;
+            }
             (registers, how) = (step.caller, step.how);
             returning = !interrupted;
         }

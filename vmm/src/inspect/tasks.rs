@@ -143,7 +143,7 @@ impl TaskReader<'_> {
         let layout = self.layout;
         let mut seen = BTreeSet::from([init]);
         let mut tasks = vec![self.task(init)?];
-        for leader in list(self.space, init + layout.task_tasks, layout.task_tasks, TASKS_MAX) {
+        for leader in list(self.space, init.wrapping_add(layout.task_tasks), layout.task_tasks, TASKS_MAX) {
             let Ok(leader) = leader else { break };
             let Ok(signal) = self.space.u64(leader.wrapping_add(layout.task_signal)) else { break };
             let threads =

@@ -131,8 +131,8 @@ impl UserUnwinder<'_> {
             }
             let by_go = || self.by_go(&object, address, registers);
             match by_go().or_else(|| self.by_tables(&object, address, pc, registers)) {
-                Some(Found::Caller(caller)) => return self.checked(registers, caller, How::Tables),
-                Some(Found::End) => return None,
+                Some(Some(caller)) => return self.checked(registers, caller, How::Tables),
+                Some(None) => return None,
                 None => {}
             }
         }
@@ -157,7 +157,7 @@ impl UserUnwinder<'_> {
             0 => registers.gpr[gpr::RBP],
             _ => self.space.u64(return_place.wrapping_sub(8)).ok(),
         };
-        Some(Found::Caller(caller))
+        Some(Some(caller))
     }
 
     /// By `.eh_frame` (Linux Standard Base, 10.6; DWARF 5, section 6.4).
@@ -199,10 +199,10 @@ impl UserUnwinder<'_> {
         }
         match row.register(gimli::X86_64::RA) {
             // An undefined return address marks the outermost frame.
-            Some(RegisterRule::Undefined) | None => Some(Found::End),
+            Some(RegisterRule::Undefined) | None => Some(None),
             Some(rule) => {
                 caller.rip = value(rule, None)?;
-                Some(if caller.rip == 0 { Found::End } else { Found::Caller(caller) })
+                Some(Some(caller).filter(|caller| caller.rip != 0))
             }
         }
     }
@@ -278,10 +278,8 @@ impl UserUnwinder<'_> {
     }
 }
 
-enum Found {
-    Caller(Registers),
-    End,
-}
+/// What unwind tables say of a frame's caller: its registers, or None where the stack ends.
+type Found = Option<Registers>;
 
 /// True if the bytes before an address are those of a call: E8 rel32, or FF /2 of two to seven bytes.
 pub(super) fn follows_call(space: &AddressSpace, address: u64) -> bool {
