@@ -49,7 +49,7 @@ demo: build images ## each image twice with one seed and once with another
 bench: build images ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench --
 
-bench-snapshots: ## branches, going back, snapshots; figures in target/bench-snapshots.json
+bench-snapshots: images ## branches, going back, snapshots; figures in target/bench-snapshots.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench-snapshots --
 
 clean: ## everything that was built

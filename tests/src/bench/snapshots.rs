@@ -9,8 +9,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use orrery_cpu::Icount;
 use orrery_guest_image::Image;
+use orrery_vmm::store::{Capture, Store, StoreWriter, Timeline};
 use orrery_vmm::{Limits, Machine, MachineConfig, Pause, Seed, Template};
 use serde::Serialize;
+
+use crate::workshop;
 
 /// Instructions that a child runs in the lines about throughput.
 const CHILD_INSTRUCTIONS: u64 = 100_000;
@@ -24,7 +27,7 @@ const RESET_PAGES: usize = 50;
 const LIVE: usize = 1_000;
 
 /// What can be measured.
-pub const NAMES: [(&str, &str); 10] = [
+pub const NAMES: [(&str, &str); 12] = [
     ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
     ("reset-50", "going back to the branch point after 50 pages were written"),
     ("branches-per-second", "going back and running 100,000 instructions"),
@@ -34,6 +37,8 @@ pub const NAMES: [(&str, &str); 10] = [
     ("parent-million", "a million instructions of its parent"),
     ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
     ("live-1000", "a branch while up to 1000 brothers live that have run 100,000 instructions each"),
+    ("snapshot-disk", "a snapshot of a booted Go guest on disk, after an earlier one and 10 million instructions more"),
+    ("restore-disk", "that guest from its snapshot on disk, until its first instruction has retired"),
     ("branch-4096", "a branch of a guest of 4 GiB, until its first instruction has retired"),
 ];
 
@@ -96,6 +101,9 @@ impl Figures {
     }
 }
 
+/// Measures a line of that name so many times.
+type Measure = fn(&mut Guest, &str, usize) -> Result<Line>;
+
 /// A guest that has filled its memory, frozen, and the machine that it was.
 pub struct Guest {
     parent: Machine,
@@ -146,7 +154,7 @@ impl Guest {
             lines.push(self.branch(&branch, rounds)?);
         }
         if mib == 512 {
-            let each: [(&str, fn(&mut Guest, &str, usize) -> Result<Line>); 8] = [
+            let each: [(&str, Measure); 8] = [
                 ("reset-50", Guest::reset),
                 ("branches-per-second", Guest::throughput),
                 ("branch-recycled", Guest::recycled),
@@ -299,6 +307,54 @@ impl Guest {
         }
         Ok(Line::of(name, micros).with("beyond_parent_mib", mib))
     }
+}
+
+/// Snapshots on disk of the image `go`, and back; the store is made below `directory` and removed again.
+pub fn disk(image: &Image, directory: &Path, wanted: &dyn Fn(&str) -> bool, rounds: usize) -> Result<Vec<Line>> {
+    const BOOTED: u64 = 400_000_000;
+    const BETWEEN: u64 = 10_000_000;
+    // The guest powers off after some 900 million instructions.
+    const DISK_ROUNDS: usize = 48;
+    let runs = directory.join("snapshots");
+    workshop::empty_directory(&runs)?;
+    let config = MachineConfig { memory_mib: 512, ..Default::default() };
+    let mut machine = Machine::new(image, &config, Seed(1), Default::default())?;
+    run(&mut machine, BOOTED)?;
+    let mut writer = StoreWriter::new(Store::open(&runs)?);
+    let mut timeline = Timeline::default();
+    let before = Instant::now();
+    let (capture, mut base) = Capture::take(&mut machine, None)?;
+    let mut record = writer.write(&mut timeline, &capture, false)?;
+    let first_ms = micros_since(before) / 1e3;
+    let (mut micros, mut waits, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for _ in 0..rounds.min(DISK_ROUNDS) {
+        run(&mut machine, BETWEEN)?;
+        let before = Instant::now();
+        let (capture, next) = Capture::take(&mut machine, Some(&base))?;
+        waits.push(micros_since(before));
+        record = writer.write(&mut timeline, &capture, false)?;
+        micros.push(micros_since(before));
+        bytes += capture.bytes();
+        base = next;
+    }
+    let mut lines = Vec::new();
+    if wanted("snapshot-disk") {
+        let mib = bytes as f64 / micros.len() as f64 / f64::from(1 << 20);
+        let line = Line::of("snapshot-disk", micros).with("first_ms", first_ms).with("mib", mib);
+        lines.push(line.with("guest_waits_p50_us", Line::of("", waits).p50_us));
+    }
+    if wanted("restore-disk") {
+        let mut micros = Vec::new();
+        for _ in 0..rounds.min(30) {
+            let before = Instant::now();
+            let mut back = writer.store().load(&record, image, Default::default())?;
+            run(&mut back, 1)?;
+            micros.push(micros_since(before));
+        }
+        lines.push(Line::of("restore-disk", micros));
+    }
+    std::fs::remove_dir_all(&runs).with_context(|| format!("cannot remove {}", runs.display()))?;
+    Ok(lines)
 }
 
 /// Microseconds from asking for a branch until its first instruction has retired.

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Parser;
 use orrery_guest_image::Image;
-use orrery_tests::bench::snapshots::{Figures, Guest, NAMES};
+use orrery_tests::bench::snapshots::{self, Figures, Guest, NAMES};
 use orrery_tests::{guests, workshop};
 
 /// Times branches, going back, and snapshots.
@@ -61,12 +61,20 @@ fn main() -> Result<ExitCode> {
     }
     let image = Image::open(guests::image(&["filler"])?)?;
     for mib in [512, 4096] {
-        if NAMES.iter().any(|(name, _)| wanted(name) && name.ends_with("-4096") == (mib == 4096)) {
+        let of_this = |name: &str| !name.ends_with("-disk") && name.ends_with("-4096") == (mib == 4096);
+        if NAMES.iter().any(|(name, _)| wanted(name) && of_this(name)) {
             let mut guest = Guest::boot(&image, mib)?;
             let lines = guest.measure(mib, &wanted, rounds)?;
             lines.iter().for_each(|line| println!("{}", line.text()));
             figures.lines.extend(lines);
         }
+    }
+    if NAMES.iter().any(|(name, _)| wanted(name) && name.ends_with("-disk")) {
+        let path = workshop::target().join("images/go.img");
+        let image = Image::open(&path).with_context(|| format!("`make images` builds {}", path.display()))?;
+        let lines = snapshots::disk(&image, &workshop::target().join("bench"), &wanted, rounds)?;
+        lines.iter().for_each(|line| println!("{}", line.text()));
+        figures.lines.extend(lines);
     }
     figures.write(&output)?;
     println!("figures: {}", output.display());
