@@ -308,6 +308,8 @@ fn executions_are_those_that_retired() {
             })
             .collect();
         assert_eq!(found, expected, "{config:?}");
+        let observation = Observation { every_execution: true, ..Observation::default() };
+        assert_eq!(guest(config.clone()).gather(&observation), expected, "{config:?}");
     }
 }
 

@@ -224,6 +224,7 @@ impl Core {
     pub fn set_now(&mut self, now: Icount) {
         self.limit = now.0;
         self.set_budget(0);
+        self.observed.forget_moment();
     }
 
     /// The bus of the current run.

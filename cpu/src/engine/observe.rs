@@ -62,6 +62,8 @@ pub struct Observation {
     /// Linear addresses of instructions: each time that one of them retires is noted. The run stops now and then
     /// to have the notes taken.
     pub executions: Vec<u64>,
+    /// Note each instruction that retires, and stop the run behind it.
+    pub every_execution: bool,
     /// Bytes: the run stops behind an instruction that accesses them.
     pub watchpoints: Vec<Watchpoint>,
 }
@@ -156,6 +158,7 @@ pub struct Observed {
     cuts: Arc<[u64]>,
     breakpoints: Vec<u64>,
     executions: Vec<u64>,
+    every_execution: bool,
     watchpoints: Vec<Watchpoint>,
     /// What physical watchpoints held last, to see whether a device changed it.
     values: Vec<Vec<u8>>,
@@ -186,6 +189,12 @@ impl Observed {
         self.stop
     }
 
+    /// Another moment is loaded: what belongs to the one before is void.
+    pub fn forget_moment(&mut self) {
+        self.hits.clear();
+        (self.stop, self.passed, self.entered) = (false, None, None);
+    }
+
     fn push(&mut self, hit: Hit) {
         if let Hit::Access { watchpoint, write, .. } = hit {
             // An operand that spans two pages is looked at more than once.
@@ -195,7 +204,8 @@ impl Observed {
             }
         }
         self.hits.push(hit);
-        self.stop |= !matches!(hit, Hit::Execution { .. }) || self.hits.len() >= RECORDS_MAX;
+        let execution = matches!(hit, Hit::Execution { .. });
+        self.stop |= !execution || self.every_execution || self.hits.len() >= RECORDS_MAX;
     }
 }
 
@@ -216,6 +226,7 @@ impl Core {
             cuts: cuts.into(),
             breakpoints: sorted(&observation.breakpoints),
             executions: sorted(&observation.executions),
+            every_execution: observation.every_execution,
             watchpoints: observation.watchpoints.clone(),
             passed,
             ..Observed::default()
@@ -290,13 +301,15 @@ impl Core {
     /// The instruction at RIP is to be executed alone, because its execution is recorded.
     #[inline]
     pub fn records_execution(&self) -> bool {
-        !self.observed.executions.is_empty() && self.observed.executions.binary_search(&self.state().rip).is_ok()
+        let observed = &self.observed;
+        observed.every_execution
+            || !observed.executions.is_empty() && observed.executions.binary_search(&self.state().rip).is_ok()
     }
 
     /// The code at RIP has been found and is about to be entered; true if the run stops instead.
     #[inline]
     pub fn observe_entry(&mut self) -> bool {
-        if self.observed.cuts.is_empty() {
+        if self.observed.cuts.is_empty() && !self.observed.every_execution {
             return false;
         }
         let (now, rip) = (self.now().0, self.state().rip);
