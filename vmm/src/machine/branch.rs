@@ -261,6 +261,11 @@ impl Template {
         self.0.state.icount
     }
 
+    /// A page of its RAM by number (guest-physical address / 4096); None outside RAM.
+    pub fn page(&self, page: u64) -> Option<&ram::Page> {
+        self.0.ram.page(page)
+    }
+
     /// The seed of its past.
     pub fn seed(&self) -> Seed {
         self.0.state.seed

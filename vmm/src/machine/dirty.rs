@@ -68,12 +68,15 @@ pub(super) struct DirtyPages {
     pub branch: PageSet,
     /// Ever written by this machine.
     pub owned: PageSet,
+    /// Written since the last of the moments that are kept in memory, see [`super::checkpoints`].
+    pub history: PageSet,
 }
 
 impl DirtyPages {
     /// Nothing written yet; RAM has no page at `end` or above.
     pub fn new(end: u64) -> DirtyPages {
-        DirtyPages { digest: PageSet::new(end), branch: PageSet::new(end), owned: PageSet::new(end) }
+        let none = || PageSet::new(end);
+        DirtyPages { digest: none(), branch: none(), owned: none(), history: none() }
     }
 
     /// A page was written.
@@ -81,6 +84,7 @@ impl DirtyPages {
         self.digest.insert(page);
         self.branch.insert(page);
         self.owned.insert(page);
+        self.history.insert(page);
     }
 }
 

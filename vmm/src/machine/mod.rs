@@ -7,6 +7,7 @@
 pub mod board;
 mod branch;
 mod bus;
+pub mod checkpoints;
 mod devices;
 pub mod dirty;
 mod hash;
@@ -27,6 +28,7 @@ use orrery_guest_image::Image;
 
 pub use board::{Board, Output};
 pub use branch::{BranchError, Template};
+pub use checkpoints::Checkpoints;
 pub use save::SavedMachine;
 pub use state::{MachineState, StateError};
 
@@ -281,6 +283,25 @@ impl Machine {
     /// Lets the next [`Machine::run`] execute the instruction at RIP even if there is a breakpoint on it.
     pub fn pass_breakpoint(&mut self) {
         self.engine.pass_breakpoint();
+    }
+
+    /// Writes RAM from outside, which makes this machine's future its own: no run has it. False, and nothing is
+    /// written, if some of the bytes are not RAM.
+    pub fn poke_memory(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+        let memory = &self.board.memory;
+        if !memory.check_range(GuestAddress(gpa), bytes.len()) || memory.write_slice(bytes, GuestAddress(gpa)).is_err()
+        {
+            return false;
+        }
+        self.note_device_writes();
+        true
+    }
+
+    /// Changes registers from outside, see [`Machine::poke_memory`].
+    pub fn poke_cpu(&mut self, change: impl FnOnce(&mut CpuState)) {
+        change(self.engine.state_mut());
+        self.engine.state_replaced();
     }
 
     /// Output since the last call.

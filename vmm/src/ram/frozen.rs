@@ -142,25 +142,32 @@ impl FrozenRam {
         self.file.page(page)
     }
 
-    /// Writes the page's frozen content over a machine's own page and calls `changed` with each range of bytes
-    /// (offset in the page, length; multiples of 64) that was different.
-    pub fn restore_page(&self, memory: &GuestMemory, page: u64, mut changed: impl FnMut(u64, u64)) {
-        const LINE: usize = 64;
-        let (Some(frozen), Some(target)) = (self.page(page), host_address(memory, page)) else { return };
-        // SAFETY: a page of RAM; the machine does not run, so nobody else writes it while the reference lives.
-        let current = unsafe { &mut *target.cast::<Page>() };
-        let mut run: Option<usize> = None;
-        for (index, (now, then)) in current.chunks_exact_mut(LINE).zip(frozen.chunks_exact(LINE)).enumerate() {
-            if *now != *then {
-                now.copy_from_slice(then);
-                run.get_or_insert(index);
-            } else if let Some(first) = run.take() {
-                changed((first * LINE) as u64, ((index - first) * LINE) as u64);
-            }
+    /// Writes the page's frozen content over a machine's own page, see [`overwrite_page`].
+    pub fn restore_page(&self, memory: &GuestMemory, page: u64, changed: impl FnMut(u64, u64)) {
+        if let Some(frozen) = self.page(page) {
+            overwrite_page(memory, page, frozen, changed);
         }
-        if let Some(first) = run {
-            changed((first * LINE) as u64, (PAGE_BYTES - first * LINE) as u64);
+    }
+}
+
+/// Writes `content` over a machine's page and calls `changed` with each range of bytes (offset in the page, length;
+/// multiples of 64) that was different.
+pub fn overwrite_page(memory: &GuestMemory, page: u64, content: &Page, mut changed: impl FnMut(u64, u64)) {
+    const LINE: usize = 64;
+    let Some(target) = host_address(memory, page) else { return };
+    // SAFETY: a page of RAM; the machine does not run, so nobody else writes it while the reference lives.
+    let current = unsafe { &mut *target.cast::<Page>() };
+    let mut run: Option<usize> = None;
+    for (index, (now, then)) in current.chunks_exact_mut(LINE).zip(content.chunks_exact(LINE)).enumerate() {
+        if *now != *then {
+            now.copy_from_slice(then);
+            run.get_or_insert(index);
+        } else if let Some(first) = run.take() {
+            changed((first * LINE) as u64, ((index - first) * LINE) as u64);
         }
+    }
+    if let Some(first) = run {
+        changed((first * LINE) as u64, (PAGE_BYTES - first * LINE) as u64);
     }
 }
 
@@ -271,7 +278,7 @@ fn host_address(memory: &GuestMemory, page: u64) -> Option<*mut u8> {
     Some(unsafe { region.as_ptr().add(offset.0 as usize) })
 }
 
-fn host_page(memory: &GuestMemory, page: u64) -> Option<&Page> {
+pub fn host_page(memory: &GuestMemory, page: u64) -> Option<&Page> {
     // SAFETY: a page of the mapping that `memory` holds; the machine does not run while the reference lives.
     host_address(memory, page).map(|at| unsafe { &*at.cast::<Page>() })
 }

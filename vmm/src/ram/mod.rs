@@ -12,6 +12,7 @@ use orrery_devices::layout::ram_ranges;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 pub use frozen::{FrozenFile, FrozenRam, Page};
+pub(crate) use frozen::{host_page, overwrite_page};
 
 /// RAM could not be had from the host.
 #[derive(Debug, thiserror::Error)]
