@@ -11,6 +11,8 @@ need /bin/busybox busybox-static
 need /sbin/mke2fs e2fsprogs
 need /usr/lib/go-1.19/bin/go golang-go
 [ -x "$(command -v jlink || true)" ] || missing="$missing openjdk-17-jdk-headless"
+# The tests of the debugger are skipped without it.
+[ "$(id -u)" -ne 0 ] || command -v gdb >/dev/null || missing="$missing gdb"
 command -v gcc >/dev/null || missing="$missing gcc libc6-dev"
 [ -n "$missing" ] || exit 0
 

@@ -25,6 +25,7 @@ pub mod boot;
 pub mod chain;
 pub mod cli;
 pub mod config;
+pub mod debug;
 pub mod digest;
 pub mod guest_agent;
 pub mod host;

@@ -10,6 +10,7 @@ mod backtrace;
 mod branch;
 mod cat;
 mod console;
+mod debug;
 mod diff;
 mod disassemble;
 mod doctor;
@@ -17,18 +18,23 @@ pub mod exit;
 mod export;
 mod image;
 mod import;
+mod last_write;
 mod memory;
 mod profile;
 mod ps;
 mod registers;
+mod replay;
 mod run;
 mod runs;
 mod shell;
 mod snapshot;
 mod standing;
 mod store;
+mod subject;
+mod trace;
 mod tree;
 mod verify;
+mod when;
 
 use clap::{CommandFactory, Parser};
 
@@ -76,6 +82,11 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::Profile(arguments) => profile::profile(arguments),
         Command::Shell(arguments) => shell::shell(arguments),
         Command::Cat(arguments) => cat::cat(arguments),
+        Command::Replay(arguments) => replay::replay(arguments),
+        Command::Debug(arguments) => debug::debug(arguments),
+        Command::LastWrite(arguments) => last_write::last_write(arguments),
+        Command::When(arguments) => when::when(arguments),
+        Command::Trace(arguments) => trace::trace(arguments),
         Command::Completions(arguments) => {
             let mut command = Cli::command();
             clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());

@@ -261,9 +261,9 @@ impl Template {
         self.0.state.icount
     }
 
-    /// A page of its RAM by number (guest-physical address / 4096); None outside RAM.
-    pub fn page(&self, page: u64) -> Option<&ram::Page> {
-        self.0.ram.page(page)
+    /// Its RAM.
+    pub(super) fn ram(&self) -> Arc<FrozenRam> {
+        Arc::clone(&lock(&self.0.ram).frozen)
     }
 
     /// The seed of its past.

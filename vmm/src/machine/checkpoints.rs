@@ -10,14 +10,16 @@ use std::sync::Arc;
 use orrery_cpu::Icount;
 use orrery_cpu::memory::PAGE_SIZE;
 
-use super::branch::{BranchError, Template};
+use super::branch::BranchError;
 use super::state::MachineState;
 use super::{Machine, dirty::PageSet};
-use crate::ram::Page;
+use crate::ram::{FrozenRam, Page};
 
 /// The moments of one machine. Only to be used with the machine that made it.
 pub struct Checkpoints {
-    base: Template,
+    /// RAM at the first point.
+    base: Arc<FrozenRam>,
+    first: Icount,
     /// By icount; the first one is the base.
     points: BTreeMap<u64, Point>,
     /// For each page that was ever written: its content at those points before which it had been written.
@@ -43,7 +45,7 @@ impl Checkpoints {
 
     /// Icount of the first point.
     pub fn first(&self) -> Icount {
-        self.base.icount()
+        self.first
     }
 
     /// How many points there are.
@@ -108,11 +110,11 @@ impl Machine {
     /// Freezes this moment as the first point of a history. At most about `bytes_max` bytes of pages are kept for
     /// later points.
     pub fn begin_checkpoints(&mut self, bytes_max: u64) -> Result<Checkpoints, BranchError> {
-        let base = self.freeze()?;
+        let base = self.freeze()?.ram();
         let at = self.icount().0;
         self.dirty.history.take();
         let points = BTreeMap::from([(at, Point { state: self.state(), pages: Vec::new() })]);
-        Ok(Checkpoints { base, points, versions: BTreeMap::new(), bytes: 0, bytes_max, at })
+        Ok(Checkpoints { base, first: Icount(at), points, versions: BTreeMap::new(), bytes: 0, bytes_max, at })
     }
 
     /// Adds this moment, unless there is one with its icount. To be called at the first moment of an icount, which is
