@@ -177,7 +177,7 @@ def debug_race(bench, name, function):
     moment = f"{name}-{seed}-001@end"
     words = bench.gdb(runs, moment, [
         f"symbol-file {program}", f"break {function}", "reverse-continue", 'printf "failed %lu\\n", $icount',
-        "delete", "watch -l *(long*)&" + ("counter" if name == "race" else "'main.counter'"),
+        "delete", "watch " + ("counter" if name == "race" else "'main.counter'"),
         "reverse-continue", 'printf "second %lu\\n", $icount', "info symbol $rip",
         'printf "base2 %lu\\n", $fs_base',
         "reverse-continue", 'printf "first %lu\\n", $icount', "info symbol $rip",
