@@ -327,8 +327,8 @@ impl Moment {
 }
 
 /// A machine at a snapshot.
-struct Start {
-    machine: Machine,
+pub(crate) struct Start {
+    pub(crate) machine: Machine,
     record: SnapshotRecord,
     base: (CaptureBase, Timeline),
 }
@@ -366,7 +366,7 @@ fn candidates(run: &RunReference, inputs: &[Input], target: Icount) -> Vec<Snaps
 }
 
 /// The machine of the last snapshot that is whole. Damaged ones cost time and nothing else.
-fn nearest(
+pub(crate) fn nearest(
     run: &RunReference,
     inputs: &[Input],
     target: Icount,

@@ -801,6 +801,9 @@ pub struct SubjectArgs {
     /// The run's image, if it is not where it was when the run was made
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
+    /// Use no snapshots: run again from power-on
+    #[arg(long)]
+    pub from_power_on: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub engine: EngineArgs,

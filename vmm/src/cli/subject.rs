@@ -15,7 +15,11 @@ use crate::moment::{MomentError, MomentName, MomentOptions, RunReference};
 pub(super) fn open(name: &str, arguments: &SubjectArgs) -> Result<(Subject, MomentName), Failure> {
     let name: MomentName = name.parse().map_err(|error| Failure::new(exit::USAGE, error))?;
     let run = RunReference::find(&arguments.runs, &name.run).map_err(moment_failure)?;
-    let options = MomentOptions { image: arguments.image.clone(), engine: engine_config(&arguments.engine) };
+    let options = MomentOptions {
+        image: arguments.image.clone(),
+        engine: engine_config(&arguments.engine),
+        from_power_on: arguments.from_power_on,
+    };
     let subject = Subject::open(run, options).map_err(failure)?;
     Ok((subject, name))
 }

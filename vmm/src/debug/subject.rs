@@ -7,7 +7,7 @@ use super::DebugError;
 use crate::config::Seed;
 use crate::inputs::Input;
 use crate::machine::Machine;
-use crate::moment::{MomentOptions, RunReference};
+use crate::moment::{self, MomentOptions, RunReference};
 use crate::run::directory;
 use crate::run::manifest::Manifest;
 
@@ -32,12 +32,19 @@ impl Subject {
         &self.run.manifest
     }
 
-    /// A machine that stands at some moment at or before `icount`, the later the better.
-    pub fn machine_before(&self, _icount: Icount) -> Result<Machine, DebugError> {
-        let manifest = self.manifest();
-        let engine = self.options.engine.clone();
-        let mut machine = Machine::new(&self.image, &manifest.machine, Seed(manifest.seed), engine)?;
-        machine.replay(self.inputs.clone());
+    /// A machine that stands at some moment at or before `icount`: that of the nearest snapshot, or power-on. A damaged
+    /// snapshot is passed over, since an earlier one does as well.
+    pub fn machine_before(&self, icount: Icount) -> Result<Machine, DebugError> {
+        let (manifest, engine) = (self.manifest(), &self.options.engine);
+        let found = match self.options.from_power_on {
+            true => None,
+            false => moment::nearest(&self.run, &self.inputs, icount, &self.image, engine, &mut Vec::new()),
+        };
+        let mut machine = match found {
+            Some(start) => start.machine,
+            None => Machine::new(&self.image, &manifest.machine, Seed(manifest.seed), engine.clone())?,
+        };
+        machine.replay(self.inputs[machine.inputs_entered() as usize..].to_vec());
         Ok(machine)
     }
 
