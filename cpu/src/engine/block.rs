@@ -71,9 +71,14 @@ pub const SPARE_WINDOWS: usize = 64;
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct SpareWindow {
-    /// Linear page number of RSP; 0 if there is none.
+    /// Linear page number of RSP, or [`SpareWindow::NONE`].
     pub page: u64,
     pub window: StackWindow,
+}
+
+impl SpareWindow {
+    /// No page number: a stack may well be in page 0.
+    pub const NONE: u64 = u64::MAX;
 }
 
 /// Space for an operand that has no single host address: page-crossing or memory-mapped I/O.

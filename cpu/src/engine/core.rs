@@ -286,7 +286,8 @@ impl Core {
         if block.crossings.0 < OFTEN {
             return;
         }
-        let rare = now - block.crossings.1 > u64::from(OFTEN) * INSTRUCTIONS_BETWEEN;
+        // A machine that goes back to an earlier state has an earlier icount.
+        let rare = now.wrapping_sub(block.crossings.1) > u64::from(OFTEN) * INSTRUCTIONS_BETWEEN;
         block.crossings = (0, now);
         if !rare {
             let start = block.start();
@@ -515,6 +516,7 @@ impl Core {
         let previous = signals::gs_base();
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
+        self.debug_hits = 0;
         let stop = self.dispatch();
         self.observe_retirement();
         self.store_fpu();
@@ -652,19 +654,14 @@ impl Core {
             let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
+            let mut attention = false;
             if was_careful {
-                if argument == exit::ABORTED {
+                if matches!(argument, exit::ABORTED | exit::FAULT) {
                     self.commit = None;
                     self.observe_abort();
                 } else {
                     self.commit();
-                    if self.bus().attention() {
-                        // The instruction has retired unless it is one for the emulation, which has no operand.
-                        self.settle(argument);
-                        let retired = self.now() > before;
-                        let traps = if retired { self.plain_traps(trap, held) } else { 0 };
-                        return self.behind(Some(Stop::Attention), traps).unwrap_or(Stop::Attention);
-                    }
+                    attention = self.bus().attention();
                 }
             }
             match argument {
@@ -759,6 +756,7 @@ impl Core {
             if (trap || debug || held != 0) && traps.is_none() && self.now() > before {
                 traps = Some(self.plain_traps(trap, held));
             }
+            let stop = stop.or(attention.then_some(Stop::Attention));
             if let Some(stop) = self.behind(stop, traps.unwrap_or(0)) {
                 return stop;
             }
@@ -782,15 +780,6 @@ impl Core {
         let trapped = self.raise(Exception::Debug { dr6: traps });
         // The trap has woken a vCPU that has just halted.
         trapped.or(stop.filter(|stop| *stop != Stop::Halted))
-    }
-
-    /// After an instruction that ran alone: sets RIP behind it.
-    fn settle(&mut self, argument: u32) {
-        match self.t.sites[argument].kind {
-            SiteKind::Link { target, .. } => self.state_mut().rip = target,
-            SiteKind::Indirect { .. } => {}
-            _ => self.rewind(argument),
-        }
     }
 
     /// Sets RIP and the budget to what they were at a site.
@@ -988,14 +977,20 @@ impl Core {
         (!instruction.is_invalid()).then_some(instruction)
     }
 
-    /// Delivers an exception; Some if that ends the run.
+    /// Delivers an exception; Some if the run stops there.
     pub fn raise(&mut self, exception: Exception) -> Option<Stop> {
         self.statistics.exceptions += 1;
         self.state_mut().interrupt_shadow = false;
         let state: *mut CpuState = self.state_mut();
         // SAFETY: the state lives in the vCPU block, which the delivery reaches through this reference alone.
         let result = system::deliver_exception(unsafe { &mut *state }, exception, self);
-        result.err().map(|_| Stop::TripleFault)
+        // What the delivery's own accesses hit is nobody's: it must not wait for whichever instruction is next.
+        self.debug_hits = 0;
+        if result.is_err() {
+            return Some(Stop::TripleFault);
+        }
+        // The instruction that raised it, or the delivery itself, may have used the bus.
+        self.bus().attention().then_some(Stop::Attention)
     }
 
     pub fn can_nmi(&self) -> bool {
@@ -1019,6 +1014,7 @@ impl Core {
             Some(vector) => system::deliver_interrupt(state, vector, self),
             None => system::deliver_nmi(state, self),
         };
+        self.debug_hits = 0;
         self.bus = None;
         result.map_err(|_| Stop::TripleFault)
     }

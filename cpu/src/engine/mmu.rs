@@ -192,7 +192,7 @@ impl Core {
         unsafe {
             (*self.block).windows[which].places = [0; 3];
             if std::mem::take(&mut self.spares_used[which]) {
-                (*self.block).spares[which].iter_mut().for_each(|spare| spare.page = 0);
+                (*self.block).spares[which].iter_mut().for_each(|spare| spare.page = SpareWindow::NONE);
             }
         }
     }
@@ -263,6 +263,11 @@ impl Core {
             if translation.updated & 1 << i != 0 {
                 self.t.pages.mark_dirty(page as u64);
                 self.observe_walk(*entry);
+                // A table may be code as well; the running block must not go on with what it was.
+                if self.t.pages.hits_code(page as u32, (entry & PAGE_MASK) as u32, 8) {
+                    self.kill_code(page as u64, entry & PAGE_MASK, 8);
+                    self.watched += 1;
+                }
             }
             let flushes = self.t.flushes;
             let record = &mut self.t.pages.records[page as u32];
@@ -328,12 +333,17 @@ impl Core {
     /// A write of `len` bytes at `offset` of a watched page is about to happen.
     pub fn watched_write(&mut self, page: u64, offset: u64, len: u64, flags: u8) {
         if flags & HAS_CODE != 0 && self.t.pages.hits_code(page as u32, offset as u32, len as u32) {
-            for block in self.t.pages.remove_blocks(page as u32, offset as u32, len as u32) {
-                self.kill(block);
-            }
+            self.kill_code(page, offset, len);
         }
         if flags & IS_TABLE != 0 {
             self.table_write(page, offset, len);
+        }
+    }
+
+    /// Forgets the blocks that were translated from `len` bytes at `offset` of a page.
+    fn kill_code(&mut self, page: u64, offset: u64, len: u64) {
+        for block in self.t.pages.remove_blocks(page as u32, offset as u32, len as u32) {
+            self.kill(block);
         }
     }
 

@@ -71,8 +71,11 @@ pub(crate) fn unit(ins: &Instruction) -> Unit {
 /// True if the CPU model has everything that the instruction needs.
 pub(crate) fn in_model(ins: &Instruction) -> bool {
     use CpuidFeature::*;
-    ins.cpuid_features().iter().all(|f| {
-        matches!(
+    // Of control-flow enforcement there are only the parts that are no-operations where it is missing.
+    let hint = matches!(ins.mnemonic(), Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Rdsspd | Mnemonic::Rdsspq);
+    ins.cpuid_features().iter().all(|f| match f {
+        CET_IBT | CET_SS => hint,
+        _ => matches!(
             f,
             INTEL8086
                 | INTEL8086_ONLY
@@ -126,8 +129,6 @@ pub(crate) fn in_model(ins: &Instruction) -> bool {
                 | SMAP
                 | PAUSE
                 | MULTIBYTENOP
-                | CET_IBT
-                | CET_SS
                 | PREFETCHW
                 | MONITOR
                 | SMM
@@ -135,7 +136,7 @@ pub(crate) fn in_model(ins: &Instruction) -> bool {
                 | RDPMC
                 | CLDEMOTE
                 | PREFETCHITI
-        )
+        ),
     })
 }
 

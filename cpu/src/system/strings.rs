@@ -95,9 +95,9 @@ impl StringOp {
             }
         }
         let (page_room, wrap_room) = if self.backward {
-            (in_page / size + 1, offset / size + 1)
+            (in_page / size + 1, (offset / size).saturating_add(1))
         } else {
-            ((PAGE_SIZE - in_page) / size, (mask(self.width) - offset - (size - 1)) / size + 1)
+            ((PAGE_SIZE - in_page) / size, ((mask(self.width) - offset - (size - 1)) / size).saturating_add(1))
         };
         let step = if self.stepping { 1 } else { u64::MAX };
         Ok((at, page_room.min(wrap_room).min(step)))
