@@ -55,5 +55,9 @@ bench: build images ## the benchmark: native, QEMU, Orrery; figures in target/be
 bench-snapshots: images ## branches, going back, snapshots; figures in target/bench-snapshots.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench-snapshots --
 
+.PHONY: fuzz
+fuzz: ## one fuzz target, or each in turn: TARGET=code|paging|devices|formats, SECONDS=n (60); see docs/fuzzing.md
+	sh tests/fuzz/run.sh "$(TARGET)" "$(or $(SECONDS),60)"
+
 clean: ## everything that was built
 	$(CARGO) clean

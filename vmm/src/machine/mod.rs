@@ -25,6 +25,7 @@ use orrery_cpu::state::rflags;
 use orrery_cpu::{CpuState, Icount};
 use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
+use vm_memory::{Bytes, GuestAddress};
 
 pub use board::{Board, Output};
 pub use branch::{BranchError, Template};
@@ -261,6 +262,14 @@ impl Machine {
     /// The digests of RAM, as of the last [`Machine::state_hash`].
     pub fn memory_digest(&self) -> &MemoryDigest {
         &self.digest
+    }
+
+    /// Writes RAM between two instructions, as a device would; false if not all of it is RAM. What follows is another
+    /// future than that of the image, machine, seed and inputs: for tests.
+    pub fn poke(&mut self, gpa: u64, bytes: &[u8]) -> bool {
+        let written = self.board.memory.write_slice(bytes, GuestAddress(gpa)).is_ok();
+        self.note_device_writes();
+        written
     }
 
     /// How the run ended, if it did.
