@@ -57,6 +57,11 @@ fn an_ended_machine_stays_ended() {
     let mut restored = Machine::restore(&image, &first.save(), EngineConfig::default()).unwrap();
     assert_eq!(end(&mut restored), expected);
     assert_eq!(restored.ended(), first.ended());
+    // Its stored form as well.
+    let stored = first.state().encode();
+    let state = MachineState::decode(&stored).unwrap();
+    assert_eq!((state.ended(), state.icount()), (first.ended(), expected.0));
+    assert_eq!(state.encode(), stored);
 }
 
 #[test]

@@ -48,6 +48,7 @@ pub struct MachineState {
     #[serde(skip)]
     pub(super) inputs: VecDeque<Scheduled>,
     /// How the run ended, if it did.
+    #[serde(with = "as_text")]
     pub(super) ended: Option<Ended>,
 }
 
@@ -65,7 +66,27 @@ pub(crate) struct BoardState {
     /// Input for the agent that its device has had no room for yet.
     pub agent_backlog: VecDeque<u8>,
     /// How the guest has ended the run, if the machine has not looked yet.
+    #[serde(with = "as_text")]
     pub ended: Option<Ended>,
+}
+
+/// An end as the text that manifests have: its encoding names its own kind, which postcard cannot read back.
+mod as_text {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::run::Ended;
+
+    pub fn serialize<S: Serializer>(ended: &Option<Ended>, serializer: S) -> Result<S::Ok, S::Error> {
+        let text = ended.as_ref().map(serde_json::to_string).transpose().map_err(S::Error::custom)?;
+        text.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ended>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| serde_json::from_str(&text)).transpose().map_err(D::Error::custom)
+    }
 }
 
 /// A saved state that cannot be put into a machine.
