@@ -65,7 +65,11 @@ pub(super) fn backtrace(arguments: BacktraceArgs) -> Result<u8, Failure> {
 
 /// One frame as text.
 fn line(number: usize, frame: &Frame) -> String {
-    let symbol = frame.symbol.as_ref().map_or("?".into(), |symbol| printable(&symbol.to_string()));
+    let symbol = match (&frame.symbol, &frame.object) {
+        (Some(symbol), _) => printable(&symbol.to_string()),
+        (None, Some(object)) => format!("? [{}]", printable(object)),
+        (None, None) => "?".into(),
+    };
     let source = frame.line.as_ref().map_or(String::new(), |line| format!(" at {}", printable(&line.to_string())));
     let how = match frame.how {
         How::Exact | How::Tables => "",

@@ -69,6 +69,8 @@ pub struct Frame {
     pub how: How,
     /// Its function.
     pub symbol: Option<Symbol>,
+    /// The program or library that it is in, if it is user code.
+    pub object: Option<String>,
     /// Its source line.
     pub line: Option<SourceLine>,
 }
@@ -256,6 +258,7 @@ impl Inspector<'_> {
             user: false,
             how,
             symbol: self.symbolize_call(registers.rip, returning, |address| self.symbolize_kernel(address)),
+            object: None,
             line: None,
         }
     }
@@ -308,6 +311,7 @@ impl Inspector<'_> {
                 stack_pointer: registers.gpr[gpr::RSP].unwrap_or(0),
                 user: true,
                 how,
+                object: unwinder.file(registers.rip.wrapping_sub(u64::from(returning))),
                 line: self.line_in(task, registers.rip.wrapping_sub(u64::from(returning))),
                 symbol,
             });

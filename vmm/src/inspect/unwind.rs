@@ -117,6 +117,11 @@ impl UserUnwinder<'_> {
         self.mappings.get(after.checked_sub(1)?).filter(|mapping| address < mapping.end)
     }
 
+    /// The path of the file that is mapped at an address.
+    pub fn file(&self, address: u64) -> Option<String> {
+        self.mapping(address)?.file.as_ref().map(|file| file.path.clone())
+    }
+
     /// The caller of the frame with these registers; None where the stack ends. `returning`: RIP is a return address.
     pub fn step(&self, registers: &Registers, returning: bool) -> Option<UserStep> {
         let pc = registers.rip.wrapping_sub(u64::from(returning));
