@@ -238,6 +238,7 @@ fn the_guest_cannot_tell() {
     let observation = Observation {
         breakpoints: everywhere.iter().copied().step_by(3).collect(),
         executions: everywhere,
+        every_execution: false,
         watchpoints: vec![
             watch(Place::Linear { address: DATA, root: None }, 8),
             watch(Place::Physical { address: DATA }, 0x1000),
