@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test test-debug oracle conformance test-svm metamorphic demo bench bench-snapshots clean
+.PHONY: help all build test test-debug oracle conformance test-svm test-snapshots metamorphic demo bench bench-snapshots clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -45,6 +45,10 @@ conformance: build ## suites by others, run as guests and compared with docs/con
 
 test-debug: build images ## whole guests debugged with gdb, forwards and backwards: breakpoints, races, 1000 random moments
 	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGES)
+
+test-snapshots: build images ## the long test of snapshots: random moments, seeds, kills
+	sh vmm/snapshots.sh $(ORRERY) $(IMAGES)
+	ORRERY_KILLS=200 $(CARGO) test --release --locked -p orrery-vmm --test runs killed -- --nocapture
 
 demo: build images ## each image twice with one seed and once with another
 	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done

@@ -253,6 +253,54 @@ fn an_exported_run_replays_elsewhere() {
     assert_eq!(names.iter().filter(|name| name.starts_with("guest-")).count(), 2, "{names:?}");
 }
 
+/// kill -9 while snapshots are written: whatever was acknowledged is whole. ORRERY_KILLS says how often.
+#[test]
+fn killed_runs_lose_nothing_that_was_acknowledged() {
+    let place = Place::new();
+    let endless = guest(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.rdrand(rcx).unwrap();
+        a.mov(rdi, rcx).unwrap();
+        a.and(edi, 0x0F_FFF8).unwrap();
+        a.add(rdi, DATA as i32).unwrap();
+        a.add(qword_ptr(rdi), rcx).unwrap();
+        a.jmp(again).unwrap();
+    });
+    image_file(place.path(), "guest.img", &endless);
+    let kills = std::env::var("ORRERY_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(6u64);
+    let mut acknowledged = 0;
+    for kill in 0..kills {
+        let arguments = ["run", "guest.img", "--seed", "1", "--memory", "32", "--no-input", "--quiet"];
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_orrery"))
+            .current_dir(place.path())
+            .args(arguments)
+            .args(["--snapshot-every", "50000", "--snapshot-most", "1000"])
+            .spawn()
+            .unwrap();
+        let nap = 150 + u64::from(blake3::hash(&kill.to_le_bytes()).as_bytes()[0]) * 2;
+        std::thread::sleep(std::time::Duration::from_millis(nap));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let report = place.json(&["store", "check", "--json"]);
+        assert!(report["lost"].as_array().unwrap().is_empty(), "{report}");
+        let whole = report["snapshots"].as_u64().unwrap();
+        assert!(whole >= acknowledged, "{whole} of {acknowledged}");
+        acknowledged = whole;
+    }
+    assert!(acknowledged > 0, "no run lived long enough to take a snapshot");
+    // The last moment of the last run that has one can be stood at, and gone on from.
+    let runs = place.all_json(&["runs", "--json"]);
+    let run = runs.iter().rev().find(|run| run["snapshots"].as_u64() > Some(0)).unwrap()["run"].as_str().unwrap();
+    let list = fs::read_to_string(place.path().join("runs").join(run).join("snapshots.jsonl")).unwrap();
+    let line = list.lines().last().unwrap();
+    let last: Value = serde_json::from_str(&line[..line.rfind(' ').unwrap()]).unwrap();
+    let icount = last["icount"].as_u64().unwrap();
+    let moment = format!("{run}@{icount}");
+    let again = place.json(&["snapshot", &moment, "--json"]);
+    assert_eq!(again["state_hash"], last["state_hash"]);
+}
+
 #[test]
 fn what_does_not_exist_has_its_code() {
     let place = Place::new();

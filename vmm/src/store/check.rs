@@ -73,7 +73,8 @@ pub(super) fn verify_packs(
             Ok(_) => for_each_record(&store.packs, pack, &mut |place, _| places.push(place)),
             Err(error) => Some(error),
         };
-        if let Some(error) = end {
+        // What a crashed writer has left unfinished is no damage.
+        if let Some(error) = end.filter(|error| !matches!(error, SnapshotError::Cut { .. })) {
             damage.push(error.to_string());
             contents.damaged_packs.insert(pack);
         }

@@ -31,6 +31,14 @@ pub enum SnapshotError {
         /// What is wrong there.
         what: String,
     },
+    /// A pack ends in the middle of a record. After a crash of its writer this is as it should be: nobody refers to it.
+    #[error("{path} ends in the middle of the record at byte {offset}")]
+    Cut {
+        /// Which pack.
+        path: String,
+        /// Where the record begins.
+        offset: u64,
+    },
     /// Another version.
     #[error("{path} has version {found}; this Orrery reads version {expected}")]
     Version {

@@ -186,11 +186,11 @@ impl Packs {
         let got = len.saturating_sub(place.offset).min(buffer.len() as u64) as usize;
         file.read_exact_at(&mut buffer[..got], place.offset).map_err(io_error("read", &path))?;
         if got < RECORD_HEADER_BYTES {
-            return Err(damaged("a record is cut off".into()));
+            return Err(self.cut(place));
         }
         let head = parse_head(&buffer[..got]).map_err(damaged)?;
         if place.offset.checked_add(head.bytes()).is_none_or(|end| end > len) {
-            return Err(damaged("a record is cut off".into()));
+            return Err(self.cut(place));
         }
         Ok(Some(head))
     }
@@ -231,6 +231,10 @@ impl Packs {
             }
         }
         Ok(head)
+    }
+
+    fn cut(&self, place: Place) -> SnapshotError {
+        SnapshotError::Cut { path: self.path(place.pack).display().to_string(), offset: place.offset }
     }
 
     pub(super) fn damaged(&self, place: Place, what: String) -> SnapshotError {
