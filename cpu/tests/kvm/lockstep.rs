@@ -1,6 +1,6 @@
 //! Steps both sides through a guest, one instruction of the engine at a time, and compares everything after each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic, Register};
@@ -91,6 +91,8 @@ pub struct Lockstep {
     /// Of these, those after which both sides were compared and agreed.
     pub comparisons: u64,
     start: u64,
+    /// Where frames of exceptions have RFLAGS: a processor that steps with TF shows it there.
+    pushed_flags: BTreeSet<u64>,
     /// The guest is a case at CPL 0, where KVM may emulate everything.
     emulated: bool,
     /// How often an instruction was compared, by mnemonic.
@@ -175,6 +177,25 @@ fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String 
     report
 }
 
+/// True if KVM's word is the engine's but for what QEMU 7.2 does to error codes: IDT indexes count gates of 16 bytes as
+/// two (SDM volume 3, 6.13: the vector is the index), a reserved bit in a page table does not mean P, and the read of a
+/// read-modify-write faults as a read (SDM volume 3, 4.7).
+fn qemu_error_code(kvm: u64, engine: u64) -> bool {
+    let index = engine & 2 != 0 && engine < 0x800 && kvm == (engine & !7) * 2 | engine & 7;
+    let page_fault = engine < 32 && {
+        let reserved = if engine & 9 == 9 { 1 } else { 0 };
+        (kvm ^ engine) & !(2 | reserved) == 0 && kvm & 2 == 0
+    };
+    index || page_fault
+}
+
+/// True if an instruction's prefixes begin with REX, and others follow.
+fn rex_is_followed_by_prefix(bytes: &[u8]) -> bool {
+    let is_prefix = |byte: &u8| matches!(byte, 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3);
+    let prefixes = bytes.iter().take_while(|byte| is_prefix(byte) || matches!(byte, 0x40..=0x4F)).count();
+    bytes[..prefixes].windows(2).any(|pair| !is_prefix(&pair[0]))
+}
+
 impl Lockstep {
     /// Both sides, with nothing loaded.
     pub fn new(vm: Vm) -> Lockstep {
@@ -191,6 +212,7 @@ impl Lockstep {
             steps: 0,
             comparisons: 0,
             start: 0,
+            pushed_flags: BTreeSet::new(),
             emulated: false,
             executed: BTreeMap::new(),
         }
@@ -200,7 +222,31 @@ impl Lockstep {
     fn next_instruction(&self) -> Option<Instruction> {
         let state = self.engine.state();
         let bits = if state.is_64bit() { 64 } else { 32 };
-        let linear = if bits == 64 { state.rip } else { state.seg[seg::CS].base.wrapping_add(state.rip) };
+        let instruction = Decoder::with_ip(bits, &self.next_bytes(), state.rip, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+
+    /// If the engine has just entered a handler, and executed its first instruction: where the frame has RFLAGS.
+    fn note_pushed_flags(&mut self) {
+        let state = self.engine.state();
+        let Some(vector) = machine::vector_at(state.rip) else { return };
+        let has_error = matches!(vector, 8 | 10..=14 | 17);
+        let offset = match state.rip % 16 {
+            1 if state.halted => 16 + 8 * u64::from(has_error),
+            // Where the processor pushes no error code, the handler has just done so.
+            2 => 24,
+            _ => return,
+        };
+        let at = state.gpr[gpr::RSP].wrapping_add(offset);
+        if let Ok(translation) = paging::walk(state, &self.view, at, paging::Access::data(state, false)) {
+            self.pushed_flags.insert(translation.gpa);
+        }
+    }
+
+    /// Up to 15 bytes at RIP.
+    fn next_bytes(&self) -> Vec<u8> {
+        let state = self.engine.state();
+        let linear = if state.is_64bit() { state.rip } else { state.seg[seg::CS].base.wrapping_add(state.rip) };
         let mut bytes = Vec::new();
         while bytes.len() < 15 {
             let at = linear.wrapping_add(bytes.len() as u64);
@@ -214,8 +260,12 @@ impl Lockstep {
             // SAFETY: `host` is checked to be that long.
             bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(host, length as usize) });
         }
-        let instruction = Decoder::with_ip(bits, &bytes, state.rip, DecoderOptions::NONE).decode();
-        (!instruction.is_invalid()).then_some(instruction)
+        bytes
+    }
+
+    /// The processor below KVM is one that QEMU emulates.
+    pub fn emulated_processor(&self) -> bool {
+        self.vm.emulated_processor
     }
 
     /// KVM has no help of the processor here.
@@ -246,14 +296,13 @@ impl Lockstep {
         let repeats = instruction.is_some_and(|i| i.has_rep_prefix() || i.has_repne_prefix() || i.is_vsib());
         let user = self.engine.state().cpl == 3;
         let returns = matches!(mnemonic, Mnemonic::Sysret | Mnemonic::Sysretq);
-        if self.vm.steps_by_trap && !user {
+        if !user && (self.vm.steps_by_trap || returns) {
             self.trap_after_return(mnemonic);
         }
-        if self.vm.steps_by_trap && instruction.is_some_and(|i| i.op_count() == 2 && i.op1_register() == Register::DR6)
-        {
+        if instruction.is_some_and(|i| i.op_count() == 2 && i.op1_register() == Register::DR6) {
             self.vm.clear_trap_status();
         }
-        if returns {
+        if returns && self.vm.steps_by_trap {
             // PVM loses its way when it steps SYSRET.
             self.vm.set_stepping(false);
         }
@@ -269,9 +318,7 @@ impl Lockstep {
         if returns {
             self.vm.set_stepping(true);
         }
-        if self.vm.steps_by_trap {
-            self.hide_trap(mnemonic, user);
-        }
+        self.hide_trap(mnemonic, user);
         step
     }
 
@@ -298,7 +345,9 @@ impl Lockstep {
         match mnemonic {
             Mnemonic::Syscall if user => self.vm.change_registers(|r| r.r11 &= !rflags::TF),
             Mnemonic::Sysret | Mnemonic::Sysretq => self.vm.change_registers(|r| r.r11 &= !rflags::TF),
-            Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq if user && self.vm.is_parked() => {
+            Mnemonic::Pushf | Mnemonic::Pushfd | Mnemonic::Pushfq
+                if !self.vm.steps_by_trap || user && self.vm.is_parked() =>
+            {
                 let like = self.engine.state();
                 let at = self.vm.capture(like).gpr[gpr::RSP].wrapping_add(1);
                 if let Ok(translation) = paging::walk(like, &self.view, at, paging::Access::data(like, true)) {
@@ -315,19 +364,44 @@ impl Lockstep {
     /// Steps the engine until it agrees with KVM, which stands between two instructions, has halted or shut down.
     /// True if the guest has ended.
     fn catch_up(&mut self, target: &Step, instruction: Option<Instruction>) -> Result<bool, Verdict> {
-        let ignored_flags = instruction.map_or(0, |i| crate::generate::undefined_flags(&i));
+        let mut ignored_flags = instruction.map_or(0, |i| crate::generate::undefined_flags(&i));
+        use Mnemonic::{Fcomi, Fcomip, Fucomi, Fucomip};
+        let compares = instruction.is_some_and(|i| matches!(i.mnemonic(), Fcomi | Fcomip | Fucomi | Fucomip));
+        if self.vm.emulated_processor && compares {
+            // QEMU keeps them, where SDM volume 2, FCOMI, has them cleared.
+            ignored_flags |= rflags::OF | rflags::SF | rflags::AF;
+        }
+        let bytes = self.next_bytes();
+        let mut mnemonics = Vec::new();
+        let mut dirty = false;
         let before = self.engine.state().clone();
         let mut engine_vector = None;
         let kvm = self.vm.capture(self.engine.state());
         let mut first = None;
         let mut met = None;
-        let mut left = CATCH_UP;
+        // A processor that steps with TF does not stop in handlers, where TF is clear.
+        // Nor does it in what follows a return to the kernel that is none: the frame with TF is then forgotten.
+        let catch_up = if self.vm.steps_by_trap { CATCH_UP } else { BUDGET / 2 };
+        let mut left = catch_up;
+        let mut is_first = true;
         while left > 0 {
             let now = self.engine.icount();
+            let executed = if is_first || !self.vm.emulated_processor { instruction } else { self.next_instruction() };
+            mnemonics.extend(executed.map(|i| i.mnemonic()));
             let stop = self.engine.run(Icount(now.0 + 1), &mut EmptyBus);
             self.steps += 1;
+            dirty |= !self.engine.take_dirty().is_empty();
+            self.note_pushed_flags();
+            if !self.vm.steps_by_trap
+                && executed.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp))
+            {
+                // The processor's time is its own.
+                for register in [gpr::RAX, gpr::RDX] {
+                    self.engine.state_mut().gpr[register] = kvm.gpr[register];
+                }
+            }
             let state = self.engine.state();
-            if left == CATCH_UP {
+            if std::mem::take(&mut is_first) {
                 engine_vector = machine::vector_at(state.rip);
             }
             let there = match (target, &stop) {
@@ -347,11 +421,19 @@ impl Lockstep {
                 let mut report = differences(&kvm, state, ignored_flags);
                 // What KVM emulates may have written the first of two pages before the second one faulted.
                 let torn = self.emulated && matches!(machine::vector_at(kvm.rip), Some(8 | 14));
-                if !torn {
+                // Comparing all of RAM is most of the work where the processor is emulated: done when the engine has written,
+                // now and then, and at the end.
+                let due = dirty || !self.vm.emulated_processor || self.steps % 16 < 2 || stop != Stop::Limit;
+                if !torn && due {
                     report += &self.memory_differences();
                 }
                 if report.is_empty() {
                     self.comparisons += 1;
+                    let (flags, undefined) = (state.rflags, ignored_flags & rflags::STATUS);
+                    if self.vm.emulated_processor && (flags ^ kvm.rflags) & undefined != 0 {
+                        // What is undefined is the model's from here on.
+                        self.vm.change_registers(|r| r.rflags = r.rflags & !undefined | flags & undefined);
+                    }
                     return Ok(stop != Stop::Limit);
                 }
                 if first.is_none() {
@@ -378,10 +460,17 @@ impl Lockstep {
             before: &before,
             engine_vector,
             emulates_kernel: self.vm.steps_by_trap,
+            emulated_processor: self.vm.emulated_processor,
+            mnemonics: &mnemonics,
+            rex_is_followed_by_prefix: rex_is_followed_by_prefix(&bytes),
             kvm: &kvm,
             engine: met.as_ref().unwrap_or(state),
         };
         if let Some(quirk) = meeting.explain() {
+            if self.vm.emulated_processor {
+                // Not the instruction as such: others with it go on being tried.
+                return Err(Verdict::Skipped(format!("QEMU: {quirk}")));
+            }
             return Err(Verdict::Refused(quirk.to_string(), instruction));
         }
         Err(Verdict::Differed(first.unwrap_or_else(|| {
@@ -411,6 +500,10 @@ impl Lockstep {
                 // KVM leaves RF set if a fault turned into the double fault.
                 at if machine::is_double_fault_flags(at) => !(rflags::TF | rflags::RF),
                 // Stepping shows in the flags that some KVMs push.
+                // QEMU pushes RF as it is, where processors set it for faults (SDM volume 3, 18.3.1.1).
+                at if self.vm.emulated_processor && self.pushed_flags.contains(&at) => !(rflags::TF | rflags::RF),
+                at if self.pushed_flags.contains(&at) && !self.vm.steps_by_trap => !rflags::TF,
+                at if self.vm.emulated_processor && machine::is_kernel_stack(at) && qemu_error_code(k, e) => 0,
                 at if machine::is_kernel_stack(at) => !rflags::TF,
                 _ => !0,
             };
@@ -436,6 +529,7 @@ impl Lockstep {
             return Verdict::Skipped(reason);
         }
         self.start = self.steps;
+        self.pushed_flags.clear();
         self.emulated = matches!(guest, Guest::Case(_, true));
         let mut formatter = IntelFormatter::new();
         while self.steps - self.start < BUDGET {

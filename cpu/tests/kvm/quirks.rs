@@ -1,7 +1,7 @@
 //! What KVM does otherwise than a processor, each as narrow as it can be told: a guest that meets one is left there,
 //! and counted under its name. `docs/oracles.md` has the reasons.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, MemorySize, Mnemonic};
 use orrery_cpu::paging::is_canonical;
 use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 
@@ -17,6 +17,12 @@ pub struct Meeting<'a> {
     pub engine_vector: Option<u64>,
     /// KVM has no help of the processor (PVM): it emulates kernel mode.
     pub emulates_kernel: bool,
+    /// The processor below KVM is one that QEMU emulates.
+    pub emulated_processor: bool,
+    /// What the engine has executed since then.
+    pub mnemonics: &'a [Mnemonic],
+    /// A REX prefix that the manuals ignore, for it does not stand before the opcode (SDM volume 2, 2.2.1).
+    pub rex_is_followed_by_prefix: bool,
     /// KVM's state behind it.
     pub kvm: &'a CpuState,
     /// The engine's, at the same place if it got there.
@@ -47,6 +53,7 @@ impl Meeting<'_> {
         match (self.emulates_kernel, self.before.cpl) {
             (true, 3) => self.explain_user(kvm, engine),
             (true, _) => self.explain_kernel(kvm, engine),
+            _ if self.emulated_processor => self.explain_qemu(kvm, engine),
             _ => None,
         }
     }
@@ -147,6 +154,72 @@ impl Meeting<'_> {
             Wrmsr if self.before.gpr[gpr::RCX] == 0xC000_0103 && kvm == Some(13) => Some("#GP for TSC_AUX"),
             _ => None,
         }
+    }
+
+    /// What QEMU 7.2's emulation of a processor does otherwise than the manuals say; `docs/svm.md` has the sources.
+    fn explain_qemu(&self, kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
+        use Mnemonic::*;
+        let mnemonic = self.mnemonic();
+        let passes = |wanted: &[Mnemonic]| self.mnemonics.iter().any(|m| wanted.contains(m));
+        let frame_bytes = self.kvm.cr2.wrapping_sub(self.engine.cr2);
+        if engine == Some(17) && kvm != engine {
+            return Some("no alignment checks");
+        }
+        if !is_canonical(self.kvm.rip) || engine == Some(13) && passes(&[Jmp, Call, Ret, Retf, Iretq, Iretd, Sysretq]) {
+            return Some("a branch to an address that is not canonical faults at its target");
+        }
+        if engine == Some(8) && kvm != engine {
+            return Some("no double fault behind a #GP that an address raises");
+        }
+        if kvm == Some(13) && engine == Some(12) {
+            return Some("#GP for #SS of an address that is not canonical");
+        }
+        let delivers = kvm == engine && matches!(kvm, Some(8 | 14)) || self.mnemonics.len() > 1;
+        if delivers && matches!(frame_bytes, 8 | 16 | 24 | 32 | 40) {
+            return Some("a frame that cannot be pushed faults word by word");
+        }
+        if self.rex_is_followed_by_prefix {
+            return Some("REX counts although a prefix follows it");
+        }
+        if kvm == Some(14) && matches!(engine, Some(12 | 13)) && self.crosses_the_end() {
+            return Some("#PF for #GP across the end of the lower half");
+        }
+        if matches!(mnemonic, Nop | Reservednop) && kvm == Some(6) {
+            return Some("no NOPs with reserved encodings");
+        }
+        if engine == Some(13) && passes(&[Ldmxcsr, Vldmxcsr]) {
+            return Some("LDMXCSR takes reserved bits");
+        }
+        if matches!(mnemonic, Shld | Shrd)
+            && self.instruction.is_some_and(|i| i.memory_size() == MemorySize::UInt16 || i.op0_register().size() == 2)
+        {
+            return Some("SHLD and SHRD of 16 bits by more than 16 have another undefined result");
+        }
+        if mnemonic == Mov && self.only_accessed_differs() {
+            return Some("accessed flags are set ahead of the access, as SDM volume 3, 4.8 permits");
+        }
+        if passes(&[Cmpxchg8b, Cmpxchg16b]) && self.kvm.rip == self.engine.rip && self.kvm.rflags != self.engine.rflags
+        {
+            return Some("CMPXCHG8B keeps flags of before, on the engine's side");
+        }
+        if passes(&[Lar]) {
+            return Some("LAR clears the upper bits of the limit");
+        }
+        if passes(&[Fnstenv, Fnsave, Fldenv, Frstor, Fxsave, Fxsave64, Fxrstor, Fxrstor64, Xsave, Xsave64]) {
+            return Some("images of x87 state have addresses of instructions, and keep what is reserved");
+        }
+        if engine == Some(14) && kvm == engine {
+            if self.kvm.fpu.0[2..4] != self.engine.fpu.0[2..4] {
+                return Some("a store of x87 that faults has set its status");
+            }
+            if matches!(mnemonic, Rcl | Rcr | Rol | Ror | Shl | Shr | Sal | Sar | Shld | Shrd) {
+                return Some("a rotate or shift that faults has set flags");
+            }
+        }
+        if kvm == engine && kvm.is_some() && self.kvm.seg[seg::SS].selector == 0 && self.engine.cpl == 0 {
+            return Some("an exception on another stack of its own level makes SS null");
+        }
+        None
     }
 
     /// IRET to user mode makes data segments null that user mode may not have (Intel SDM volume 2, IRET).

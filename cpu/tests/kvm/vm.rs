@@ -61,6 +61,10 @@ pub struct Vm {
     memory: GuestMemory,
     /// User mode is stepped by TF and the guest's #DB.
     pub steps_by_trap: bool,
+    /// The processor below KVM is one that QEMU emulates.
+    pub emulated_processor: bool,
+    /// Stops after each instruction.
+    stepping: bool,
     /// Between two instructions of user mode, in the handler of #DB.
     parked: bool,
 }
@@ -85,6 +89,13 @@ fn start_timer() {
 
 fn refused<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> Unavailable {
     move |error| Unavailable(format!("{what}: {error}"))
+}
+
+/// True if a hypervisor says that it is QEMU's own emulation (CPUID leaf 0x40000000).
+fn is_emulated_processor() -> bool {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    std::arch::x86_64::__cpuid(1).ecx >> 31 == 1
+        && (leaf.ebx, leaf.ecx, leaf.edx) == (0x5447_4354, 0x4354_4743, 0x4743_5447)
 }
 
 fn model_cpuid() -> CpuId {
@@ -206,7 +217,15 @@ impl Vm {
         unsafe { vm.set_user_memory_region(region) }.map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(&model_cpuid()).map_err(refused("KVM_SET_CPUID2"))?;
-        let mut vm = Vm { vcpu, vm, memory, steps_by_trap: false, parked: false };
+        let mut vm = Vm {
+            vcpu,
+            vm,
+            memory,
+            steps_by_trap: false,
+            emulated_processor: is_emulated_processor(),
+            stepping: false,
+            parked: false,
+        };
         vm.set_stepping(true);
         start_timer();
         vm.steps_by_trap = !vm.steps_user_mode().map_err(Unavailable)?;
@@ -240,8 +259,13 @@ impl Vm {
     }
 
     /// Stops after each instruction from now on, or only where the guest leaves KVM.
-    pub fn set_stepping(&self, stepping: bool) {
-        let control = if stepping { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
+    pub fn set_stepping(&mut self, stepping: bool) {
+        self.stepping = stepping;
+        self.apply_stepping();
+    }
+
+    fn apply_stepping(&self) {
+        let control = if self.stepping { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
         let debug = kvm_guest_debug { control, ..Default::default() };
         self.vcpu.set_guest_debug(&debug).expect("KVM_SET_GUEST_DEBUG");
     }
@@ -335,6 +359,10 @@ impl Vm {
     pub fn step(&mut self) -> Step {
         if self.steps_by_trap {
             self.set_trap();
+        } else if self.stepping {
+            // The processor steps with TF. KVM sets it where KVM_SET_GUEST_DEBUG is called; KVM_SET_REGS, POPF and
+            // IRET clear it.
+            self.apply_stepping();
         }
         self.parked = false;
         let start = Instant::now();
@@ -427,10 +455,8 @@ impl Vm {
         let debug = self.vcpu.get_debug_regs().expect("KVM_GET_DEBUGREGS");
         state.dr[..4].copy_from_slice(&debug.db);
         (state.dr[6], state.dr[7]) = (debug.dr6, debug.dr7);
-        if self.steps_by_trap {
-            // BS, of the trap that stepped.
-            state.dr[6] = state.dr[6] & !(1 << 14) | like.dr[6] & 1 << 14;
-        }
+        // BS, of the trap that stepped.
+        state.dr[6] = state.dr[6] & !(1 << 14) | like.dr[6] & 1 << 14;
         if self.parked {
             state.rip = self.frame(0);
             state.rflags = self.frame(2) & !rflags::TF;
