@@ -283,8 +283,11 @@ impl Lockstep {
         // is not stepped takes it along.
         self.vm.load(&machine::halting_state(), image)?;
         self.vm.set_stepping(false);
-        let _ = self.vm.step();
+        let step = self.vm.step();
         self.vm.set_stepping(true);
+        if step != Step::Halted {
+            return Err(format!("HLT ended in {step:?}"));
+        }
         self.vm.load(state, image)
     }
 

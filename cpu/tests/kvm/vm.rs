@@ -5,7 +5,7 @@
 //! own, which writes to a port. While KVM stands there the vCPU is *parked*: the registers of user mode are in the
 //! handler's frame, and IRETQ leads to the next instruction.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable,
@@ -69,8 +69,16 @@ pub struct Vm {
     parked: bool,
 }
 
-/// Longest run of the vCPU without a stop.
+/// Longest run of the vCPU without a stop, in processor time of this thread: other programs do not count.
 const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Processor time of this thread.
+fn processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes to the structure given.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
 
 /// A timer that keeps interrupting KVM_RUN, so that a guest without an end can be left.
 fn start_timer() {
@@ -365,7 +373,7 @@ impl Vm {
             self.apply_stepping();
         }
         self.parked = false;
-        let start = Instant::now();
+        let start = processor_time();
         loop {
             return match self.vcpu.run() {
                 // The port's handler is stepped, too.
@@ -379,7 +387,7 @@ impl Vm {
                 Ok(VcpuExit::Shutdown) => Step::Shutdown,
                 Ok(VcpuExit::InternalError) => Step::Refused("emulation failure".to_string()),
                 Ok(other) => Step::Refused(format!("exit {other:?}")),
-                Err(error) if error.errno() == libc::EINTR && start.elapsed() < PATIENCE => continue,
+                Err(error) if error.errno() == libc::EINTR && processor_time() - start < PATIENCE => continue,
                 Err(error) if error.errno() == libc::EINTR => Step::Refused("no end in sight".to_string()),
                 Err(error) => Step::Refused(format!("KVM_RUN: {error}")),
             };

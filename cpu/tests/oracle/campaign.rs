@@ -17,7 +17,7 @@ use crate::guest::Guest;
 use crate::native::{Native, reset_floating_point};
 use crate::rng::Rng;
 
-/// Ends the process if a case takes more than some seconds, naming it: a program without end, on either side.
+/// Ends the process if a case takes more than a minute, naming it: a program without end, on either side.
 struct Watchdog {
     current: Arc<Mutex<Option<(u64, Case)>>>,
 }
@@ -29,7 +29,7 @@ impl Watchdog {
         std::thread::spawn(move || {
             let mut last = 0;
             loop {
-                std::thread::sleep(Duration::from_secs(10));
+                std::thread::sleep(Duration::from_secs(60));
                 let Some(current) = watched.upgrade() else {
                     return;
                 };
