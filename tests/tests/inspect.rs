@@ -161,7 +161,7 @@ fn a_randomised_kernel_with_isolated_page_tables_is_found() {
     run_until_console(&mut machine, "hello from");
     // The link-time address of `_text` is 0xffffffff81000000; the kernel has moved by a multiple of 2 MiB.
     let text = Inspector::new(&machine).lookup("_text").first().map(|place| place.address).expect("it has a start");
-    assert!(text != 0xFFFF_FFFF_8100_0000 && text % (2 << 20) == 0, "{text:#x}");
+    assert!(text != 0xFFFF_FFFF_8100_0000 && text.is_multiple_of(2 << 20), "{text:#x}");
     let (mut user, mut kernel) = (0, 0);
     while user == 0 || kernel == 0 {
         let next = Icount(machine.icount().0 + 1009);

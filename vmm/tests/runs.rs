@@ -151,8 +151,9 @@ fn other_seeds_are_other_futures_which_repeat() {
     };
     let first = branches("2");
     assert_eq!(first.len(), 8);
+    let parent_chain = parent["chain"].to_string();
     for (index, chain) in first.iter().enumerate() {
-        assert!(!first[..index].contains(chain) && *chain != parent["chain"].to_string());
+        assert!(!first[..index].contains(chain) && *chain != parent_chain);
     }
     assert_eq!(branches("1"), first);
     // A branch of a branch, with and without the snapshots behind it.

@@ -110,9 +110,6 @@ pub struct Guest {
     template: Template,
 }
 
-/// Measures one line, by name, in so many rounds.
-type Measure = fn(&mut Guest, &str, usize) -> Result<Line>;
-
 impl Guest {
     /// Boots the image until it says that memory is filled.
     pub fn boot(image: &Image, memory_mib: u64) -> Result<Guest> {
