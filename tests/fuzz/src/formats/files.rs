@@ -89,7 +89,11 @@ fn small_image(bytes: &mut Bytes) {
     for n in 0..count {
         let kind = format::SectionKind::from_number(1 + u32::from(bytes.u8()) % 7).expect("one of seven");
         let len = usize::from(bytes.u8());
-        let content = if n == 0 { b"\x7fELF\x02\x01\x01".iter().chain(bytes.take(len)).copied().collect() } else { bytes.take(len).to_vec() };
+        let content = if n == 0 {
+            b"\x7fELF\x02\x01\x01".iter().chain(bytes.take(len)).copied().collect()
+        } else {
+            bytes.take(len).to_vec()
+        };
         let claimed = if bytes.u8() == 0xFF { bytes.u64() } else { content.len() as u64 };
         let hashes = if content.is_empty() { vec![] } else { vec![format::chunk_hash(&content)] };
         let mut stored = Vec::new();

@@ -9,7 +9,7 @@ mod symbols;
 
 /// Runs one input. Panics if a promise is broken.
 pub fn execute(data: &[u8]) {
-    crate::watch::input(data, false);
+    let _running = crate::watch::input(data, false);
     let Some((format, rest)) = data.split_first() else { return };
     match format % 12 {
         0 => files::image(rest),

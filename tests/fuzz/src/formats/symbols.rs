@@ -16,7 +16,8 @@ use crate::bytes::Bytes;
 pub fn object(data: &[u8]) {
     demangle(&String::from_utf8_lossy(&data[..data.len().min(200)]));
     let Some(object) = Object::parse(data) else { return };
-    let probes = data.chunks_exact(8).step_by(3).take(32).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+    let probes =
+        data.chunks_exact(8).step_by(3).take(32).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
     for address in probes.chain([0, 1, 0x1000, 0x40_1000, u64::MAX]) {
         object.symbol(address);
         object.line(address);
