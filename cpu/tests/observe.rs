@@ -245,7 +245,6 @@ fn the_guest_cannot_tell() {
             watch(Place::Physical { address: STACK - 64 }, 64),
             watch(Place::Physical { address: 0x1000 }, 0x4000),
         ],
-        ..Observation::default()
     };
     for config in configurations() {
         let mut guest = guest(config.clone());

@@ -181,7 +181,7 @@ fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String 
 /// two (SDM volume 3, 6.13: the vector is the index), a reserved bit in a page table does not mean P, and the read of a
 /// read-modify-write faults as a read (SDM volume 3, 4.7).
 fn qemu_error_code(kvm: u64, engine: u64) -> bool {
-    let index = engine & 2 != 0 && engine < 0x800 && kvm == (engine & !7) * 2 | engine & 7;
+    let index = engine & 2 != 0 && engine < 0x800 && kvm == (((engine & !7) * 2) | (engine & 7));
     let page_fault = engine < 32 && {
         let reserved = if engine & 9 == 9 { 1 } else { 0 };
         (kvm ^ engine) & !(2 | reserved) == 0 && kvm & 2 == 0
