@@ -201,7 +201,7 @@ struct Loaded {
 }
 
 fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
-    bytes.get(offset..offset + N)?.try_into().ok()
+    bytes.get(offset..)?.get(..N)?.try_into().ok()
 }
 
 fn load_bzimage(memory: &GuestMemory, kernel: &[u8]) -> Result<Loaded, BootError> {

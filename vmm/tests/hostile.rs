@@ -49,6 +49,9 @@ fn each_defect_has_its_own_error() {
     let mut arm = elf(&[0xF4]);
     arm[18] = 183;
     assert_eq!(try_load(&arm, b"", ""), Err(BootError::WrongArchitecture { machine: 183, class: 2 }));
+    let mut far = elf(&[0xF4]);
+    far[32..40].copy_from_slice(&(u64::MAX - 9).to_le_bytes());
+    assert_eq!(try_load(&far, b"", ""), Err(BootError::Truncated { expected: u64::MAX, actual: far.len() as u64 }));
     let mut low = elf(&[0xF4]);
     low[88..96].copy_from_slice(&0x1000u64.to_le_bytes());
     assert!(matches!(try_load(&low, b"", ""), Err(BootError::KernelTooLarge { start: 0x1000, .. })));
