@@ -956,10 +956,19 @@ impl Core {
     fn first_of_pop(&self, exception: Exception, instruction: &Instruction) -> Exception {
         let state = self.state();
         let bytes = instruction.stack_pointer_increment() as u64;
-        let rsp = state.gpr[4];
-        let no_stack = state.is_64bit() && !(is_canonical(rsp) && is_canonical(rsp.wrapping_add(bytes - 1)));
-        let in_stack = no_stack || in_stack_segment(instruction);
-        if exception == Exception::GP0 && in_stack { Exception::StackFault { error: 0 } } else { exception }
+        let wide = state.is_64bit();
+        let rsp = if wide { state.gpr[4] } else { state.gpr[4] & 0xFFFF_FFFF };
+        if wide && !(is_canonical(rsp) && is_canonical(rsp.wrapping_add(bytes - 1))) {
+            return Exception::StackFault { error: 0 };
+        }
+        if let Exception::PageFault { address, .. } = exception
+            && address.wrapping_sub(rsp) < bytes
+        {
+            return exception;
+        }
+        let mut popped = state.clone();
+        popped.gpr[4] = rsp.wrapping_add(bytes);
+        system::effective_address(&popped, instruction, 0).err().unwrap_or(exception)
     }
 
     /// The instruction at RIP, decoded again; None if it cannot be read any more.

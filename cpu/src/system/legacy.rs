@@ -44,14 +44,17 @@ pub(super) fn bound(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sys
         return Err(UD);
     }
     let size = instr.op0_register().size();
-    let at = operand::address(state, instr, size * 2, false)?;
-    let mut bytes = [0; 8];
-    alignment::check(state, at, size)?;
-    sys.read(state, at, &mut bytes[..size * 2], Privilege::Current)?;
-    let pair = u64::from_le_bytes(bytes);
+    // One bound after the other.
+    let (segment, offset) = (operand::memory_segment(instr), operand::effective_offset(state, instr));
+    let mut bounds = [0; 2];
+    for (n, bound) in bounds.iter_mut().enumerate() {
+        let offset = offset.wrapping_add((n * size) as u64) & mask(operand::address_size(instr));
+        let at = linear(state, segment, offset, size, false)?;
+        *bound = read_memory(state, sys, at, size, Privilege::Current)?;
+    }
     let signed = |value: u64| sign_extend(value, size) as i64;
     let index = signed(operand::read_register(state, instr.op0_register()));
-    if index < signed(pair) || index > signed(pair >> (size * 8)) {
+    if index < signed(bounds[0]) || index > signed(bounds[1]) {
         return Err(Exception::BoundRange.into());
     }
     retire(state, instr)

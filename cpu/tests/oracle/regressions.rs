@@ -102,6 +102,12 @@ const CASES: &[Entry] = &[
         r.gpr[RSI] = DATA.start;
         r.fpu.0[0..4].copy_from_slice(&[0x5C, 0x03, 0xA4, 0x95]);
     }),
+    (32, "POP to where a segment ends", b"\x8f\x06", |r| r.gpr[RSI] = 0xFFFF_FFFF),
+    (32, "POP from nowhere to nowhere", b"\x36\x8f\x44\x1c\x06", |r| {
+        r.gpr[RSP] = 0x169;
+        r.gpr[3] = 0xFFFF_FE8E;
+    }),
+    (32, "BOUND reads one bound after the other", b"\x62\x16", |r| r.gpr[RSI] = 0xFFFF_FFFB),
     (32, "VMASKMOV that selects nothing may name CS", b"\x2e\xc4\xe2\x71\x2e\x16", |r| r.gpr[RSI] = DATA.start),
     (32, "ARPL that adjusts nothing may name CS", b"\x2e\x63\x0e", |r| {
         r.gpr[RSI] = DATA.start + 0x40;

@@ -1,7 +1,7 @@
 //! Fills in the operands of an instruction: random registers, immediates and addressing modes, with register
 //! values that make the effective address fall where it was meant to.
 
-use iced_x86::{Code, Instruction, MemoryOperand, MemorySize, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Code, Instruction, MemoryOperand, MemorySize, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
 use orrery_cpu::state::XSAVE_SIZE;
 
@@ -455,6 +455,15 @@ impl Setup<'_> {
         }
         // AMD reads 32 bits, Intel 16: that shows in what must be aligned, and where it faults.
         if code == Code::Movsxd_r16_rm16 && linear.is_some() {
+            return None;
+        }
+        // These want the components in EDX:EAX, so no address can be there.
+        let wants_components = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xrstor | Mnemonic::Xrstor64
+        );
+        let addresses = [instruction.memory_base(), instruction.memory_index()];
+        if wants_components && addresses.iter().any(|r| matches!(gpr_number(*r), Some(0 | 2))) {
             return None;
         }
         if op.can_use_lock_prefix()
