@@ -1095,8 +1095,10 @@ impl Core {
             && classify::writes_code_segment(instruction)
             && !classify::looks_at_code_segment_itself(instruction)
         {
-            let waits = availability::unit(instruction) == Unit::X87 && fpu::error_pending();
-            return Err(if waits { Exception::FloatingPoint } else { Exception::GP0 });
+            use Mnemonic::{Fnsave, Fnstcw, Fnstenv, Fnstsw};
+            let waits = availability::unit(instruction) == Unit::X87
+                && !matches!(instruction.mnemonic(), Fnsave | Fnstcw | Fnstenv | Fnstsw);
+            return Err(if waits && fpu::error_pending() { Exception::FloatingPoint } else { Exception::GP0 });
         }
         availability::refused(state, instruction).map_or(Ok(()), Err)
     }

@@ -65,7 +65,10 @@ fn is_in_any_order(instruction: &Instruction) -> bool {
     let ten_bytes = instruction.memory_size().size() == 10;
     let two_strings =
         instruction.is_string_instruction() && matches!(instruction.mnemonic(), Cmpsb | Cmpsw | Cmpsd | Cmpsq);
+    // Which is no address, from a stack that cannot be written: the manual begins with one, the host with the other.
+    let call = instruction.mnemonic() == Call;
     ten_bytes
+        || call
         || two_strings
         || matches!(
             instruction.mnemonic(),

@@ -102,6 +102,10 @@ const CASES: &[Entry] = &[
         r.gpr[RSI] = DATA.start;
         r.fpu.0[0..4].copy_from_slice(&[0x5C, 0x03, 0xA4, 0x95]);
     }),
+    (32, "FNSAVE does not wait before a write to CS", b"\x2e\xdd\x36", |r| {
+        r.gpr[RSI] = DATA.start;
+        r.fpu.0[0..4].copy_from_slice(&[0x65, 0x03, 0xBD, 0xE2]);
+    }),
     (32, "POP to where a segment ends", b"\x8f\x06", |r| r.gpr[RSI] = 0xFFFF_FFFF),
     (32, "POP from nowhere to nowhere", b"\x36\x8f\x44\x1c\x06", |r| {
         r.gpr[RSP] = 0x169;
