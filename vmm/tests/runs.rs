@@ -123,6 +123,10 @@ fn snapshots_change_nothing_and_make_branches_of_any_moment() {
         place.json(&["snapshot", &format!("guest-1-002@{moment}"), "--json"]);
     }
     place.command(&["store", "check"]).assert().success();
+    // When there are more than wanted, some go.
+    let thinned = place.record("4", &["--snapshot-every", "1", "--snapshot-most", "2"]);
+    let listed = place.snapshots("guest-4-001");
+    assert!((1..=2).contains(&listed), "{listed} snapshots of {thinned}");
     // A branch with the parent's seed is the parent's future, file by file: with snapshots and without.
     let mut number = 2;
     for parent in ["guest-1-001", "guest-1-002"] {
