@@ -11,7 +11,7 @@ need /usr/lib/gcc/x86_64-linux-gnu/12/32/libgcc.a gcc-multilib
 need /usr/bin/python3 python3
 
 # Programs whose output tells times, addresses or the order of threads: their exit code alone counts.
-own_output="signals test-mmap testthread"
+own_output="signals test-mmap testthread vsyscall"
 # What needs instructions that the CPU model does not have.
 absent="test-3dnow test-i386-adcox"
 
