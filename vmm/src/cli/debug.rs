@@ -62,7 +62,7 @@ fn with_gdb(session: &mut Session, listener: &TcpListener, arguments: &[String])
     std::fs::write(&script, SCRIPT).map_err(|error| host(format!("cannot write {}: {error}", script.display())))?;
     let started = Command::new("gdb")
         .arg("-q")
-        .args(["-ex", "set architecture i386:x86-64"])
+        .args(["-ex", "set architecture i386:x86-64", "-ex", "set remotetimeout 60"])
         .arg("-x")
         .arg(&script)
         .args(["-ex", &format!("target remote {address}")])
