@@ -218,11 +218,11 @@ def test_bad_input(bench):
         check(done.returncode == code and text in done.stderr, f"{words}: {done.returncode} {done.stderr}")
 
     end = summary["icount"]
-    fails(236, "lies behind the end of the run", "replay", "go", "--to", str(end + 1))
-    fails(236, "lies behind the end", "debug", f"go@{end + 1}", "--gdb")
+    fails(233, "lies behind the end of the run", "replay", "go", "--to", str(end + 1))
+    fails(233, "lies behind the end", "debug", f"go@{end + 1}", "--gdb")
     fails(236, "nothing is mapped at", "last-write", "go@1000000", "0x7fffdeadb000:8")
     fails(236, "no symbol", "last-write", "go@1000000", "no_such_symbol")
-    fails(223, "there is no run", "replay", "nothing", "--to", "5")
+    fails(233, "there is no run", "replay", "nothing", "--to", "5")
     fails(220, "", "replay", "go", "--to", "x")
     fails(220, "RUN@A..B", "trace", "go@5")
     fails(221, "cannot be opened", "replay", "go", "--to", "5", "--image", "/nonexistent.img")

@@ -7,8 +7,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::args::SubjectArgs;
 use super::exit::{self, Failure};
 use super::run::engine_config;
+use super::snapshot::moment_failure;
 use crate::debug::{DebugError, Session, Subject};
-use crate::machine::MachineError;
 use crate::moment::{MomentError, MomentName, MomentOptions, RunReference};
 
 /// Opens the run that a moment's name begins with; the icount after the `@`, if there is one.
@@ -73,35 +73,15 @@ pub(super) fn failure(error: DebugError) -> Failure {
         DebugError::Moment(error) => return moment_failure(error),
         DebugError::Store(_) => exit::STORE,
         DebugError::Foreign(_) => exit::INPUTS,
-        DebugError::Machine(ref error) => machine_code(error),
+        DebugError::Machine(error) => return moment_failure(MomentError::Machine(error)),
         DebugError::Branch(_) | DebugError::Network { .. } => exit::HOST,
         DebugError::NotRepeated { .. } => exit::DIVERGED,
         DebugError::BadPlace { .. } => exit::USAGE,
-        DebugError::BeyondEnd { .. }
-        | DebugError::BeforeChange { .. }
-        | DebugError::Interrupted { .. }
+        DebugError::BeyondEnd { .. } | DebugError::BeforeChange { .. } => exit::MOMENT,
+        DebugError::Interrupted { .. }
         | DebugError::NotMapped { .. }
         | DebugError::NoSymbol { .. }
         | DebugError::Inspect(_) => exit::INSPECT,
-    };
-    Failure::new(code, error)
-}
-
-fn machine_code(error: &MachineError) -> u8 {
-    match error {
-        MachineError::Ram(_) | MachineError::Engine(_) => exit::HOST,
-        _ => exit::MACHINE,
-    }
-}
-
-fn moment_failure(error: MomentError) -> Failure {
-    let code = match error {
-        MomentError::Name(_) => exit::USAGE,
-        MomentError::Inputs(_) | MomentError::ForeignInputs(_) => exit::INPUTS,
-        MomentError::Image(_) | MomentError::OtherImage { .. } => exit::IMAGE,
-        MomentError::BeyondEnd { .. } | MomentError::NoEnd { .. } => exit::INSPECT,
-        MomentError::Machine(ref error) => machine_code(error),
-        _ => exit::STORE,
     };
     Failure::new(code, error)
 }
