@@ -138,7 +138,7 @@ mod tests {
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut wire = Wire::new(listener.accept().unwrap().0).unwrap();
         assert!(!wire.has_incoming());
-        peer.write_all(b"+--$a-b#2d---$-#2d-").unwrap();
+        Write::write_all(&mut peer, b"+--$a-b#2d---$-#2d-").unwrap();
         drop(peer);
         let mut read = Vec::new();
         while let Ok(byte) = ConnectionExt::read(&mut wire) {
