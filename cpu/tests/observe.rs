@@ -3,46 +3,15 @@
 
 use std::collections::BTreeSet;
 
-use orrery_cpu::bus::MsrRefused;
+mod common;
+
+use common::Empty;
+use orrery_cpu::Icount;
 use orrery_cpu::engine::{Accessor, Engine, EngineConfig, Hit, Observation, Place, Stop, Watchpoint};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::state::{CpuState, TableRegister};
-use orrery_cpu::{Bus, Icount};
 use vm_memory::{Bytes, GuestAddress};
-
-/// A machine with nothing around the vCPU.
-struct Empty;
-
-impl Bus for Empty {
-    fn port_read(&mut self, _: Icount, _: u16, _: usize) -> u32 {
-        0
-    }
-    fn port_write(&mut self, _: Icount, _: u16, _: usize, _: u32) {}
-    fn mmio_read(&mut self, _: Icount, _: u64, data: &mut [u8]) {
-        data.fill(0xFF);
-    }
-    fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
-    fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn msr_write(&mut self, _: Icount, _: u32, _: u64) -> Result<(), MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn task_priority(&mut self, _: Icount) -> u8 {
-        0
-    }
-    fn set_task_priority(&mut self, _: Icount, _: u8) {}
-    fn tsc(&mut self, now: Icount) -> u64 {
-        now.0
-    }
-    fn random(&mut self) -> u64 {
-        1
-    }
-    fn attention(&self) -> bool {
-        false
-    }
-}
 
 const CODE: u64 = 0x40_1000;
 const STACK: u64 = 0x58_0000;

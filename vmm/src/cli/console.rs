@@ -99,7 +99,8 @@ fn foreground() -> bool {
     stdin.is_terminal() && unsafe { libc::tcgetpgrp(stdin.as_raw_fd()) == libc::getpgrp() }
 }
 
-fn read_stdin() -> Receiver<Vec<u8>> {
+/// Standard input, read by a thread of its own; the channel closes at its end.
+pub(super) fn read_stdin() -> Receiver<Vec<u8>> {
     let (sender, receiver) = sync_channel(16);
     std::thread::spawn(move || {
         let mut stdin = std::io::stdin().lock();

@@ -1,20 +1,19 @@
 //! `orrery shell`.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 use std::os::fd::AsRawFd;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use orrery_devices::VirtualNs;
 
 use super::args::{MomentArgs, ShellArgs};
 use super::cat::{agent_of, failure};
+use super::console::read_stdin;
 use super::exit::{self, Failure};
 use super::standing;
 use crate::guest_agent::{Agent, AgentError, Message, Turn};
 
-/// Bytes that are read from standard input at once.
-const READ_BYTES: usize = 4096;
 /// Longest wait before the terminal's size is looked at again.
 const WAIT_MAX: Duration = Duration::from_millis(100);
 
@@ -121,27 +120,6 @@ fn receive(input: &Receiver<Vec<u8>>, wait: Duration, open: bool) -> Received {
 fn write(stream: &mut dyn Write, bytes: &[u8]) {
     // Whoever closed it wants no more.
     let _ = stream.write_all(bytes).and_then(|()| stream.flush());
-}
-
-fn read_stdin() -> Receiver<Vec<u8>> {
-    let (sender, receiver) = sync_channel(16);
-    std::thread::spawn(move || {
-        let mut stdin = std::io::stdin().lock();
-        let mut buffer = [0; READ_BYTES];
-        loop {
-            match stdin.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => {
-                    if sender.send(buffer[..count].to_vec()).is_err() {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-    });
-    receiver
 }
 
 /// Rows and columns of the terminal.
