@@ -86,9 +86,6 @@ impl std::fmt::Display for MomentName {
 /// Why there is no machine at a moment. None of these changes the run.
 #[derive(Debug, thiserror::Error)]
 pub enum MomentError {
-    /// The text names no moment.
-    #[error(transparent)]
-    Name(#[from] NameError),
     /// No such run.
     #[error("there is no run {run:?} in {runs}; `orrery runs` lists them, --runs names another directory")]
     NoSuchRun {

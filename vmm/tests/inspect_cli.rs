@@ -70,9 +70,9 @@ fn profiles_come_out_equal_and_bad_moments_are_refused() {
 
     for (arguments, code) in [
         (&["profile", "guest-1", "--from", "10", "--to", "10"][..], 220),
-        (&["ps", "nothing@5"], 220),
+        (&["ps", "nothing@5"], 233),
         (&["ps", "guest-1@x"], 220),
-        (&["registers", "guest-1@99999999999"], 220),
+        (&["registers", "guest-1@99999999999"], 233),
         (&["registers", "guest-1@5", "--image", "missing.img"], 221),
         (&["memory", "guest-1@5", "0x0", "-n", "0"], 220),
     ] {

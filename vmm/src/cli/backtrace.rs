@@ -4,8 +4,8 @@ use serde::Serialize;
 
 use super::args::BacktraceArgs;
 use super::exit::Failure;
+use super::place;
 use super::ps::{failure, printable};
-use super::standing;
 use crate::inspect::{Frame, How, Inspector, Task};
 
 #[derive(Serialize)]
@@ -17,8 +17,8 @@ struct Stack {
 }
 
 pub(super) fn backtrace(arguments: BacktraceArgs) -> Result<u8, Failure> {
-    let standing = standing::open(&arguments.moment)?;
-    let machine = standing.machine();
+    let (_place, moment) = place::open(&arguments.at)?;
+    let machine = &moment.machine;
     let inspector = Inspector::new(machine);
     let stack = |task: &Task| -> Result<Stack, Failure> {
         let frames = inspector.backtrace_of(task).map_err(failure)?;

@@ -10,12 +10,12 @@ use orrery_devices::VirtualNs;
 use super::args::BranchArgs;
 use super::console::Console;
 use super::exit::{self, Failure};
-use super::run::{absolute, engine_config, record_failure, report};
-use super::snapshot::open_moment;
+use super::place::{self, moment_failure, spinner};
+use super::run::{absolute, record_failure, report};
 use crate::config::Seed;
 use crate::inputs::{self, Input};
 use crate::machine::Machine;
-use crate::moment::{Moment, MomentOptions};
+use crate::moment::Moment;
 use crate::run::RunDirectory;
 use crate::run::directory::{ConsoleLine, Past, StoreError, read_console, read_links};
 use crate::run::manifest::{BranchPoint, ImageReference};
@@ -27,7 +27,7 @@ pub(super) fn branch(arguments: &BranchArgs) -> Result<u8, Failure> {
         None => None,
     };
     if arguments.count == 1 {
-        let moment = open(arguments)?;
+        let (_place, moment) = place::open(&arguments.at)?;
         let seed = arguments.seed.unwrap_or(moment.machine.seed().0);
         let mut console = Console::connect(!arguments.quiet, false).map_err(|e| Failure::new(exit::HOST, e))?;
         let summary = run_branch(arguments, moment, seed, inputs.as_deref(), &mut console);
@@ -40,24 +40,19 @@ pub(super) fn branch(arguments: &BranchArgs) -> Result<u8, Failure> {
     many(arguments, inputs.as_deref())
 }
 
-fn open(arguments: &BranchArgs) -> Result<Moment, Failure> {
-    let engine = engine_config(&arguments.engine);
-    open_moment(&arguments.places, &arguments.moment, MomentOptions { engine, ..Default::default() })
-}
-
 /// Runs several branches, each with its own seed, on some threads. All leave the one machine that stands at the moment.
 fn many(arguments: &BranchArgs, inputs: Option<&[Input]>) -> Result<u8, Failure> {
-    let mut first = open(arguments)?;
+    let (place, mut first) = place::open(&arguments.at)?;
     let start = arguments.seed.unwrap_or(first.machine.seed().0.wrapping_add(1));
     let saved = first.machine.save();
     let (run, image) = (first.run.clone(), first.image.clone());
     let line = first.console.partial_line();
-    let engine = engine_config(&arguments.engine);
+    let engine = &place.options.engine;
     drop(first);
     let next = AtomicU64::new(0);
     let failure: Mutex<Option<Failure>> = Mutex::new(None);
     let printing = Mutex::new(());
-    let bar = super::snapshot::spinner();
+    let bar = spinner();
     let work = || {
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
@@ -141,7 +136,7 @@ fn run_branch(
     let mut branches = manifest.branches.clone();
     branches.retain(|point| point.icount <= icount);
     branches.push(BranchPoint { run: manifest.id.clone(), icount, seed });
-    let image = match &arguments.places.image {
+    let image = match &arguments.at.reach.place.image {
         Some(path) => ImageReference { path: absolute(path), hash: manifest.image.hash },
         None => manifest.image.clone(),
     };
@@ -155,8 +150,8 @@ fn run_branch(
     };
     let options = RecorderOptions {
         epoch_instructions: manifest.epoch_instructions,
-        until: arguments.until.map(Icount),
-        until_time: arguments.until_virtual.map(VirtualNs),
+        until: arguments.limit.until.map(Icount),
+        until_time: arguments.limit.until_virtual.map(VirtualNs),
         snapshots: arguments.snapshots.options(),
     };
     let base = moment.base.take();
@@ -185,7 +180,7 @@ fn past(moment: &Moment) -> Result<Past, Failure> {
         );
         return Err(Failure::new(exit::DAMAGED, message));
     }
-    let mut inputs = moment.run.inputs().map_err(super::snapshot::moment_failure)?;
+    let mut inputs = moment.run.inputs().map_err(moment_failure)?;
     inputs.truncate(moment.machine.inputs_entered() as usize);
     let line = moment.console.partial_line();
     let end = line.as_ref().map_or(icount, |line| line.icount);

@@ -4,23 +4,23 @@ use std::io::Write;
 
 use super::args::CatArgs;
 use super::exit::{self, Failure};
+use super::place;
 use super::shell::open_branch;
-use super::standing;
 use crate::guest_agent::{Agent, AgentError};
 use crate::inspect::Inspector;
 
 pub(super) fn cat(arguments: CatArgs) -> Result<u8, Failure> {
     let mut stdout = std::io::stdout().lock();
     if arguments.disk {
-        let standing = standing::open(&arguments.moment)?;
-        let bytes = Inspector::new(standing.machine()).disk_file(&arguments.path).ok_or_else(|| {
+        let (_place, moment) = place::open(&arguments.at)?;
+        let bytes = Inspector::new(&moment.machine).disk_file(&arguments.path).ok_or_else(|| {
             let text = format!("no disk of the guest has a file {} at that moment", arguments.path);
             Failure::new(exit::INSPECT, text)
         })?;
         let _ = stdout.write_all(&bytes).and_then(|()| stdout.flush());
         return Ok(0);
     }
-    let mut agent = open_branch(&arguments.moment)?;
+    let (_place, mut agent) = open_branch(&arguments.at)?;
     let before = agent.machine().icount().0;
     let len = agent
         .read_file(&arguments.path, &mut |bytes| {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use super::args::DebugArgs;
 use super::exit::{self, Failure};
-use super::subject;
+use super::place::{Place, debug_failure};
 use crate::debug::stub::{self, Disconnected};
 use crate::debug::{DebugError, Session};
 
@@ -22,13 +22,13 @@ end
 ";
 
 pub(super) fn debug(arguments: DebugArgs) -> Result<u8, Failure> {
-    let (subject, name) = subject::open(&arguments.moment, &arguments.subject)?;
-    let icount = subject::target(&subject, name.icount.map(|icount| icount.0))?;
+    let place = Place::find(&arguments.moment.run, &arguments.reach)?;
+    let icount = place.icount(arguments.moment.icount.map(|icount| icount.0))?;
     let address = if arguments.gdb { "127.0.0.1:0" } else { &arguments.listen };
-    let failed = |action: String| move |source| subject::failure(DebugError::Network { action, source });
+    let failed = |action: String| move |source| debug_failure(DebugError::Network { action, source });
     let listener = TcpListener::bind(address).map_err(failed(format!("listen at {address}")))?;
     let address = listener.local_addr().map_err(failed("tell the address".to_owned()))?;
-    let mut session = subject::session(subject, icount)?;
+    let mut session = place.session(icount)?;
     if arguments.gdb {
         return with_gdb(&mut session, &listener, &arguments.gdb_arguments);
     }
@@ -45,7 +45,7 @@ pub(super) fn debug(arguments: DebugArgs) -> Result<u8, Failure> {
 }
 
 fn serve(session: &mut Session, stream: TcpStream) -> Result<Disconnected, Failure> {
-    let ended = stub::serve(session, stream).map_err(subject::failure)?;
+    let ended = stub::serve(session, stream).map_err(debug_failure)?;
     match &ended {
         Disconnected::Broken(reason) => eprintln!("orrery: the connection is over: {reason}"),
         Disconnected::Detached => eprintln!("orrery: gdb has detached at icount {}", session.position().icount),
@@ -77,7 +77,7 @@ fn with_gdb(session: &mut Session, listener: &TcpListener, arguments: &[String])
     };
     ignore_interrupts();
     let result = match accept_from(listener, &mut gdb) {
-        Some(stream) => stub::serve(session, stream).map_err(subject::failure).map(|ended| {
+        Some(stream) => stub::serve(session, stream).map_err(debug_failure).map(|ended| {
             if let Disconnected::Broken(reason) = ended
                 && gdb.try_wait().is_ok_and(|status| status.is_none())
             {

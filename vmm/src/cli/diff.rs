@@ -5,11 +5,11 @@ use serde::Serialize;
 
 use super::args::DiffArgs;
 use super::exit::{self, Failure};
+use super::place::{Place, find_run, moment_failure, spinner};
 use super::runs::readable;
-use super::snapshot::{moment_failure, spinner};
 use crate::chain::{Hash, hash_cpu};
 use crate::machine::{ForeignInputs, Machine, MachineError, SavedMachine};
-use crate::moment::{Moment, MomentOptions, RunReference, advance};
+use crate::moment::{Moment, RunReference, advance};
 use crate::run::directory::{read_console, read_links};
 use crate::verify::{differences, disassemble};
 
@@ -34,13 +34,15 @@ struct Report {
 }
 
 pub(super) fn diff(arguments: &DiffArgs) -> Result<u8, Failure> {
-    let find = |name: &str| RunReference::find(&arguments.places.runs, name).map_err(moment_failure);
-    let pair = Pair { runs: [find(&arguments.first)?, find(&arguments.second)?], arguments };
-    let [first, second] = [&pair.runs[0].manifest, &pair.runs[1].manifest];
+    let find = |name: &str| find_run(&arguments.reach.place.kept, name);
+    let runs = [find(&arguments.first)?, find(&arguments.second)?];
+    let [first, second] = [&runs[0].manifest, &runs[1].manifest];
     if first.image.hash != second.image.hash || first.machine != second.machine {
         let message = format!("{} and {} are runs of different images or machines from power-on", first.id, second.id);
         return Err(Failure::new(exit::MOMENT, message));
     }
+    // One image, so one place will do for both.
+    let pair = Pair { place: Place::of(runs[0].clone(), &arguments.reach), runs, arguments };
     let report = pair.compare()?;
     if arguments.json {
         say!("{}", serde_json::to_string(&report).expect("a report is plain data"));
@@ -51,6 +53,7 @@ pub(super) fn diff(arguments: &DiffArgs) -> Result<u8, Failure> {
 }
 
 struct Pair<'a> {
+    place: Place,
     runs: [RunReference; 2],
     arguments: &'a DiffArgs,
 }
@@ -92,10 +95,9 @@ impl Pair<'_> {
     }
 
     fn open(&self, which: usize, icount: u64) -> Result<Moment, Failure> {
-        let options = MomentOptions { image: self.arguments.places.image.clone(), ..Default::default() };
         let run = self.runs[which].clone();
         let bar = spinner();
-        let moment = Moment::of(run, Some(Icount(icount)), &options, &mut |icount| {
+        let moment = Moment::of(run, Some(Icount(icount)), &self.place.options, &mut |icount| {
             bar.set_message(format!("going to icount {}", icount.0));
             bar.tick();
         });
@@ -192,7 +194,7 @@ impl Pair<'_> {
 
     fn restore(&self, moments: &[Moment; 2], saved: &[SavedMachine; 2]) -> Result<[Machine; 2], Failure> {
         let restore = |which: usize| {
-            Machine::restore(&moments[which].image, &saved[which], Default::default())
+            Machine::restore(&moments[which].image, &saved[which], self.place.options.engine.clone())
                 .map_err(|error: MachineError| Failure::new(exit::HOST, error))
         };
         Ok([restore(0)?, restore(1)?])
@@ -220,7 +222,7 @@ impl Pair<'_> {
         let middle = lines.partition_point(|line| line.icount < icount);
         let from = middle.saturating_sub(self.arguments.lines);
         let to = middle.saturating_add(self.arguments.lines).min(lines.len());
-        lines[from..to].iter().map(|line| format!("{} {}", line.icount, readable(&line.text))).collect()
+        lines[from..to].iter().map(|line| format!("{} {}", line.icount, readable(line))).collect()
     }
 }
 

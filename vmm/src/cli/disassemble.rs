@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::args::DisassembleArgs;
 use super::exit::{self, Failure};
 use super::memory::{resolve, space};
+use super::place;
 use super::ps::{failure, printable};
-use super::standing;
 use crate::inspect::{Inspector, SourceLine, Symbol, Task};
 
 /// Longest instruction, in bytes.
@@ -71,8 +71,8 @@ impl SymbolResolver for Mentioned {
 }
 
 pub(super) fn disassemble(arguments: DisassembleArgs) -> Result<u8, Failure> {
-    let standing = standing::open(&arguments.moment)?;
-    let machine = standing.machine();
+    let (_place, moment) = place::open(&arguments.at)?;
+    let machine = &moment.machine;
     let inspector = Inspector::new(machine);
     let task = match arguments.pid {
         Some(pid) => Some(inspector.task(pid).map_err(failure)?),

@@ -2,18 +2,17 @@
 
 use super::args::ExportArgs;
 use super::exit::{self, Failure};
-use super::snapshot::moment_failure;
-use crate::moment::RunReference;
+use super::place::{find_run, moment_failure};
 use crate::run::archive::{self, ArchiveError};
 
 pub(super) fn export(arguments: &ExportArgs) -> Result<u8, Failure> {
-    let run = RunReference::find(&arguments.places.runs, &arguments.run).map_err(moment_failure)?;
+    let run = find_run(&arguments.place.kept, &arguments.run)?;
     let image = match arguments.no_image {
         true => None,
         // Opening it makes sure that it is the run's own.
         false => {
-            run.image(arguments.places.image.as_deref()).map_err(moment_failure)?;
-            Some(run.image_path(arguments.places.image.as_deref()))
+            run.image(arguments.place.image.as_deref()).map_err(moment_failure)?;
+            Some(run.image_path(arguments.place.image.as_deref()))
         }
     };
     archive::export(&run.path, image.as_deref(), &arguments.output).map_err(archive_failure)?;

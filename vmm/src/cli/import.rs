@@ -6,8 +6,8 @@ use super::export::archive_failure;
 use crate::run::archive;
 
 pub(super) fn import(arguments: &ImportArgs) -> Result<u8, Failure> {
-    let places = &arguments.places;
-    let run = archive::import(&arguments.file, &places.runs, places.image.as_deref()).map_err(archive_failure)?;
+    let place = &arguments.place;
+    let run = archive::import(&arguments.file, &place.kept.runs, place.image.as_deref()).map_err(archive_failure)?;
     let vendor = crate::host::cpu_vendor();
     if run.host_cpu_vendor != vendor {
         eprintln!(

@@ -2,8 +2,8 @@
 
 use super::args::LastWriteArgs;
 use super::exit::{self, Failure};
+use super::place::{Place, Progress, debug_failure};
 use super::ps::printable;
-use super::subject::{self, Progress};
 use crate::debug::{DebugError, place, search};
 
 /// Bytes that are meant if none are given.
@@ -25,17 +25,17 @@ fn split(text: &str) -> Result<(&str, u64), Failure> {
 
 pub(super) fn last_write(arguments: LastWriteArgs) -> Result<u8, Failure> {
     let (name, size) = split(&arguments.place)?;
-    let (subject, moment) = subject::open(&arguments.moment, &arguments.subject)?;
-    let icount = subject::target(&subject, moment.icount.map(|icount| icount.0))?;
-    let mut session = subject::session(subject, icount)?;
-    let addresses = place::addresses(&session, name).map_err(subject::failure)?;
+    let located = Place::find(&arguments.moment.run, &arguments.reach)?;
+    let icount = located.icount(arguments.moment.icount.map(|icount| icount.0))?;
+    let mut session = located.session(icount)?;
+    let addresses = place::addresses(&session, name).map_err(debug_failure)?;
     let Some(address) = addresses.first() else {
-        return Err(subject::failure(DebugError::NoSymbol { name: name.to_owned() }));
+        return Err(debug_failure(DebugError::NoSymbol { name: name.to_owned() }));
     };
     let progress = Progress::new("looking back", icount);
     let found = search::last_write(&mut session, *address, size, &mut progress.watcher());
     progress.finish();
-    let found = found.map_err(subject::failure)?;
+    let found = found.map_err(debug_failure)?;
     if arguments.json {
         super::say(serde_json::to_string(&found).expect("plain data"));
         return Ok(0);

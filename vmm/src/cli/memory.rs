@@ -4,16 +4,16 @@ use std::io::Write;
 
 use super::args::MemoryArgs;
 use super::exit::{self, Failure};
+use super::place;
 use super::ps::failure;
-use super::standing;
 use crate::inspect::{AddressSpace, Inspector};
 
 /// Bytes of one line of a dump.
 const LINE: u64 = 16;
 
 pub(super) fn memory(arguments: MemoryArgs) -> Result<u8, Failure> {
-    let standing = standing::open(&arguments.moment)?;
-    let machine = standing.machine();
+    let (_place, moment) = place::open(&arguments.at)?;
+    let machine = &moment.machine;
     let inspector = Inspector::new(machine);
     let space = space(&inspector, arguments.pid, arguments.physical)?;
     let address = resolve(&inspector, &arguments.address)?;

@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 
+use orrery_cpu::Icount;
 use serde::Serialize;
 
 use super::args::ProfileArgs;
 use super::exit::{self, Failure};
-use super::standing;
+use super::place::{Place, Progress, moment_failure};
 use crate::inspect::profile::{Line, Profile, interval_near};
+use crate::moment::{Moment, MomentError, advance};
 
 /// Samples that are taken if no interval is given, about.
 const SAMPLES: u64 = 10_000;
@@ -25,30 +27,33 @@ struct Report {
 }
 
 pub(super) fn profile(arguments: ProfileArgs) -> Result<u8, Failure> {
-    let mut standing = standing::open_run(&arguments.place, &arguments.run, arguments.from)?;
-    let from = standing.machine().icount().0;
-    let Some(to) = arguments.to.or(standing.end()) else {
-        let text = format!("run {} did not end in order, so its end is not known; give --to ICOUNT", standing.id());
-        return Err(Failure::new(exit::USAGE, text));
-    };
+    let place = Place::find(&arguments.run, &arguments.reach)?;
+    let (from, to) = (arguments.from, place.icount(arguments.to)?);
     if to <= from {
         return Err(Failure::new(exit::USAGE, format!("there is nothing between icount {from} and {to}")));
     }
     let every = arguments.every.unwrap_or_else(|| interval_near((to - from) / SAMPLES));
     let mut profile = Profile::new(arguments.flat);
-    let bar = standing::bar(to);
+    let Moment { run, mut machine, .. } = place.moment(Some(Icount(from)))?;
+    let progress = Progress::new("sampling", to);
+    let mut watcher = progress.watcher();
     let mut next = from.saturating_add(every);
     while next <= to {
+        match advance(&mut machine, &run.manifest, Icount(next), &mut |_| {}) {
+            Ok(()) => {}
+            Err(MomentError::BeyondEnd { .. }) => break,
+            Err(error) => return Err(moment_failure(error)),
+        }
         // A run can end right at the last sample.
-        if standing.advance(next)? {
+        if machine.ended().is_some() {
             break;
         }
-        profile.sample(standing.machine());
-        bar.set_position(next);
+        profile.sample(&machine);
+        watcher(next);
         next = next.saturating_add(every);
     }
-    bar.finish_and_clear();
-    let title = format!("{}, icount {from} to {to}, a sample every {every} instructions", standing.id());
+    progress.finish();
+    let title = format!("{}, icount {from} to {to}, a sample every {every} instructions", run.id());
     if let Some(path) = &arguments.svg {
         let file = File::create(path)
             .map_err(|error| Failure::new(exit::STORE, format!("cannot create {}: {error}", path.display())))?;
@@ -60,7 +65,7 @@ pub(super) fn profile(arguments: ProfileArgs) -> Result<u8, Failure> {
         eprintln!("orrery: the flame graph is in {}", path.display());
     }
     let report = Report {
-        run: standing.id().to_owned(),
+        run: run.id().to_owned(),
         from,
         to,
         every,

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::args::PsArgs;
 use super::exit::{self, Failure};
-use super::standing;
+use super::place;
 use crate::inspect::{InspectError, Inspector, Task};
 
 #[derive(Serialize)]
@@ -16,8 +16,8 @@ struct Row {
 }
 
 pub(super) fn ps(arguments: PsArgs) -> Result<u8, Failure> {
-    let standing = standing::open(&arguments.moment)?;
-    let machine = standing.machine();
+    let (_place, moment) = place::open(&arguments.at)?;
+    let machine = &moment.machine;
     let inspector = Inspector::new(machine);
     let mut tasks = inspector.tasks().map_err(failure)?;
     if !arguments.threads {

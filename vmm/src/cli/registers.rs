@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::args::RegistersArgs;
 use super::exit::Failure;
-use super::standing;
+use super::place;
 use crate::inspect::Inspector;
 
 const GENERAL: [&str; 16] =
@@ -14,8 +14,8 @@ const GENERAL: [&str; 16] =
 const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
 
 pub(super) fn registers(arguments: RegistersArgs) -> Result<u8, Failure> {
-    let standing = standing::open(&arguments.moment)?;
-    let machine = standing.machine();
+    let (_place, moment) = place::open(&arguments.at)?;
+    let machine = &moment.machine;
     let cpu = machine.cpu();
     if arguments.json {
         let mut all = as_json(cpu);

@@ -4,10 +4,11 @@ use serde::Serialize;
 
 use super::args::ReplayArgs;
 use super::exit::{self, Failure};
+use super::place::{Place, debug_failure};
 use super::ps::printable;
-use super::subject;
 use crate::chain::Hash;
 use crate::debug::{Session, place};
+use crate::run::directory::read_console;
 
 #[derive(Serialize)]
 struct There {
@@ -37,22 +38,26 @@ struct Process {
 }
 
 pub(super) fn replay(arguments: ReplayArgs) -> Result<u8, Failure> {
-    let (subject, name) = subject::open(&arguments.run, &arguments.subject)?;
-    let target = match (&arguments.to_console, arguments.to.or(name.icount.map(|icount| icount.0))) {
-        (Some(text), _) => match subject.console_find(text).map_err(subject::failure)? {
-            Some((icount, _)) => icount,
+    let place = Place::find(&arguments.run.run, &arguments.reach)?;
+    let console = match &arguments.to_console {
+        Some(_) => read_console(&place.run.path).map_err(|error| debug_failure(error.into()))?,
+        None => Vec::new(),
+    };
+    let target = match (&arguments.to_console, arguments.to.or(arguments.run.icount.map(|icount| icount.0))) {
+        (Some(text), _) => match console.iter().find(|line| line.text.contains(text)) {
+            Some(line) => line.icount,
             None => {
-                let message = format!("the console of run {} never shows {text:?}", subject.manifest().id);
+                let message = format!("the console of run {} never shows {text:?}", place.run.id());
                 return Err(Failure::new(exit::INSPECT, message));
             }
         },
         (None, Some(icount)) if !arguments.to_end => icount,
-        _ => subject::target(&subject, None)?,
+        _ => place.icount(None)?,
     };
-    let mut session = subject::session(subject, target)?;
+    let mut session = place.session(target)?;
     if arguments.to_console.is_some() {
         // The log has the moment of the line's first byte.
-        session.next_console_line().map_err(subject::failure)?;
+        session.next_console_line().map_err(debug_failure)?;
     }
     let state_hash = arguments.hash.then(|| session.state_hash());
     let there = look(&session, arguments.lines, state_hash);

@@ -7,8 +7,9 @@ use orrery_cpu::engine::EngineConfig;
 use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
 
-use super::args::{EngineArgs, MachineArgs, RunArgs};
+use super::args::{MachineArgs, RunArgs};
 use super::console::Console;
+use super::engine::WarmEngine;
 use super::exit::{self, Failure};
 use crate::chain::Hash;
 use crate::config::Seed;
@@ -17,7 +18,6 @@ use crate::machine::{Machine, MachineError};
 use crate::run::RunDirectory;
 use crate::run::manifest::{Ended, ImageReference};
 use crate::run::recorder::{Origin, RecordError, Recorder, RecorderOptions, Summary};
-use crate::translation_cache::TranslationCache;
 
 pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     let image = open_image(&arguments.image)?;
@@ -26,11 +26,11 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
         None => Vec::new(),
     };
     let seed = Seed(arguments.seed);
-    let (engine, cache) = warm_engine(&arguments.engine, &image);
-    let mut machine = build_machine(&image, &arguments.machine, seed, engine)?;
+    let engine = WarmEngine::new(&arguments.engine, &image.hash());
+    let mut machine = build_machine(&image, &arguments.machine, seed, engine.config.clone())?;
     machine.replay(replayed);
     let stem = arguments.image.file_stem().map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
-    let directory = RunDirectory::create(&arguments.runs, &stem, arguments.seed)
+    let directory = RunDirectory::create(&arguments.kept.runs, &stem, arguments.seed)
         .map_err(|e| Failure::new(exit::STORE, format!("{e}; choose another directory with --runs")))?;
     let origin = Origin {
         image: ImageReference { path: absolute(&arguments.image), hash: Hash(image.hash()) },
@@ -43,8 +43,8 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     drop(image);
     let options = RecorderOptions {
         epoch_instructions: arguments.epoch,
-        until: arguments.until.map(Icount),
-        until_time: arguments.until_virtual.map(VirtualNs),
+        until: arguments.limit.until.map(Icount),
+        until_time: arguments.limit.until_virtual.map(VirtualNs),
         snapshots: arguments.snapshots.options(),
     };
     let take_input = !arguments.no_input && arguments.inputs.is_none();
@@ -55,9 +55,6 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     drop(console);
     let summary = summary.map_err(record_failure)?;
     report(&summary, arguments.quiet, arguments.json);
-    if let Some(cache) = cache {
-        cache.keep();
-    }
     Ok(exit::code_of(&summary.ended))
 }
 
@@ -87,28 +84,6 @@ pub(super) fn build_machine(
         };
         Failure::new(code, error)
     })
-}
-
-/// The engine's configuration that hidden flags give.
-pub(super) fn engine_config(arguments: &EngineArgs) -> EngineConfig {
-    let plain = EngineConfig::default();
-    EngineConfig {
-        tlb_bits: arguments.engine_tlb_bits.unwrap_or(plain.tlb_bits),
-        chaining: plain.chaining && !arguments.engine_no_chaining,
-        max_block_instructions: arguments.engine_block.unwrap_or(plain.max_block_instructions),
-        code_cache_bytes: arguments.engine_cache.map_or(plain.code_cache_bytes, |mib| mib << 20),
-        chaos_seed: arguments.engine_chaos,
-        grouping: plain.grouping && !arguments.engine_no_grouping,
-        archive: None,
-        ..plain
-    }
-}
-
-/// As `engine_config`, with the translations that earlier runs of the image left behind.
-pub(super) fn warm_engine(arguments: &EngineArgs, image: &Image) -> (EngineConfig, Option<TranslationCache>) {
-    let cache = (!arguments.no_translation_cache).then(|| TranslationCache::open(&image.hash()));
-    let archive = cache.as_ref().map(TranslationCache::archive);
-    (EngineConfig { archive, ..engine_config(arguments) }, cache)
 }
 
 pub(super) fn record_failure(error: RecordError) -> Failure {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::args::RunsArgs;
 use super::exit::Failure;
-use crate::run::directory::{MANIFEST, read_console, read_manifest};
+use crate::run::directory::{ConsoleLine, MANIFEST, read_console, read_manifest};
 use crate::run::manifest::Manifest;
 use crate::store::log;
 
@@ -43,7 +43,7 @@ pub(super) fn directories(runs: &Path, name: Option<&str>) -> Vec<(String, PathB
 /// Describes a run; its manifest is None if that is damaged.
 pub(super) fn describe(id: &str, path: &Path) -> (RunLine, Option<Manifest>) {
     let lines = read_console(path).unwrap_or_default();
-    let last_line = lines.iter().rev().map(|line| readable(&line.text)).find(|text| !text.is_empty());
+    let last_line = lines.iter().rev().map(readable).find(|text| !text.is_empty());
     let snapshots = log::read(path).map_or(0, |list| list.records.len());
     let mut line = RunLine {
         run: id.to_owned(),
@@ -79,17 +79,13 @@ pub(super) fn describe(id: &str, path: &Path) -> (RunLine, Option<Manifest>) {
     (line, Some(manifest))
 }
 
-/// A line of the console log without its escapes at the end.
-pub(super) fn readable(text: &str) -> String {
-    let mut text = text;
-    while let Some(rest) = text.strip_suffix("\\n").or_else(|| text.strip_suffix("\\r")) {
-        text = rest;
-    }
-    text.trim().chars().take(100).collect()
+/// A line of the console log, short enough for a list.
+pub(super) fn readable(line: &ConsoleLine) -> String {
+    line.content().trim().chars().take(100).collect()
 }
 
 pub(super) fn runs(arguments: &RunsArgs) -> Result<u8, Failure> {
-    for (id, path) in directories(&arguments.runs, arguments.name.as_deref()) {
+    for (id, path) in directories(&arguments.kept.runs, arguments.name.as_deref()) {
         let (line, _) = describe(&id, &path);
         if arguments.json {
             say!("{}", serde_json::to_string(&line).expect("a line is plain data"));

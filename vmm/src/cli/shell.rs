@@ -11,23 +11,24 @@ use super::args::{MomentArgs, ShellArgs};
 use super::cat::{agent_of, failure};
 use super::console::read_stdin;
 use super::exit::{self, Failure};
-use super::standing;
+use super::place::{self, Place};
 use crate::guest_agent::{Agent, AgentError, Message, Turn};
 
 /// Longest wait before the terminal's size is looked at again.
 const WAIT_MAX: Duration = Duration::from_millis(100);
 
 /// A throwaway branch at a moment: the machine with its past, and none of the run's later inputs.
-pub(super) fn open_branch(arguments: &MomentArgs) -> Result<Agent, Failure> {
-    let mut machine = standing::open(arguments)?.into_machine();
+pub(super) fn open_branch(arguments: &MomentArgs) -> Result<(Place, Agent), Failure> {
+    let (place, moment) = place::open(arguments)?;
+    let mut machine = moment.machine;
     let seed = machine.seed();
     let template = machine.freeze().map_err(|error| Failure::new(exit::HOST, error))?;
     let branch = template.branch(seed, Some(Vec::new())).map_err(|error| Failure::new(exit::HOST, error))?;
-    agent_of(branch)
+    Ok((place, agent_of(branch)?))
 }
 
 pub(super) fn shell(arguments: ShellArgs) -> Result<u8, Failure> {
-    let mut agent = open_branch(&arguments.moment)?;
+    let (_place, mut agent) = open_branch(&arguments.at)?;
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let size = terminal_size().filter(|_| terminal);
     if terminal {

@@ -1,59 +1,12 @@
-//! `orrery snapshot`, and what all commands about moments share.
+//! `orrery snapshot`.
 
-use std::io::IsTerminal;
 use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use orrery_cpu::Icount;
-
-use super::args::{PlaceArgs, SnapshotCommandArgs};
+use super::args::SnapshotCommandArgs;
 use super::exit::{self, Failure};
-use crate::machine::MachineError;
-use crate::moment::{Moment, MomentError, MomentName, MomentOptions};
+use super::place;
 use crate::store::log::{self, SnapshotLog};
 use crate::store::{Capture, SnapshotError, Store, StoreWriter, Timeline};
-
-/// A progress bar on standard error, if that is a terminal.
-pub(super) fn spinner() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{spinner} {msg}").expect("the template is constant");
-    ProgressBar::new_spinner().with_style(style)
-}
-
-/// Brings a machine to a moment, with progress, and says which snapshots turned out damaged.
-pub(super) fn open_moment(places: &PlaceArgs, name: &MomentName, options: MomentOptions) -> Result<Moment, Failure> {
-    let bar = spinner();
-    let options = MomentOptions { image: places.image.clone(), ..options };
-    let moment = Moment::open(&places.runs, name, &options, &mut |icount: Icount| {
-        bar.set_message(format!("going to {name}: icount {}", icount.0));
-        bar.tick();
-    });
-    bar.finish_and_clear();
-    let moment = moment.map_err(moment_failure)?;
-    for error in &moment.damage {
-        eprintln!("orrery: {error}; going on from an earlier moment");
-    }
-    Ok(moment)
-}
-
-/// The exit code of a moment that cannot be reached.
-pub(super) fn moment_failure(error: MomentError) -> Failure {
-    let code = match &error {
-        MomentError::Name(_) => exit::USAGE,
-        MomentError::NoSuchRun { .. }
-        | MomentError::Ambiguous { .. }
-        | MomentError::BeyondEnd { .. }
-        | MomentError::NoEnd { .. } => exit::MOMENT,
-        MomentError::Run(_) => exit::DAMAGED,
-        MomentError::Inputs(_) | MomentError::ForeignInputs(_) => exit::INPUTS,
-        MomentError::Image(_) | MomentError::OtherImage { .. } => exit::IMAGE,
-        MomentError::Machine(MachineError::Ram(_) | MachineError::Engine(_)) => exit::HOST,
-        MomentError::Machine(_) => exit::MACHINE,
-    };
-    Failure::new(code, error)
-}
 
 /// The exit code of a store that cannot be used.
 pub(super) fn store_failure(error: SnapshotError) -> Failure {
@@ -67,7 +20,7 @@ pub(super) fn store_failure(error: SnapshotError) -> Failure {
 }
 
 pub(super) fn snapshot(arguments: SnapshotCommandArgs) -> Result<u8, Failure> {
-    let mut moment = open_moment(&arguments.places, &arguments.moment, MomentOptions::default())?;
+    let (_place, mut moment) = place::open(&arguments.at)?;
     let runs = moment.run.path.parent().unwrap_or(Path::new(".")).to_owned();
     let line = moment.console.partial_line();
     let (base, mut timeline) = match moment.base.take() {

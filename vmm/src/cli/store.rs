@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::args::{StoreArgs, StoreCheckArgs, StoreCommand, StoreGcArgs};
 use super::exit::{self, Failure};
-use super::snapshot::{spinner, store_failure};
+use super::place::spinner;
+use super::snapshot::store_failure;
 use crate::store::Store;
 use crate::store::check::{CheckReport, check};
 use crate::store::gc::{GcOptions, GcReport, gc};
@@ -18,8 +19,8 @@ pub(super) fn store(arguments: &StoreArgs) -> Result<u8, Failure> {
 
 fn check_store(arguments: &StoreCheckArgs) -> Result<u8, Failure> {
     let bar = spinner();
-    let report = match Store::existing(&arguments.runs).map_err(store_failure)? {
-        Some(store) => check(&arguments.runs, &store, &mut |bytes| {
+    let report = match Store::existing(&arguments.kept.runs).map_err(store_failure)? {
+        Some(store) => check(&arguments.kept.runs, &store, &mut |bytes| {
             bar.set_message(format!("{} MiB verified", bytes >> 20));
             bar.tick();
         })
@@ -54,11 +55,11 @@ fn collect(arguments: &StoreGcArgs) -> Result<u8, Failure> {
     };
     let bar = spinner();
     let store = match arguments.dry_run {
-        true => Store::existing(&arguments.runs),
-        false => Store::exclusive(&arguments.runs),
+        true => Store::existing(&arguments.kept.runs),
+        false => Store::exclusive(&arguments.kept.runs),
     };
     let report = match store.map_err(store_failure)? {
-        Some(store) => gc(&arguments.runs, &store, &options, &mut |bytes| {
+        Some(store) => gc(&arguments.kept.runs, &store, &options, &mut |bytes| {
             bar.set_message(format!("{} MiB looked at", bytes >> 20));
             bar.tick();
         })

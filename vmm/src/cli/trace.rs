@@ -4,8 +4,8 @@ use std::io::{BufWriter, Write};
 
 use super::args::TraceArgs;
 use super::exit::{self, Failure};
+use super::place::{Place, Progress, debug_failure};
 use super::ps::printable;
-use super::subject::{self, Progress};
 use crate::debug::search::{self, Flow, Traced};
 
 /// Deepest indentation.
@@ -27,14 +27,14 @@ fn split(text: &str) -> Result<(&str, u64, u64), Failure> {
 
 pub(super) fn trace(arguments: TraceArgs) -> Result<u8, Failure> {
     let (run, from, to) = split(&arguments.span)?;
-    let (subject, _) = subject::open(run, &arguments.subject)?;
-    if let Some(outcome) = &subject.manifest().outcome
+    let place = Place::find(run, &arguments.reach)?;
+    if let Some(outcome) = &place.run.manifest.outcome
         && to > outcome.icount
     {
         let (end, ended) = (outcome.icount, outcome.ended.clone());
-        return Err(subject::failure(crate::debug::DebugError::BeyondEnd { target: to, end, ended }));
+        return Err(debug_failure(crate::debug::DebugError::BeyondEnd { target: to, end, ended }));
     }
-    let mut session = subject::session(subject, from)?;
+    let mut session = place.session(from)?;
     let progress = Progress::new("tracing", to);
     let mut out = BufWriter::new(std::io::stdout());
     let mut depth = 0usize;
@@ -51,7 +51,7 @@ pub(super) fn trace(arguments: TraceArgs) -> Result<u8, Failure> {
     });
     progress.finish();
     let _ = out.flush();
-    result.map_err(subject::failure)?;
+    result.map_err(debug_failure)?;
     Ok(0)
 }
 

@@ -8,7 +8,7 @@ use super::runs::{RunLine, describe, directories};
 
 pub(super) fn tree(arguments: &RunsArgs) -> Result<u8, Failure> {
     let lines: BTreeMap<String, RunLine> =
-        directories(&arguments.runs, None).iter().map(|(id, path)| (id.clone(), describe(id, path).0)).collect();
+        directories(&arguments.kept.runs, None).iter().map(|(id, path)| (id.clone(), describe(id, path).0)).collect();
     if arguments.json {
         for line in lines.values().filter(|line| shown(line, arguments)) {
             say!("{}", serde_json::to_string(line).expect("a line is plain data"));

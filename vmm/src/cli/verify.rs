@@ -10,8 +10,9 @@ use orrery_guest_image::Image;
 use serde::Serialize;
 
 use super::args::VerifyArgs;
+use super::engine::WarmEngine;
 use super::exit::{self, Failure};
-use super::run::{build_machine, engine_config, open_image};
+use super::run::{build_machine, open_image};
 use super::say;
 use crate::chain::Hash;
 use crate::config::Seed;
@@ -58,7 +59,9 @@ pub(super) fn verify(arguments: VerifyArgs) -> Result<u8, Failure> {
         None => Vec::new(),
     };
     let perturb_seed = arguments.perturb_seed.or_else(|| arguments.perturb.then(any_seed));
-    let session = Session { arguments: &arguments, image: &image, replayed: &replayed, perturb_seed };
+    let warm = WarmEngine::new(&arguments.engine, &image.hash());
+    let session =
+        Session { arguments: &arguments, image: &image, replayed: &replayed, perturb_seed, warm: &warm.config };
     let mut report = Report {
         equal: true,
         image_hash: Hash(image.hash()),
@@ -109,14 +112,18 @@ struct Session<'a> {
     image: &'a Image,
     replayed: &'a [Input],
     perturb_seed: Option<u64>,
+    /// The engine of the first run.
+    warm: &'a EngineConfig,
 }
 
 impl Session<'_> {
     fn engine(&self, run: u32) -> EngineConfig {
-        let base = engine_config(&self.arguments.engine);
+        // Later runs make their translations themselves: kept ones must not matter either.
+        let cold = || self.arguments.engine.config();
         match self.arguments.perturbation {
-            Some(number) if run > 0 => perturbed(&base, number),
-            _ => base,
+            _ if run == 0 => self.warm.clone(),
+            Some(number) => perturbed(&cold(), number),
+            None => cold(),
         }
     }
 
@@ -139,8 +146,10 @@ impl Session<'_> {
 
     fn sampler(&self, run: u32) -> Result<Sampler, Failure> {
         let machine = build_machine(self.image, &self.arguments.machine, Seed(self.arguments.seed), self.engine(run))?;
-        let until =
-            Until { icount: self.arguments.until.map(Icount), time: self.arguments.until_virtual.map(VirtualNs) };
+        let until = Until {
+            icount: self.arguments.limit.until.map(Icount),
+            time: self.arguments.limit.until_virtual.map(VirtualNs),
+        };
         Ok(Sampler::new(self.course(run, machine), self.arguments.epoch, until))
     }
 

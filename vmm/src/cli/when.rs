@@ -4,31 +4,31 @@ use std::io::{BufWriter, Write};
 
 use super::args::WhenArgs;
 use super::exit::Failure;
-use super::subject::{self, Progress};
+use super::place::{Place, Progress, debug_failure};
 use crate::debug::{DebugError, place, search};
 
 pub(super) fn when(arguments: WhenArgs) -> Result<u8, Failure> {
-    let (subject, _) = subject::open(&arguments.run, &arguments.subject)?;
-    let until = subject::target(&subject, arguments.to)?;
+    let located = Place::find(&arguments.run, &arguments.reach)?;
+    let until = located.icount(arguments.to)?;
     // A number means the same everywhere; a name is looked for where it is known.
     let start = match place::number(&arguments.pc) {
         Some(_) => arguments.from,
         None => arguments.at.unwrap_or(until),
     };
-    let mut session = subject::session(subject, start)?;
+    let mut session = located.session(start)?;
     let progress = Progress::new("looking for the symbol", until);
     let addresses = match arguments.at {
         Some(_) => place::addresses(&session, &arguments.pc),
         None => place::addresses_sometime(&mut session, &arguments.pc, &mut progress.watcher()),
     };
     progress.finish();
-    let addresses = addresses.map_err(subject::failure)?;
+    let addresses = addresses.map_err(debug_failure)?;
     if addresses.is_empty() {
-        return Err(subject::failure(DebugError::NoSymbol { name: arguments.pc }));
+        return Err(debug_failure(DebugError::NoSymbol { name: arguments.pc }));
     }
     let progress = Progress::new("looking", until);
     let mut watcher = progress.watcher();
-    session.go_to(arguments.from, &mut watcher).map_err(subject::failure)?;
+    session.go_to(arguments.from, &mut watcher).map_err(debug_failure)?;
     let limit = arguments.limit.unwrap_or(u64::MAX);
     let mut out = BufWriter::new(std::io::stdout());
     let (mut count, mut open) = (0, true);
@@ -48,7 +48,7 @@ pub(super) fn when(arguments: WhenArgs) -> Result<u8, Failure> {
     });
     progress.finish();
     let flushed = out.flush();
-    searched.map_err(subject::failure)?;
+    searched.map_err(debug_failure)?;
     if arguments.count {
         match arguments.json {
             true => say!("{{\"count\":{count}}}"),

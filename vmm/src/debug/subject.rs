@@ -61,46 +61,9 @@ impl Subject {
     /// Lines of the console with their icount, up to `icount`, the last `count` of them. Empty if the log cannot be
     /// read: what is shown besides does not depend on it.
     pub fn console_until(&self, icount: u64, count: usize) -> Vec<(u64, String)> {
-        let Ok(text) = std::fs::read_to_string(self.run.path.join(directory::CONSOLE)) else { return Vec::new() };
-        let mut lines: std::collections::VecDeque<(u64, String)> = Default::default();
-        for (at, line) in console_lines(&text) {
-            if at > icount {
-                break;
-            }
-            if lines.len() == count {
-                lines.pop_front();
-            }
-            lines.push_back((at, line.to_owned()));
-        }
-        lines.into()
-    }
-
-    /// Icount of the first line of the console that contains a text, and the line.
-    pub fn console_find(&self, wanted: &str) -> Result<Option<(u64, String)>, DebugError> {
-        let path = self.run.path.join(directory::CONSOLE);
-        let text = std::fs::read_to_string(&path).map_err(|source| directory::io_error("read", &path)(source))?;
-        Ok(console_lines(&text).find(|(_, line)| line.contains(wanted)).map(|(at, line)| (at, line.to_owned())))
-    }
-}
-
-/// Lines of a console log: the icount and the text.
-fn console_lines(text: &str) -> impl Iterator<Item = (u64, &str)> {
-    text.lines().filter_map(|line| {
-        let mut parts = line.splitn(3, ' ');
-        let icount = parts.next()?.parse().ok()?;
-        parts.next()?;
-        Some((icount, parts.next().unwrap_or("").trim_end_matches("\\n").trim_end_matches("\\r")))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn console_logs_are_read() {
-        let text = "5 6 hey\\r\\n\n7 8 z\\x01\nbad\n9 9 \n";
-        let lines: Vec<_> = console_lines(text).collect();
-        assert_eq!(lines, [(5, "hey"), (7, "z\\x01"), (9, "")]);
+        let lines = directory::read_console(&self.run.path).unwrap_or_default();
+        let end = lines.partition_point(|line| line.icount <= icount);
+        let last = &lines[end.saturating_sub(count)..end];
+        last.iter().map(|line| (line.icount, line.content().to_owned())).collect()
     }
 }

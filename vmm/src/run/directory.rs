@@ -95,6 +95,17 @@ pub struct ConsoleLine {
     pub text: String,
 }
 
+impl ConsoleLine {
+    /// Its text without the line's end.
+    pub fn content(&self) -> &str {
+        let mut text = self.text.as_str();
+        while let Some(rest) = text.strip_suffix("\\n").or_else(|| text.strip_suffix("\\r")) {
+            text = rest;
+        }
+        text
+    }
+}
+
 /// Reads a run's console log. Lines that are not of its form are left out.
 pub fn read_console(run: &Path) -> Result<Vec<ConsoleLine>, StoreError> {
     let path = run.join(CONSOLE);
@@ -326,6 +337,9 @@ mod tests {
         run.flush().unwrap();
         let text = fs::read_to_string(run.path().join(CONSOLE)).unwrap();
         assert_eq!(text, "5 6 hey\\n\n7 8 z\\x01\n");
+        let lines = read_console(run.path()).unwrap();
+        let read: Vec<_> = lines.iter().map(|line| (line.icount, line.virtual_ns, line.content())).collect();
+        assert_eq!(read, [(5, 6, "hey"), (7, 8, "z\\x01")]);
     }
 
     #[test]
