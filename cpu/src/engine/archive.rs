@@ -10,6 +10,7 @@
 use super::hash::FastMap;
 use super::mode::Mode;
 use super::translate::{MAX_BLOCK_BYTES, MAX_RECORDS, Placed, Request, Site, SiteKind, Translator};
+use super::undefined::Undefined;
 use iced_x86::{Decoder, DecoderOptions};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +25,7 @@ struct Key {
     mode: u16,
     grouping: bool,
     window: bool,
-    emulate_undefined: bool,
+    undefined: Undefined,
     max_instructions: u32,
     tlb_mask: u32,
 }
@@ -36,7 +37,7 @@ impl Key {
             mode: request.mode.0,
             grouping: request.grouping,
             window: request.window,
-            emulate_undefined: request.emulate_undefined,
+            undefined: request.undefined,
             max_instructions: request.max_instructions,
             tlb_mask: request.tlb_mask,
         }
@@ -46,7 +47,7 @@ impl Key {
         let settings = u64::from(self.mode) << 48
             ^ u64::from(self.max_instructions) << 40
             ^ u64::from(self.tlb_mask) << 8
-            ^ u64::from(self.emulate_undefined) << 2
+            ^ u64::from(self.undefined.number()) << 24
             ^ u64::from(self.grouping) << 1
             ^ u64::from(self.window);
         self.rip ^ settings.wrapping_mul(0x9E37_79B9_7F4A_7C15)
@@ -281,7 +282,7 @@ mod tests {
             grouping: true,
             window: true,
             isolated: false,
-            emulate_undefined: false,
+            undefined: Undefined::NONE,
             block: index,
             first_site: 3 * index,
             first_emulated: 5 * index,

@@ -371,6 +371,14 @@ impl Assembler {
         self.gs_op(false, op::STORE, host::RAX, disp);
     }
 
+    /// `lahf; and eax, 0x4000; mov ecx, gs:[disp]; and ecx, ~0x4000; or eax, ecx; mov gs:[disp], eax`: ZF to a slot.
+    pub fn merge_zero_flag(&mut self, disp: u32) {
+        self.put(&[0x9F, 0x25, 0x00, 0x40, 0x00, 0x00]);
+        self.gs_op(false, op::LOAD, host::RCX, disp);
+        self.put(&[0x81, 0xE1, 0xFF, 0xBF, 0xFF, 0xFF, 0x09, 0xC8]);
+        self.gs_op(false, op::STORE, host::RAX, disp);
+    }
+
     /// `mov eax, gs:[disp]; add al, 0x7F; sahf`: status flags from a slot.
     pub fn restore_flags(&mut self, disp: u32) {
         self.gs_op(false, op::LOAD, host::RAX, disp);
@@ -429,6 +437,10 @@ mod tests {
             (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
             (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
+            (
+                text(|a| a.merge_zero_flag(8)),
+                "lahf; and eax,4000h; mov ecx,gs:[8]; and ecx,0FFFFBFFFh; or eax,ecx; mov gs:[8],eax",
+            ),
             (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),
             (text(|a| a.push(R15)), "push r15"),
             (text(|a| a.call_gs(0x30)), "call qword ptr gs:[30h]"),

@@ -415,7 +415,7 @@ impl Core {
             window: purpose == Purpose::Ordinary,
             grouping: grouping && self.config.grouping && !self.t.is_ungrouped(start(identity, rip)),
             isolated: !purpose.is_linked(),
-            emulate_undefined: self.config.emulate_undefined,
+            undefined: self.config.undefined,
             block: index,
             first_site: self.t.sites.len() as u32,
             first_emulated: self.t.emulated.len() as u32,

@@ -15,6 +15,7 @@ mod fpu;
 mod groups;
 mod hash;
 mod homeless;
+mod measure;
 mod mmu;
 mod mode;
 mod native;
@@ -39,6 +40,7 @@ use crate::state::CpuState;
 pub use archive::Archive;
 pub use observe::{Accessor, Hit, Observation, Place, WATCH_BYTES_MAX, Watchpoint};
 pub use statistics::Statistics;
+pub use undefined::Undefined;
 
 /// How the engine works. None of it can change a state or a hash; tests vary all of it.
 #[derive(Clone, Debug)]
@@ -53,9 +55,9 @@ pub struct EngineConfig {
     pub max_block_instructions: u32,
     /// Host memory reserved for translated code, in bytes.
     pub code_cache_bytes: usize,
-    /// Flags and results that the manual leaves undefined come from the emulation, where they are the CPU model's;
-    /// otherwise from the host. Needed where the host is not of the model's vendor, and set there by default.
-    pub emulate_undefined: bool,
+    /// Kinds of instructions whose undefined flags and results are not left to the host's processor. By default those
+    /// that it executes otherwise than the CPU model says.
+    pub undefined: Undefined,
     /// Randomise block lengths and forget caches at random moments, from this seed.
     pub chaos_seed: Option<u64>,
     /// Translations to begin with, and where new ones are kept.
@@ -70,7 +72,7 @@ impl Default for EngineConfig {
             grouping: true,
             max_block_instructions: 64,
             code_cache_bytes: 512 << 20,
-            emulate_undefined: !undefined::host_is_the_model(),
+            undefined: Undefined::measured(),
             chaos_seed: None,
             archive: None,
         }

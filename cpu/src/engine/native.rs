@@ -9,6 +9,7 @@ use super::mode::Mode;
 use super::thunks::exit;
 use super::translate::{Request, SiteKind};
 use super::translations::Purpose;
+use super::undefined::Undefined;
 use super::{classify, classify::Treatment};
 use crate::exception::Exception;
 use crate::system;
@@ -60,7 +61,7 @@ impl Core {
             grouping: false,
             isolated: true,
             // The emulation has all that leave something undefined.
-            emulate_undefined: false,
+            undefined: Undefined::NONE,
             block: self.t.blocks.len() as u32,
             first_site: self.t.sites.len() as u32,
             first_emulated: self.t.emulated.len() as u32,

@@ -14,7 +14,7 @@ use super::homeless;
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
 use super::thunks::Thunks;
-use super::undefined;
+use super::undefined::{self, Undefined};
 use crate::state::{rflags, seg};
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
@@ -85,8 +85,8 @@ pub struct Request<'a> {
     pub window: bool,
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
-    /// What leaves flags or results undefined is emulated if that can be seen.
-    pub emulate_undefined: bool,
+    /// Kinds of instructions whose undefined flags and results are not the host's, if they can be seen.
+    pub undefined: Undefined,
     pub block: u32,
     /// Indexes that the block's first site and first instruction for the emulation will have.
     pub first_site: u32,
@@ -167,6 +167,8 @@ pub struct Translator {
     flags: Flags,
     mode: Mode,
     careful: bool,
+    /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
+    mends_flags: bool,
     isolated: bool,
     block: u32,
     tlb_mask: u32,
@@ -200,6 +202,7 @@ impl Translator {
             flags: Flags::Slot,
             mode: Mode(0),
             careful: false,
+            mends_flags: false,
             isolated: false,
             block: 0,
             tlb_mask: 0,
@@ -262,6 +265,7 @@ impl Translator {
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
+            self.mends_flags = request.undefined.mends(ins) && !undefined::are_hidden(&list[position + 1..]);
             self.instruction(ins, *treatment);
             self.index += 1;
         }
@@ -379,7 +383,7 @@ impl Translator {
             if undefined && !undefined::hides(&ins, treatment) {
                 break;
             }
-            undefined = request.emulate_undefined && treatment == Treatment::Plain && undefined::leaves_undefined(&ins);
+            undefined = treatment == Treatment::Plain && request.undefined.emulates(&ins);
             self.instructions.push((ins, treatment));
             len = decoder.position() as u32;
             let goes_on = treatment == Treatment::Branch
@@ -1111,8 +1115,9 @@ impl Translator {
                 at = POINTER;
             }
         }
-        let needs_flags = use_of.flags_in;
-        if needs_flags {
+        if self.mends_flags {
+            self.save_flags();
+        } else if use_of.flags_in {
             self.need_flags();
         }
 
@@ -1202,7 +1207,10 @@ impl Translator {
         for i in 0..scratch.borrowed_count {
             self.a.load_gs(scratch.borrowed[i], field::temporary(4 + i as u32));
         }
-        if use_of.flags_out {
+        if self.mends_flags {
+            self.a.merge_zero_flag(field::FLAGS);
+            self.flags = Flags::Slot;
+        } else if use_of.flags_out {
             self.flags = Flags::Host;
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic, Register};
-use orrery_cpu::engine::{Engine, EngineConfig, Stop};
+use orrery_cpu::engine::{Engine, EngineConfig, Stop, Undefined};
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::paging;
@@ -433,9 +433,10 @@ impl Lockstep {
                 if report.is_empty() {
                     self.comparisons += 1;
                     let (flags, undefined) = (state.rflags, ignored_flags & rflags::STATUS);
-                    if self.vm.emulated_processor && (flags ^ kvm.rflags) & undefined != 0 {
+                    let model_is_elsewhere = self.vm.emulated_processor || Undefined::measured() != Undefined::NONE;
+                    if model_is_elsewhere && (flags ^ kvm.rflags) & undefined != 0 {
                         // What is undefined is the model's from here on.
-                        self.vm.change_registers(|r| r.rflags = r.rflags & !undefined | flags & undefined);
+                        self.vm.change_flags(undefined, flags);
                     }
                     return Ok(stop != Stop::Limit);
                 }

@@ -411,6 +411,16 @@ impl Vm {
         self.vcpu.set_regs(&registers).expect("KVM_SET_REGS");
     }
 
+    /// Gives the flags in `mask` the values that they have in `flags`, between two steps.
+    pub fn change_flags(&mut self, mask: u64, flags: u64) {
+        if self.parked {
+            let flags = self.frame(2) & !mask | flags & mask;
+            self.memory.write_obj(flags, GuestAddress(STEP_FRAME + 16)).expect("RAM");
+        } else {
+            self.change_registers(|r| r.rflags = r.rflags & !mask | flags & mask);
+        }
+    }
+
     /// Takes the traps of stepping out of DR6.
     pub fn clear_trap_status(&self) {
         let mut debug = self.vcpu.get_debug_regs().expect("KVM_GET_DEBUGREGS");

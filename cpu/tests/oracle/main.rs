@@ -28,7 +28,7 @@ use generate::codes::{self, Class};
 use guest::{Drive, Guest};
 use iced_x86::{Code, Mnemonic, OpCodeOperandKind};
 use native::Native;
-use orrery_cpu::engine::EngineConfig;
+use orrery_cpu::engine::{EngineConfig, Undefined};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -131,21 +131,27 @@ fn compare_with_host(
     singles: u64,
     programs: u64,
 ) {
-    let by_emulation = config.emulate_undefined;
-    let make_guest = Box::new(move || Guest::new(config.clone(), supervisor, drive));
-    let mut campaign = Campaign::new(make_guest, supervisor);
     let mut codes = wanted_codes(supervisor.then_some(Class::Ordinary));
     if supervisor {
         // CS and SS are others there.
         codes.retain(|code| !code.op_code().op_kinds().contains(&OpCodeOperandKind::seg_reg));
     }
+    compare(totals, config, drive, supervisor, (&codes, singles), (&codes, programs));
+}
+
+/// The same, with instructions drawn from some, programs made of others.
+fn compare(
+    totals: &mut Totals,
+    config: EngineConfig,
+    drive: Drive,
+    supervisor: bool,
+    (codes, singles): (&[Code], u64),
+    (all, programs): (&[Code], u64),
+) {
+    let make_guest = Box::new(move || Guest::new(config.clone(), supervisor, drive));
+    let mut campaign = Campaign::new(make_guest, supervisor);
     let scale = environment("ORACLE_COUNT", 1);
     let first = environment("ORACLE_SEED", 0) << 32;
-    // Programs are made of everything, single instructions drawn from those that matter.
-    let all = codes.clone();
-    if by_emulation {
-        codes.retain(|code| leaves_undefined(code.mnemonic()));
-    }
     for seed in (first..first + singles * scale).filter(|_| !codes.is_empty()) {
         let code = codes[(seed % codes.len() as u64) as usize];
         if let Some(case) = generate::single(seed, code) {
@@ -153,51 +159,35 @@ fn compare_with_host(
         }
     }
     for seed in (first..first + programs * scale).filter(|_| !all.is_empty()) {
-        if let Some(case) = generate::sequence::sequence(seed, &all) {
+        if let Some(case) = generate::sequence::sequence(seed, all) {
             campaign.check(&for_level(case, supervisor));
         }
     }
     totals.add(&campaign);
 }
 
-/// Instructions that leave flags or results undefined about which processors differ.
-fn leaves_undefined(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::*;
-    matches!(
-        mnemonic,
-        Rol | Ror
-            | Rcl
-            | Rcr
-            | Shl
-            | Sal
-            | Shr
-            | Sar
-            | Shld
-            | Shrd
-            | Mul
-            | Imul
-            | Div
-            | Idiv
-            | Bsf
-            | Bsr
-            | Lzcnt
-            | Tzcnt
-            | Andn
-            | Blsi
-            | Blsr
-            | Blsmsk
-            | Bextr
-            | Bzhi
-    )
-}
-
-/// The emulation has a model of undefined flags and results, which on a host that is the model must be the host's.
+/// The model has undefined flags and results of its own, which must be the same whoever computes them: each kind of
+/// instruction in turn is not left to the host.
 fn undefined_flags(totals: &mut Totals) {
-    if EngineConfig::default().emulate_undefined {
-        println!("  skipped: this host is of another vendor than the model");
-        return;
+    println!("  the host's own are not the model's: {:?}", Undefined::measured());
+    for (name, kind) in Undefined::ALL.kinds() {
+        let is_of_kind = |code: &Code| match code.mnemonic() {
+            Mnemonic::Bsf | Mnemonic::Bsr if name == "scan of zero" => true,
+            Mnemonic::Sal => name == "Shl",
+            mnemonic => name == format!("{mnemonic:?}"),
+        };
+        let everything = wanted_codes(None);
+        let codes: Vec<Code> = everything.iter().copied().filter(is_of_kind).collect();
+        assert!(!codes.is_empty() || std::env::var_os("ORACLE_CODE").is_some(), "{name} has no instructions");
+        // Every third instruction of the programs is of the kind.
+        let often = codes.iter().cycle().take(if codes.is_empty() { 0 } else { everything.len() / 2 });
+        let mixed: Vec<Code> = everything.iter().chain(often).copied().collect();
+        println!("  {name}");
+        let config = EngineConfig { undefined: Undefined::measured().and(kind), ..config() };
+        compare(totals, config, Drive::Whole, false, (&codes, 300), (&mixed, 150));
     }
-    compare_with_host(totals, EngineConfig { emulate_undefined: true, ..config() }, Drive::Whole, false, 4_000, 1_000);
+    let config = EngineConfig { undefined: Undefined::ALL, ..config() };
+    compare_with_host(totals, config, Drive::Whole, false, 0, 1_000);
 }
 
 /// Alignment is checked in user mode only.

@@ -10,6 +10,7 @@ use std::mem::{offset_of, size_of};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard};
 
+use iced_x86::{Instruction, Mnemonic};
 use orrery_cpu::state::{XSAVE_SIZE, XsaveImage};
 
 use crate::case::{Case, Ending, Executor, Outcome, PAGE, PAGES, REGIONS, Refusal, Registers, Rights, pages};
@@ -32,6 +33,11 @@ struct Context {
     stepping: u64,
     last_rip: u64,
     steps: u64,
+    /// Nonzero to give BSF and BSR, when stepping, the flags of the model: all but ZF as they were.
+    corrects_scans: u64,
+    last_flags: u64,
+    /// 64 or 32.
+    bits: u64,
     /// DS and ES.
     data_selector: u64,
     /// Counts runs, and the run during which the timer last rang.
@@ -78,6 +84,7 @@ const USER_CS: u64 = 0x33;
 const USER_CS_32: u64 = 0x23;
 const USER_SS: u64 = 0x2B;
 const TF: u64 = 1 << 8;
+const STATUS_BUT_ZF: u64 = 0x895;
 /// In place of a vector: the timer ended the case.
 const ENDLESS: u64 = 1 << 32;
 /// A case may take this long, and once more.
@@ -221,6 +228,27 @@ unsafe fn has_rep_prefix(mut code: *const u8) -> bool {
     }
 }
 
+/// The instruction at `code` is BSF or BSR.
+///
+/// # Safety
+/// As for [`has_rep_prefix`].
+unsafe fn is_scan(mut code: *const u8, bits: u64) -> bool {
+    let mut counts_zeros = false;
+    loop {
+        // SAFETY: a byte of the instruction, which has been executed.
+        match unsafe { code.read() } {
+            // The last of these two decides whether it is TZCNT or LZCNT.
+            byte @ (0xF2 | 0xF3) => counts_zeros = byte == 0xF3,
+            0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 => {}
+            0x40..=0x4F if bits == 64 => {}
+            // SAFETY: no instruction ends with this byte.
+            0x0F => return !counts_zeros && matches!(unsafe { code.add(1).read() }, 0xBC | 0xBD),
+            _ => return false,
+        }
+        code = code.wrapping_add(1);
+    }
+}
+
 /// Copies the signal frame into the context and redirects it to [`leave`]; returns 1 to go on with the case instead.
 unsafe extern "C" fn record(signal: i32, info: *mut libc::siginfo_t, frame: *mut libc::c_void) -> u32 {
     // SAFETY: the kernel passes a complete ucontext with an XSAVE area (checked by its magic number) to a
@@ -259,6 +287,12 @@ unsafe extern "C" fn record(signal: i32, info: *mut libc::siginfo_t, frame: *mut
         }
         let rip = machine.gregs[libc::REG_RIP as usize] as u64;
         if vector == 1 && context.stepping != 0 {
+            let flags = &mut machine.gregs[libc::REG_EFL as usize];
+            if context.corrects_scans != 0 && is_scan(context.last_rip as *const u8, context.bits) {
+                let kept = STATUS_BUT_ZF as i64;
+                *flags = *flags & !kept | context.last_flags as i64 & kept;
+            }
+            context.last_flags = *flags as u64;
             // A REP string instruction traps after every iteration, with RIP still on it; a branch to itself does too,
             // but retires every time.
             if rip != context.last_rip || !has_rep_prefix(rip as *const u8) {
@@ -293,6 +327,11 @@ unsafe extern "C" fn record(signal: i32, info: *mut libc::siginfo_t, frame: *mut
     }
 }
 
+/// BSF or BSR
+pub fn scans(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr)
+}
+
 /// The host processor as an executor.
 pub struct Native {
     _only_one: MutexGuard<'static, ()>,
@@ -302,6 +341,8 @@ pub struct Native {
     previous_stack: libc::stack_t,
     /// Stop after each instruction to count them. Slow (a signal each), and the case sees TF in PUSHF.
     pub count: bool,
+    /// Give BSF and BSR the flags of the model: for hosts where they leave others. Then cases with them are stepped.
+    pub corrects_scans: bool,
 }
 
 impl Native {
@@ -331,6 +372,7 @@ impl Native {
             // SAFETY: integers and a pointer.
             previous_stack: unsafe { std::mem::zeroed() },
             count: false,
+            corrects_scans: false,
         };
         native.take_signals();
         native.restore_memory(true);
@@ -468,7 +510,8 @@ impl Executor for Native {
                 }
             }
         }
-        let stepping = self.count;
+        let corrects = self.corrects_scans && case.instructions.iter().any(scans);
+        let stepping = self.count || corrects;
         assert_eq!(case.registers.rflags & 0x4000, 0, "NT");
         let r = &case.registers;
         // SAFETY: RUNNER is held, so nobody else uses the context; no signal of ours is on its way.
@@ -481,6 +524,9 @@ impl Executor for Native {
         context.gs_base = r.fs_gs_base[1];
         context.stepping = stepping as u64;
         context.last_rip = r.rip;
+        context.last_flags = r.rflags;
+        context.corrects_scans = corrects as u64;
+        context.bits = case.bits.into();
         context.steps = 0;
         context.run += 1;
         context.data_selector = if case.bits == 64 { 0 } else { USER_SS };
