@@ -4,7 +4,7 @@ CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
 IMAGES = target/images
 
-.PHONY: help all build test test-debug oracle conformance test-svm test-snapshots metamorphic demo bench bench-snapshots clean
+.PHONY: help all build test test-debug oracle conformance test-svm test-snapshots metamorphic demo bench bench-images bench-snapshots clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -53,8 +53,19 @@ test-snapshots: build images ## the long test of snapshots: random moments, seed
 demo: build images ## each image twice with one seed and once with another
 	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done
 
-bench: build images ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
+bench: build images bench-deps ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench --
+
+bench-images: images ## the benchmark's images alone: c, go, jvm and etcd in target/bench
+	$(CARGO) run --release --locked -p orrery-tests --bin bench -- --prepare
+
+.PHONY: bench-deps
+bench-deps: deps
+	@sh guest-image/deps.sh bench
+
+# Debian's etcd as it comes; delete target/packages for a newer one.
+target/packages/etcd-server.deb: tests/bench/etcd/fetch.sh
+	sh tests/bench/etcd/fetch.sh $@
 
 bench-snapshots: images ## branches, going back, snapshots; figures in target/bench-snapshots.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench-snapshots --

@@ -19,15 +19,18 @@ pub fn target() -> PathBuf {
     workspace().join("target")
 }
 
-/// The Debian kernel package that all images are made with, fetched if it is not there yet.
+/// The Debian kernel package that all images are made with.
 pub fn kernel_package() -> Result<PathBuf> {
-    const NAME: &str = "target/packages/kernel.deb";
-    let package = workspace().join(NAME);
-    if !package.exists() {
-        tool(Command::new("make").arg(NAME).current_dir(workspace()), "make")
-            .context("there is no kernel package for the guests")?;
+    made("target/packages/kernel.deb").context("there is no kernel package for the guests")
+}
+
+/// A file that the Makefile knows how to fetch or build, made if it is not there yet.
+pub fn made(name: &str) -> Result<PathBuf> {
+    let file = workspace().join(name);
+    if !file.exists() {
+        tool(Command::new("make").arg(name).current_dir(workspace()), "make")?;
     }
-    Ok(package)
+    Ok(file)
 }
 
 /// Runs a tool to its end; what it printed is in the error if it fails. `package` is the Debian package it is from.

@@ -8,7 +8,7 @@
 //	@@ end go-fib RESULT   it is done; RESULT depends on the work alone and must be equal everywhere
 //	@@ done                all lines are done
 //
-// Arguments are the names of the lines to run; without any, all are.
+// Arguments are the names of the lines to run; without any, all are, and "nothing" runs none.
 package main
 
 import (
@@ -60,6 +60,9 @@ func choose(names []string) ([]line, error) {
 	var chosen []line
 next:
 	for _, name := range names {
+		if name == "nothing" {
+			continue
+		}
 		for _, line := range lines {
 			if line.name == name {
 				chosen = append(chosen, line)

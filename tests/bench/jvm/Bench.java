@@ -8,11 +8,12 @@ import java.util.function.LongSupplier;
  * The JVM half of the benchmark.
  *
  * <p>It runs lines of work one after the other and says on standard output when each begins and ends ("@@ begin
- * NAME", "@@ end NAME RESULT"), between "@@ start" and "@@ done". It measures nothing itself: a guest's clock shows
+ * NAME", "@@ end NAME RESULT"), before "@@ done". It measures nothing itself: a guest's clock shows
  * virtual time, so whoever reads the markers keeps the time. A line's time includes its warm-up, from interpreted to
  * compiled code, as a program's time does. Results depend on the work alone and must be equal everywhere.
  *
- * <p>Arguments are the names of the lines to run; without any, all are.
+ * <p>Arguments are the names of the lines to run; without any, all are, and "nothing" runs none. The launcher has
+ * begun the line jvm-start, and main ends it.
  */
 public final class Bench {
     /** A piece of work with a checkable result. */
@@ -29,7 +30,8 @@ public final class Bench {
     private Bench() {}
 
     public static void main(String[] names) {
-        System.out.println("@@ start");
+        System.out.println("@@ end jvm-start " + Integer.toHexString(Runtime.version().feature()));
+        System.out.flush();
         for (Line line : choose(names)) {
             // No line pays for the garbage of the one before.
             System.gc();
@@ -48,6 +50,9 @@ public final class Bench {
         }
         List<Line> chosen = new ArrayList<>();
         for (String name : names) {
+            if (name.equals("nothing")) {
+                continue;
+            }
             Line found = LINES.stream().filter(line -> line.name().equals(name)).findFirst().orElse(null);
             if (found == null) {
                 System.err.println("Bench: there is no line " + name);

@@ -1,7 +1,6 @@
-//! What was measured: the table for people and the file for programs.
+//! What was measured, as a file for programs.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
@@ -51,6 +50,8 @@ pub struct LineFigures {
     pub qemu_s: Option<f64>,
     /// Median in Orrery's `soft` engine, in seconds.
     pub soft_s: Option<f64>,
+    /// Median in Orrery with the engine that it chooses, in seconds.
+    pub auto_s: Option<f64>,
     /// Every round's figure in seconds, by platform.
     pub rounds: BTreeMap<String, Vec<f64>>,
     /// The checksum of the line's work.
@@ -58,12 +59,19 @@ pub struct LineFigures {
 }
 
 impl LineFigures {
-    fn of(&self, platform: Platform) -> Option<f64> {
+    /// The median on a platform, in seconds.
+    pub fn of(&self, platform: Platform) -> Option<f64> {
         match platform {
             Platform::Native => self.native_s,
             Platform::Qemu => self.qemu_s,
             Platform::Soft => self.soft_s,
+            Platform::Auto => self.auto_s,
         }
+    }
+
+    /// How many times as long it takes on one platform as on another.
+    pub fn ratio(&self, above: Platform, below: Platform) -> Option<f64> {
+        Some(self.of(above)? / self.of(below)?)
     }
 }
 
@@ -112,49 +120,8 @@ impl Figures {
             Platform::Native => line.native_s = median,
             Platform::Qemu => line.qemu_s = median,
             Platform::Soft => line.soft_s = median,
+            Platform::Auto => line.auto_s = median,
         }
-    }
-
-    /// The table. A ratio above one in the last column is Orrery's lead over QEMU.
-    pub fn table(&self) -> String {
-        let mut text = format!(
-            "{:<18} {:>9} {:>9} {:>9}   {:>11} {:>13} {:>11}\n",
-            "line", "native s", "qemu s", "orrery s", "qemu/native", "orrery/native", "qemu/orrery"
-        );
-        let seconds = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
-        let times = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
-        for line in &self.lines {
-            let ratio = |above, below| Some(line.of(above)? / line.of(below)?);
-            writeln!(
-                text,
-                "{:<18} {:>9} {:>9} {:>9}   {:>11} {:>13} {:>11}",
-                line.name,
-                seconds(line.native_s),
-                seconds(line.qemu_s),
-                seconds(line.soft_s),
-                times(ratio(Platform::Qemu, Platform::Native)),
-                times(ratio(Platform::Soft, Platform::Native)),
-                times(ratio(Platform::Qemu, Platform::Soft)),
-            )
-            .expect("writing to memory does not fail");
-        }
-        let mean = |above, below| {
-            let ratios = self.lines.iter().filter_map(|line| Some(line.of(above)? / line.of(below)?));
-            geometric_mean(ratios)
-        };
-        writeln!(
-            text,
-            "{:<18} {:>9} {:>9} {:>9}   {:>11} {:>13} {:>11}",
-            "geometric mean",
-            "",
-            "",
-            "",
-            times(mean(Platform::Qemu, Platform::Native)),
-            times(mean(Platform::Soft, Platform::Native)),
-            times(mean(Platform::Qemu, Platform::Soft)),
-        )
-        .expect("writing to memory does not fail");
-        text
     }
 
     /// Writes the file; a crash leaves the old one or the new one.
@@ -199,18 +166,13 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
-fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let logarithms: Vec<f64> = values.map(f64::ln).collect();
-    (!logarithms.is_empty()).then(|| (logarithms.iter().sum::<f64>() / logarithms.len() as f64).exp())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::lines;
 
     fn figures() -> Figures {
-        Figures::new(&lines::select(&["go-fib".into(), "boot".into()]).unwrap(), Host::default())
+        Figures::new(&lines::select(&["go-fib".into(), "boot-cold".into()]).unwrap(), Host::default())
     }
 
     #[test]
@@ -221,7 +183,6 @@ mod tests {
         }
         assert_eq!((figures.lines[1].native_s, figures.lines[1].qemu_s), (Some(2.0), Some(8.0)));
         assert!(figures.failures.is_empty());
-        assert!(figures.table().contains("4.00"), "{}", figures.table());
         assert_eq!(median(&[1.0, 2.0]), Some(1.5));
         assert_eq!(median(&[]), None);
     }
@@ -237,7 +198,7 @@ mod tests {
     #[test]
     fn the_file_survives_the_round_trip() {
         let mut figures = figures();
-        figures.add(lines::BOOT, Platform::Qemu, 3.5, None);
+        figures.add("boot-cold", Platform::Qemu, 3.5, None);
         let path = std::env::temp_dir().join(format!("orrery-figures-{}.json", std::process::id()));
         figures.write(&path).unwrap();
         assert_eq!(Figures::read(&path).unwrap(), figures);

@@ -1,8 +1,9 @@
 //! The benchmark: the same binaries natively, in QEMU and in Orrery, timed from outside.
 //!
-//! [`lines`] says what is measured, [`prepare`] builds programs and images, [`platform`] knows how a program is
-//! started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the time, [`schedule`] interleaves the
-//! rounds, [`figures`] is the table and the file, [`compare`] says which lines moved between two files.
+//! [`lines`] says what is measured, [`programs`] what each program is made of, [`prepare`] makes images of them,
+//! [`platform`] knows how a program is started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the
+//! time, [`schedule`] interleaves the rounds, [`figures`] is the file, [`table`] shows it to people,
+//! [`compare`] says which lines moved between two files.
 //! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process.
 //! `docs/benchmarks.md` explains how to read the result.
 
@@ -11,6 +12,8 @@ pub mod figures;
 pub mod lines;
 pub mod platform;
 pub mod prepare;
+pub mod programs;
 pub mod schedule;
 pub mod session;
 pub mod snapshots;
+pub mod table;

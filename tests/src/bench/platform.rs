@@ -1,4 +1,4 @@
-//! The three places where a program runs, and how it is started there.
+//! The places where a program runs, and how it is started there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,11 +20,13 @@ pub enum Platform {
     Qemu,
     /// In Orrery, with the `soft` engine.
     Soft,
+    /// In Orrery, with the engine that it chooses.
+    Auto,
 }
 
 impl Platform {
     /// All of them, in the order in which a round runs them.
-    pub const ALL: [Platform; 3] = [Platform::Native, Platform::Qemu, Platform::Soft];
+    pub const ALL: [Platform; 4] = [Platform::Native, Platform::Qemu, Platform::Soft, Platform::Auto];
 
     /// Name in options, file names and the result file.
     pub fn name(self) -> &'static str {
@@ -32,7 +34,13 @@ impl Platform {
             Platform::Native => "native",
             Platform::Qemu => "qemu",
             Platform::Soft => "soft",
+            Platform::Auto => "auto",
         }
+    }
+
+    /// True for Orrery, with whatever engine.
+    pub fn is_orrery(self) -> bool {
+        matches!(self, Platform::Soft | Platform::Auto)
     }
 
     /// Native programs run on one CPU, because the guests have one. The virtual machines may use all: what they do
@@ -50,7 +58,7 @@ impl std::str::FromStr for Platform {
             _ => Platform::ALL
                 .into_iter()
                 .find(|platform| platform.name() == text)
-                .ok_or_else(|| "expected native, qemu or soft".into()),
+                .ok_or_else(|| "expected native, qemu, soft or auto".into()),
         }
     }
 }
@@ -64,16 +72,28 @@ pub struct Hypervisors {
     pub orrery: PathBuf,
     /// Where Orrery keeps the runs of the benchmark.
     pub runs: PathBuf,
+    /// Where Orrery keeps the translations of the benchmark: XDG_CACHE_HOME.
+    pub cache: PathBuf,
+    /// Orrery has several engines to choose from: `--engine`.
+    pub has_engines: bool,
 }
 
 impl Hypervisors {
+    /// The given programs, with a place for what they write.
+    pub fn new(qemu: PathBuf, orrery: PathBuf, directory: &Path) -> Hypervisors {
+        let help = Command::new(&orrery).args(["run", "--help"]).output();
+        let has_engines = help.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("--engine "));
+        let (runs, cache) = (directory.join("runs"), directory.join("cache"));
+        Hypervisors { qemu, orrery, runs, cache, has_engines }
+    }
+
     /// Says what is missing for `platforms` before the first minute is spent.
     pub fn check(&self, platforms: &[Platform]) -> Result<()> {
         if platforms.contains(&Platform::Qemu) {
             self.qemu_version().context("apt-get install qemu-system-x86, or --skip qemu")?;
         }
-        if platforms.contains(&Platform::Soft) && !self.orrery.is_file() {
-            bail!("{} does not exist: `make build` makes it, or --skip soft", self.orrery.display());
+        if platforms.iter().any(|platform| platform.is_orrery()) && !self.orrery.is_file() {
+            bail!("{} does not exist: `make build` makes it, or --skip soft --skip auto", self.orrery.display());
         }
         Ok(())
     }
@@ -90,7 +110,7 @@ impl Hypervisors {
         match platform {
             Platform::Native => Ok(native(prepared)),
             Platform::Qemu => self.qemu(&prepared.extracted),
-            Platform::Soft => Ok(self.orrery(&prepared.image)),
+            Platform::Soft | Platform::Auto => Ok(self.orrery(platform, prepared)),
         }
     }
 
@@ -110,10 +130,16 @@ impl Hypervisors {
         Ok(command)
     }
 
-    fn orrery(&self, image: &Path) -> Command {
+    fn orrery(&self, platform: Platform, prepared: &Prepared) -> Command {
         let mut command = Command::new(&self.orrery);
-        command.arg("run").arg(image).args(["--seed", "1", "--memory", &GUEST_MEMORY_MIB.to_string()]);
-        command.args(["--no-input", "--json", "--runs"]).arg(&self.runs);
+        command.arg("run").arg(&prepared.image).args(["--seed", "1", "--memory", &GUEST_MEMORY_MIB.to_string()]);
+        command.args(["--no-input", "--json", "--runs"]).arg(&self.runs).env("XDG_CACHE_HOME", &self.cache);
+        if self.has_engines {
+            command.args(["--engine", platform.name()]);
+        }
+        if prepared.program.is_cold() {
+            command.arg("--no-translation-cache");
+        }
         command
     }
 }

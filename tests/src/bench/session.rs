@@ -38,10 +38,17 @@ pub struct Session {
     pub failure: Option<String>,
 }
 
-/// Runs `command` to its end, or for `limit`. Its output goes to the file `transcript` as well.
+/// Runs `command` to its end, or for `limit`. Its output goes to the file `transcript` as well. A program without
+/// markers has begun when it says `first_words`.
 ///
 /// A session that fails still has the lines that were finished before; an error means that it could not be started.
-pub fn run(mut command: Command, cpu: Option<usize>, limit: Duration, transcript: &Path) -> Result<Session> {
+pub fn run(
+    mut command: Command,
+    first_words: Option<&str>,
+    cpu: Option<usize>,
+    limit: Duration,
+    transcript: &Path,
+) -> Result<Session> {
     let log = File::create(transcript).with_context(|| format!("cannot write {}", transcript.display()))?;
     let errors = log.try_clone()?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
@@ -59,7 +66,7 @@ pub fn run(mut command: Command, cpu: Option<usize>, limit: Duration, transcript
             }
         }
     });
-    let mut listener = Listener { started, log, begun: None, done: false, session: Session::default() };
+    let mut listener = Listener { started, first_words, log, begun: None, done: false, session: Session::default() };
     let heard = listener.listen(&receiver, started + limit);
     let ended = heard.and_then(|()| listener.expect_end(&mut child.0, started + limit));
     if let Err(error) = ended {
@@ -110,15 +117,16 @@ pub fn first_cpu() -> Result<usize> {
 }
 
 /// Follows the output of one session.
-struct Listener {
+struct Listener<'a> {
     started: Instant,
+    first_words: Option<&'a str>,
     log: File,
     begun: Option<(String, Instant)>,
     done: bool,
     session: Session,
 }
 
-impl Listener {
+impl Listener<'_> {
     fn listen(&mut self, receiver: &Receiver<(Instant, Vec<u8>)>, deadline: Instant) -> Result<()> {
         let mut line = Vec::new();
         loop {
@@ -154,6 +162,9 @@ impl Listener {
         // The console may have put other words before the marker.
         if let Some(at) = text.find("@@ ") {
             self.marker(&text[at + 3..], time)?;
+        } else if !self.done && self.first_words.is_some_and(|words| text.contains(words)) {
+            self.session.start_seconds = Some((time - self.started).as_secs_f64());
+            self.done = true;
         }
         if !text.is_empty() {
             self.session.last_line = text;
@@ -203,11 +214,11 @@ impl Listener {
 mod tests {
     use super::*;
 
-    fn shell(script: &str, limit: Duration) -> Session {
+    fn shell(script: &str, first_words: Option<&str>, limit: Duration) -> Session {
         let transcript = std::env::temp_dir().join(format!("orrery-session-{}-{}", std::process::id(), script.len()));
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]);
-        let session = run(command, Some(first_cpu().unwrap()), limit, &transcript).unwrap();
+        let session = run(command, first_words, Some(first_cpu().unwrap()), limit, &transcript).unwrap();
         std::fs::remove_file(transcript).unwrap();
         session
     }
@@ -218,12 +229,21 @@ mod tests {
     fn markers_are_timed() {
         let script =
             "echo @@ start; echo @@ begin a; sleep 0.2; printf 'noise @@ end a 7f\\r\\n'; echo @@ done; echo {}";
-        let session = shell(script, LONG);
+        let session = shell(script, None, LONG);
         assert_eq!(session.failure, None);
         assert!(session.start_seconds.is_some());
         assert!(session.lines["a"].seconds >= 0.19, "{:?}", session.lines);
         assert_eq!(session.lines["a"].result, "7f");
         assert_eq!(session.last_line, "{}");
+    }
+
+    #[test]
+    fn a_program_without_markers_has_first_words() {
+        let script = "echo noise; echo ' hello from here'; echo more";
+        let session = shell(script, Some("hello from "), LONG);
+        assert_eq!(session.failure, None);
+        assert!(session.start_seconds.is_some());
+        assert!(shell(script, Some("hello from there"), LONG).failure.is_some());
     }
 
     #[test]
@@ -235,7 +255,7 @@ mod tests {
             ("echo @@ start; echo @@ begin a; echo @@ end a 1; echo @@ end b 1", LONG, "out of order"),
             (slow, Duration::from_millis(300), "in b"),
         ] {
-            let session = shell(script, limit);
+            let session = shell(script, None, limit);
             let failure = session.failure.expect(words);
             assert!(failure.contains(words), "{failure}");
             assert_eq!(session.lines.len(), 1);

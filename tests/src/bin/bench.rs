@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use orrery_tests::bench::platform::{Hypervisors, Platform};
 use orrery_tests::bench::schedule::{self, Schedule};
+use orrery_tests::bench::table::{self, Style};
 use orrery_tests::bench::{lines, prepare};
 use orrery_tests::workshop;
 
@@ -21,7 +22,7 @@ use orrery_tests::workshop;
     after_help = "Examples:
   bench                              everything, three rounds
   bench --only go-fib --rounds 1     one line, once
-  bench --only jvm --skip qemu       all lines of the JVM, natively and in Orrery
+  bench --only jvm- --skip qemu      all lines of the JVM, natively and in Orrery
   bench --list                       what the lines measure"
 )]
 struct Arguments {
@@ -31,7 +32,7 @@ struct Arguments {
     /// How often everything runs; the table shows medians
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Leave out a platform: native, qemu or soft (repeatable)
+    /// Leave out a platform: native, qemu, soft or auto (repeatable)
     #[arg(long, value_name = "PLATFORM")]
     skip: Vec<Platform>,
     /// Longest time of one program on one platform, in seconds
@@ -75,12 +76,14 @@ fn main() -> Result<ExitCode> {
     if arguments.prepare {
         return Ok(ExitCode::SUCCESS);
     }
-    let hypervisors = Hypervisors {
-        qemu: arguments.qemu,
-        orrery: arguments.orrery.map_or_else(orrery_beside_this, Ok)?,
-        runs: directory.join("runs"),
-    };
-    let skipped = |platform: &Platform| arguments.skip.contains(platform);
+    let orrery = arguments.orrery.map_or_else(orrery_beside_this, Ok)?;
+    let hypervisors = Hypervisors::new(arguments.qemu, orrery, &directory);
+    let mut skip = arguments.skip;
+    if !hypervisors.has_engines && !skip.contains(&Platform::Auto) {
+        eprintln!("bench: no column auto: this orrery has one engine alone (run has no --engine)");
+        skip.push(Platform::Auto);
+    }
+    let skipped = |platform: &Platform| skip.contains(platform);
     let schedule = Schedule {
         lines,
         platforms: Platform::ALL.into_iter().filter(|platform| !skipped(platform)).collect(),
@@ -90,7 +93,7 @@ fn main() -> Result<ExitCode> {
     hypervisors.check(&schedule.platforms)?;
     let figures = schedule::run(&schedule, &prepared, &hypervisors, &directory)?;
     figures.write(&output)?;
-    print!("{}", figures.table());
+    print!("{}", table::table(&figures, Style::Plain));
     println!("raw figures: {}", output.display());
     for failure in &figures.failures {
         eprintln!("bench: {failure}");

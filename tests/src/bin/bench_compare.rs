@@ -20,8 +20,8 @@ struct Arguments {
     before: PathBuf,
     /// Figures after
     after: PathBuf,
-    /// Columns to compare: native, qemu, soft (repeatable); the native column shows how equal the hosts were
-    #[arg(long, value_name = "PLATFORM", default_values = ["native", "soft"])]
+    /// Columns to compare: native, qemu, soft, auto (repeatable); the native column shows how equal the hosts were
+    #[arg(long, value_name = "PLATFORM", default_values = ["native", "soft", "auto"])]
     platform: Vec<Platform>,
     /// Smallest change that counts, in per cent
     #[arg(long, value_name = "PERCENT", default_value_t = 3.0)]
