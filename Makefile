@@ -70,6 +70,10 @@ target/packages/etcd-server.deb: tests/bench/etcd/fetch.sh
 bench-snapshots: images ## branches, going back, snapshots; figures in target/bench-snapshots.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench-snapshots --
 
+.PHONY: bench-debug
+bench-debug: build ## going to random moments of a long run, and back from there; figures in target/bench-debug.json
+	$(CARGO) run --release --locked -p orrery-tests --bin bench-debug --
+
 .PHONY: fuzz
 fuzz: ## one fuzz target, or each in turn: TARGET=code|paging|devices|formats, SECONDS=n (60); see docs/fuzzing.md
 	sh tests/fuzz/run.sh "$(TARGET)" "$(or $(SECONDS),60)"

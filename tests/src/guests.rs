@@ -18,9 +18,9 @@ pub const DETERMINATE: [&str; 9] =
 pub const SEEDED: [&str; 3] = ["race", "random", "gorace"];
 
 /// Programs in C, static, with threads.
-const C_PROGRAMS: [&str; 12] = [
+const C_PROGRAMS: [&str; 13] = [
     "runner", "selfmod", "signals", "faults", "debugger", "memory", "vectors", "floats", "clock", "race", "random",
-    "filler",
+    "filler", "worker",
 ];
 
 /// Below the root: where the programs are.

@@ -4,12 +4,15 @@
 //! [`platform`] knows how a program is started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the
 //! time, [`schedule`] interleaves the rounds, [`figures`] is the file, [`table`] shows it to people,
 //! [`compare`] says which lines moved between two files.
-//! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process.
+//! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process; [`debug`] is another, of going to
+//! the moments of a long run and back. Both have [`percentiles`].
 //! `docs/benchmarks.md` explains how to read the result.
 
 pub mod compare;
+pub mod debug;
 pub mod figures;
 pub mod lines;
+pub mod percentiles;
 pub mod platform;
 pub mod prepare;
 pub mod programs;

@@ -11,8 +11,8 @@ use orrery_cpu::Icount;
 use orrery_guest_image::Image;
 use orrery_vmm::store::{Capture, Store, StoreWriter, Timeline};
 use orrery_vmm::{Limits, Machine, MachineConfig, Pause, Seed, Template};
-use serde::Serialize;
 
+use super::percentiles::{Line, micros_since};
 use crate::workshop;
 
 /// Instructions that a child runs in the lines about throughput.
@@ -41,65 +41,6 @@ pub const NAMES: [(&str, &str); 12] = [
     ("restore-disk", "that guest from its snapshot on disk, until its first instruction has retired"),
     ("branch-4096", "a branch of a guest of 4 GiB, until its first instruction has retired"),
 ];
-
-/// One line of the result.
-#[derive(Clone, Debug, Serialize)]
-pub struct Line {
-    /// See [`NAMES`].
-    pub name: String,
-    /// Median, in microseconds.
-    pub p50_us: f64,
-    /// 99th percentile, in microseconds.
-    pub p99_us: f64,
-    /// How many times it was done.
-    pub samples: usize,
-    /// Whatever else was measured, with its unit in the name.
-    #[serde(flatten)]
-    pub more: std::collections::BTreeMap<&'static str, f64>,
-}
-
-/// All lines, as in the file.
-#[derive(Debug, Serialize)]
-pub struct Figures {
-    /// In the order of measuring.
-    pub lines: Vec<Line>,
-}
-
-impl Line {
-    fn of(name: &str, mut micros: Vec<f64>) -> Line {
-        micros.sort_by(f64::total_cmp);
-        let at = |share: f64| micros[((micros.len() - 1) as f64 * share).round() as usize];
-        Line {
-            name: name.to_owned(),
-            p50_us: at(0.5),
-            p99_us: at(0.99),
-            samples: micros.len(),
-            more: Default::default(),
-        }
-    }
-
-    fn with(mut self, name: &'static str, value: f64) -> Line {
-        self.more.insert(name, value);
-        self
-    }
-
-    /// For people.
-    pub fn text(&self) -> String {
-        let mut text = format!("{:<20} p50 {:>10.1} us   p99 {:>10.1} us", self.name, self.p50_us, self.p99_us);
-        for (name, value) in &self.more {
-            text += &format!("   {name} {value:.1}");
-        }
-        text
-    }
-}
-
-impl Figures {
-    /// Writes the file.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-    }
-}
 
 /// Measures a line of that name so many times.
 type Measure = fn(&mut Guest, &str, usize) -> Result<Line>;
@@ -375,10 +316,6 @@ fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
         Pause::Limit if machine.icount().0 == until => Ok(()),
         pause => bail!("the guest stopped at {}: {pause:?}", machine.icount().0),
     }
-}
-
-fn micros_since(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64() * 1e6
 }
 
 /// Memory of the host that this process has made necessary: what it holds privately, and its page tables.

@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Parser;
 use orrery_guest_image::Image;
-use orrery_tests::bench::snapshots::{self, Figures, Guest, NAMES};
+use orrery_tests::bench::percentiles::Figures;
+use orrery_tests::bench::snapshots::{self, Guest, NAMES};
 use orrery_tests::{guests, workshop};
 
 /// Times branches, going back, and snapshots.

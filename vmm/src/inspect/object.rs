@@ -13,6 +13,9 @@ use super::kallsyms::SymbolTable;
 
 type Slice = EndianArcSlice<LittleEndian>;
 
+/// Offsets of mappings are multiples of it.
+const PAGE_BYTES: u64 = 4096;
+
 /// A place in a program's source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SourceLine {
@@ -34,6 +37,8 @@ struct Segment {
     offset: u64,
     address: u64,
     bytes: u64,
+    /// Bytes in memory: behind those of the file come zeros, where `.bss` is.
+    memory: u64,
 }
 
 /// What is known of one ELF file. Addresses are the file's own.
@@ -68,7 +73,7 @@ impl Object {
             .segments()
             .map(|segment| {
                 let (offset, bytes) = segment.file_range();
-                Segment { offset, address: segment.address(), bytes }
+                Segment { offset, address: segment.address(), bytes, memory: segment.size() }
             })
             .collect();
         let mut symbols = SymbolTable::default();
@@ -116,12 +121,18 @@ impl Object {
         })
     }
 
-    /// The place in the file of one of its addresses.
-    pub fn offset_of_address(&self, address: u64) -> Option<u64> {
-        self.segments.iter().find_map(|segment| {
-            let inside = address.checked_sub(segment.address)?;
-            (inside < segment.bytes).then(|| segment.offset.wrapping_add(inside))
-        })
+    /// What is to be added to the file's own addresses in a process where these are mapped: (offset in the file, address).
+    /// None without the beginning of the file's first segment.
+    pub fn bias(&self, mappings: impl IntoIterator<Item = (u64, u64)>) -> Option<u64> {
+        let first = self.segments.iter().min_by_key(|segment| segment.address)?;
+        let inside = |offset: u64| first.offset.checked_sub(offset).filter(|inside| *inside < PAGE_BYTES);
+        let found = mappings.into_iter().find_map(|(offset, address)| Some(address.wrapping_add(inside(offset)?)));
+        Some(found?.wrapping_sub(first.address))
+    }
+
+    /// One of its segments has that address, in the file or behind what the file has of it.
+    pub fn has_address(&self, address: u64) -> bool {
+        self.segments.iter().any(|segment| address.wrapping_sub(segment.address) < segment.memory)
     }
 
     /// The symbol at one of the file's addresses: its name and range.
@@ -200,4 +211,40 @@ pub fn demangle(name: &str) -> String {
         return text;
     }
     name.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    /// In `.data`, and in `.bss`, which is not in the file.
+    static WITH_VALUE: AtomicU64 = AtomicU64::new(5);
+    static WITHOUT_VALUE: [AtomicU64; 4096] = [const { AtomicU64::new(0) }; 4096];
+
+    #[test]
+    fn variables_are_where_the_kernel_has_mapped_them() {
+        WITH_VALUE.fetch_add(WITHOUT_VALUE[4095].fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        let path = std::env::current_exe().unwrap();
+        let object = Object::parse(&std::fs::read(&path).unwrap()).expect("this program");
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let own = maps.lines().filter(|line| line.ends_with(path.to_str().unwrap()));
+        let mappings = own.map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            (hex(words[2]), hex(words[0].split_once('-').unwrap().0))
+        });
+        let bias = object.bias(mappings).expect("its first segment is mapped");
+        let module = module_path!();
+        for (name, address) in
+            [("WITH_VALUE", &raw const WITH_VALUE as u64), ("WITHOUT_VALUE", &raw const WITHOUT_VALUE as u64)]
+        {
+            let own = address.wrapping_sub(bias);
+            assert_eq!(object.lookup(&format!("{module}::{name}")), [own], "{name}");
+            assert!(object.has_address(own) && object.symbol(own).is_some());
+        }
+        assert_eq!(object.bias([(1 << 40, 0)]), None);
+        assert!(!object.has_address(u64::MAX));
+    }
 }

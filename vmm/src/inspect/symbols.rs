@@ -11,7 +11,7 @@ use super::object::{Object, SourceLine, demangle};
 use super::orc::{Orc, OrcStep};
 use super::tasks::Task;
 use super::unwind::{FRAMES_MAX, How, Registers, UserUnwinder, follows_call};
-use super::{InspectError, Inspector};
+use super::{InspectError, Inspector, Mapping};
 
 /// Bytes of a kernel stack that are looked through, at most.
 const KERNEL_STACK_BYTES: u64 = 16 << 10;
@@ -106,9 +106,24 @@ impl Inspector<'_> {
         let mappings = self.mappings(task);
         let after = mappings.partition_point(|mapping| mapping.start <= address);
         let mapping = mappings.get(after.checked_sub(1)?).filter(|mapping| address < mapping.end)?;
+        if let Some(file) = &mapping.file {
+            let object = self.object(task, mapping)?;
+            let own = object.address_of_offset((address - mapping.start).wrapping_add(mapping.offset))?;
+            return Some((object, file.path.clone(), own));
+        }
+        // Variables without a value in the file are in anonymous memory behind it.
+        let before = mappings[..after].iter().rev().find(|mapping| mapping.file.is_some())?;
+        let (object, bias) = self.loaded(task, &mappings, before)?;
+        let own = address.wrapping_sub(bias);
+        object.has_address(own).then(|| (object, before.file.as_ref().expect("it has one").path.clone(), own))
+    }
+
+    /// The object of which this is a mapping, and what is to be added to its own addresses.
+    fn loaded(&self, task: &Task, mappings: &[Mapping], mapping: &Mapping) -> Option<(Arc<Object>, u64)> {
         let object = self.object(task, mapping)?;
-        let own = object.address_of_offset((address - mapping.start).wrapping_add(mapping.offset))?;
-        Some((object, mapping.file.as_ref()?.path.clone(), own))
+        let same = mappings.iter().filter(|other| other.file == mapping.file);
+        let bias = object.bias(same.map(|mapping| (mapping.offset, mapping.start)))?;
+        Some((object, bias))
     }
 
     fn symbolize_kernel(&self, address: u64) -> Option<Symbol> {
@@ -151,19 +166,20 @@ impl Inspector<'_> {
             if task.mm == 0 || !seen.insert(task.mm) {
                 continue;
             }
-            for mapping in self.mappings(&task).iter() {
+            let mappings = self.mappings(&task);
+            let mut known = std::collections::BTreeSet::new();
+            for mapping in mappings.iter() {
                 let Some(file) = &mapping.file else { continue };
                 if object.is_some_and(|object| file.path != object && !file.path.ends_with(&format!("/{object}"))) {
                     continue;
                 }
-                let Some(program) = self.object(&task, mapping) else { continue };
-                for own in program.lookup(name) {
-                    let Some(offset) = program.offset_of_address(own) else { continue };
-                    let inside = offset.wrapping_sub(mapping.offset);
-                    if inside < mapping.end.saturating_sub(mapping.start) {
-                        let address = mapping.start.wrapping_add(inside);
-                        places.push(Place { address, object: Some(file.path.clone()), pid: Some(task.pid) });
-                    }
+                if !known.insert(&file.path) {
+                    continue;
+                }
+                let Some((program, bias)) = self.loaded(&task, &mappings, mapping) else { continue };
+                for own in program.lookup(name).into_iter().filter(|own| program.has_address(*own)) {
+                    let address = own.wrapping_add(bias);
+                    places.push(Place { address, object: Some(file.path.clone()), pid: Some(task.pid) });
                 }
             }
         }
