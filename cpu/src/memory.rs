@@ -48,6 +48,11 @@ impl PhysMemory {
         self.regions.iter().map(|r| r.start + r.len).max().unwrap_or(0)
     }
 
+    /// The ranges of RAM: first guest-physical address, length in bytes, host address.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64, *mut u8)> + '_ {
+        self.regions.iter().map(|r| (r.start, r.len, r.host))
+    }
+
     /// Host address of `len` bytes of RAM at `gpa`, or None if any of them is not RAM.
     #[inline]
     pub fn host(&self, gpa: u64, len: u64) -> Option<*mut u8> {

@@ -33,11 +33,13 @@ pub mod op {
 pub struct Operand {
     pub base: u8,
     pub index: Option<u8>,
+    /// What the index is multiplied by: 1, 2, 4 or 8.
+    pub scale: u8,
     pub disp: i32,
 }
 
 /// `[RCX]`, where every single translation leaves its host address.
-pub const POINTER: Operand = Operand { base: host::RCX, index: None, disp: 0 };
+pub const POINTER: Operand = Operand { base: host::RCX, index: None, scale: 1, disp: 0 };
 
 /// Condition codes as in the low nibble of Jcc.
 pub mod cc {
@@ -210,8 +212,8 @@ impl Assembler {
         }
     }
 
-    /// ModRM, SIB and displacement of `[base + index + disp]`.
-    fn memory(&mut self, reg: u8, base: u8, index: Option<u8>, disp: i32) {
+    /// ModRM, SIB and displacement of the operand.
+    fn memory(&mut self, reg: u8, Operand { base, index, scale, disp }: Operand) {
         let sib = index.is_some() || base & 7 == 4;
         let mode = if disp == 0 && base & 7 != 5 {
             0
@@ -222,7 +224,7 @@ impl Assembler {
         };
         self.bytes.push(mode << 6 | (reg & 7) << 3 | if sib { 4 } else { base & 7 });
         if sib {
-            self.bytes.push((index.unwrap_or(4) & 7) << 3 | base & 7);
+            self.bytes.push((scale.trailing_zeros() as u8) << 6 | (index.unwrap_or(4) & 7) << 3 | base & 7);
         }
         match mode {
             1 => self.bytes.push(disp as u8),
@@ -235,21 +237,21 @@ impl Assembler {
     pub fn load(&mut self, size: usize, dst: u8, at: Operand) {
         self.rex(size == 8, dst, at.index.unwrap_or(0), at.base);
         self.bytes.push(op::LOAD);
-        self.memory(dst, at.base, at.index, at.disp);
+        self.memory(dst, at);
     }
 
     /// `mov [at], src` with size 8 or 4.
     pub fn store(&mut self, size: usize, at: Operand, src: u8) {
         self.rex(size == 8, src, at.index.unwrap_or(0), at.base);
         self.bytes.push(op::STORE);
-        self.memory(src, at.base, at.index, at.disp);
+        self.memory(src, at);
     }
 
     /// `mov [at], imm32` with size 8 (sign-extended) or 4.
     pub fn store_imm(&mut self, size: usize, at: Operand, value: u32) {
         self.rex(size == 8, 0, at.index.unwrap_or(0), at.base);
         self.bytes.push(0xC7);
-        self.memory(0, at.base, at.index, at.disp);
+        self.memory(0, at);
         self.imm32(value);
     }
 
@@ -358,6 +360,40 @@ impl Assembler {
         self.bytes.push(0x58 | reg & 7);
     }
 
+    /// `push imm32`, sign-extended to 64 bits
+    pub fn push_imm(&mut self, value: u32) {
+        self.bytes.push(0x68);
+        self.imm32(value);
+    }
+
+    /// `push qword gs:[disp]`
+    pub fn push_gs(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0x34, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `pop qword gs:[disp]`
+    pub fn pop_gs(&mut self, disp: u32) {
+        self.put(&[0x65, 0x8F, 0x04, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `sarx rcx, rsp, rax`: flags are untouched.
+    pub fn sarx_rcx_rsp_rax(&mut self) {
+        self.put(&[0xC4, 0xE2, 0xFA, 0xF7, 0xCC]);
+    }
+
+    /// `jrcxz rel8`; returns the offset of the displacement for `land8`.
+    pub fn jrcxz(&mut self) -> u32 {
+        self.put(&[0xE3, 0]);
+        self.offset() - 1
+    }
+
+    /// Points the rel8 at `at` to the current position.
+    pub fn land8(&mut self, at: u32) {
+        self.bytes[at as usize] = u8::try_from(self.offset() - (at + 1)).expect("the jump is short");
+    }
+
     /// `vmovdqu gs:[disp], ymm` or the load, for ymm0..15.
     pub fn vmovdqu_gs(&mut self, store: bool, ymm: u8, disp: u32) {
         self.put(&[0x65, 0xC5, if ymm < 8 { 0xFE } else { 0x7E }, if store { 0x7F } else { 0x6F }]);
@@ -430,8 +466,11 @@ mod tests {
             (text(|a| a.sub_imm(R15, 5)), "sub r15,5"),
             (text(|a| a.cmp_imm(RCX, 4088)), "cmp rcx,0FF8h"),
             (text(|a| a.load(8, R13, POINTER)), "mov r13,[rcx]"),
-            (text(|a| a.load(4, RDX, Operand { base: RSP, index: Some(RCX), disp: 8 })), "mov edx,[rsp+rcx+8]"),
-            (text(|a| a.store(8, Operand { base: R13, index: Some(RCX), disp: 0 }, R12)), "mov [r13+rcx],r12"),
+            (
+                text(|a| a.load(4, RDX, Operand { base: RSP, index: Some(RCX), scale: 4, disp: 8 })),
+                "mov edx,[rsp+rcx*4+8]",
+            ),
+            (text(|a| a.store(8, Operand { base: R13, index: Some(RCX), ..POINTER }, R12)), "mov [r13+rcx],r12"),
             (text(|a| a.store_imm(8, POINTER, 7)), "mov qword ptr [rcx],7"),
             (text(|a| a.sub(RCX, R12)), "sub rcx,r12"),
             (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
@@ -443,6 +482,10 @@ mod tests {
             ),
             (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),
             (text(|a| a.push(R15)), "push r15"),
+            (text(|a| a.push_imm(u32::MAX)), "push 0FFFFFFFFFFFFFFFFh"),
+            (text(|a| a.push_gs(0x30)), "push qword ptr gs:[30h]"),
+            (text(|a| a.pop_gs(0x30)), "pop qword ptr gs:[30h]"),
+            (text(|a| a.sarx_rcx_rsp_rax()), "sarx rcx,rsp,rax"),
             (text(|a| a.call_gs(0x30)), "call qword ptr gs:[30h]"),
         ];
         for (got, want) in cases {

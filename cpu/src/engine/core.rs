@@ -65,6 +65,11 @@ enum Follow {
 
 /// See the module's text. Lives in a box: translated code holds its address.
 pub struct Core {
+    /// The virtual machine, once it is wanted. Before the memory that it uses: it is dropped first.
+    pub direct: Option<Box<super::kvm::Direct>>,
+    /// Why there can be none.
+    pub direct_error: Option<super::kvm::KvmError>,
+    pub policy: super::kvm::Policy,
     pub block: *mut VcpuBlock,
     /// Where the block stands.
     _room: Region,
@@ -151,6 +156,9 @@ impl Core {
         translator.a = a;
         let chaos = config.chaos_seed.map(Chaos::new);
         let mut core = Box::new(Core {
+            direct: None,
+            direct_error: None,
+            policy: Default::default(),
             // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
             block: room.at(0).cast(),
             _room: room,
@@ -253,6 +261,7 @@ impl Core {
             self.flush_itlb(class, true);
         }
         self.forget_jumps();
+        self.direct_clear_code();
         // SAFETY: translated code is not running.
         unsafe {
             (*self.block).itlb = [[0; ITLB_ENTRIES]; CLASSES];
@@ -385,7 +394,7 @@ impl Core {
         self.t.has_room(MAX_BLOCK_BYTES)
     }
 
-    fn translate(&mut self, identity: u32, mode: Mode, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
+    pub fn translate(&mut self, identity: u32, mode: Mode, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
         if !self.has_room_for_block() {
             self.clear_code();
             return self.find(purpose);
@@ -412,8 +421,11 @@ impl Core {
                 Purpose::Careful => 1,
             },
             careful: purpose == Purpose::Careful,
-            window: purpose == Purpose::Ordinary,
-            grouping: grouping && self.config.grouping && !self.t.is_ungrouped(start(identity, rip)),
+            window: purpose == Purpose::Ordinary && !mode.is_direct(),
+            grouping: grouping
+                && !mode.is_direct()
+                && self.config.grouping
+                && !self.t.is_ungrouped(start(identity, rip)),
             isolated: !purpose.is_linked(),
             undefined: self.config.undefined,
             block: index,
@@ -478,6 +490,10 @@ impl Core {
         }
         if fresh {
             self.flush_writes();
+            self.direct_watch(u64::from(page));
+            if let Some(second_page) = second_physical {
+                self.direct_watch(u64::from(second_page));
+            }
         }
         Ok(Ok(index))
     }
@@ -528,13 +544,13 @@ impl Core {
         stop
     }
 
-    fn load_fpu(&mut self) {
+    pub fn load_fpu(&mut self) {
         // SAFETY: translated code is not running; the fields are distinct.
         let (state, ymm) = unsafe { (&(*self.block).state.fpu, &mut (*self.block).ymm) };
         fpu::load(state, ymm);
     }
 
-    fn store_fpu(&mut self) {
+    pub fn store_fpu(&mut self) {
         // SAFETY: as above.
         let (state, ymm): (&mut XsaveImage, _) = unsafe { (&mut (*self.block).state.fpu, &(*self.block).ymm) };
         fpu::store(state, ymm);
@@ -559,6 +575,8 @@ impl Core {
         let mut follow = Follow::Nothing;
         let mut careful = false;
         let mut short = false;
+        // One instruction that came back from the virtual machine.
+        let mut single = false;
         let mut clears = self.t.clears;
         loop {
             let budget = self.budget();
@@ -596,7 +614,7 @@ impl Core {
             let held = std::mem::take(&mut state.dr[PENDING]);
             // Accesses that are compared with breakpoints or checked for alignment.
             let each = debug || alignment::is_checked(self.state());
-            let alone = shadow || trap || careful || each || self.records_execution();
+            let alone = shadow || trap || careful || each || std::mem::take(&mut single) || self.records_execution();
             careful |= each;
             if debug && !resume {
                 let hits = self.instruction_breakpoint(held);
@@ -621,6 +639,14 @@ impl Core {
             } else {
                 Purpose::Ordinary
             };
+            if purpose == Purpose::Ordinary && !resume && held == 0 && self.direct_wanted() {
+                follow = Follow::Nothing;
+                single = true;
+                if let Some(stop) = self.run_direct() {
+                    return stop;
+                }
+                continue;
+            }
             let index = match self.find(purpose) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
@@ -783,7 +809,7 @@ impl Core {
     }
 
     /// Sets RIP and the budget to what they were at a site.
-    fn rewind(&mut self, site: u32) {
+    pub fn rewind(&mut self, site: u32) {
         let site = self.t.sites[site];
         self.state_mut().rip = site.rip;
         let budget = self.budget() + site.unretired as i64;
@@ -884,10 +910,10 @@ impl Core {
             let state = self.state_mut();
             state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
         }
-        if let Some(register) = borrowed {
+        for (i, register) in borrowed.into_iter().flatten().enumerate() {
             let guest = HOME.iter().position(|h| *h == Some(register)).expect("borrowed registers are homes");
             // SAFETY: translated code is not running.
-            let value = unsafe { (*self.block).temporary[4] };
+            let value = unsafe { (*self.block).temporary[4 + i] };
             self.state_mut().gpr[guest] = value;
         }
         self.rewind(index);

@@ -54,6 +54,29 @@ pub fn store(image: &mut XsaveImage, ymm: &[[u8; 32]; 16]) {
     image.0[512] = 7; // XSTATE_BV: x87, SSE, AVX
 }
 
+/// The image in the form of `store` from one in the standard form of XSAVE, where components in their initial state may
+/// be absent.
+pub fn normalise(image: &mut XsaveImage, area: &[u8]) {
+    let present = area[512];
+    image.0 = [0; crate::state::XSAVE_SIZE];
+    image.0[..2].copy_from_slice(&0x037Fu16.to_le_bytes()); // FCW
+    if present & 1 != 0 {
+        image.0[..5].copy_from_slice(&area[..5]);
+        for i in 0..8 {
+            let at = 32 + 16 * i;
+            image.0[at..at + 10].copy_from_slice(&area[at..at + 10]);
+        }
+    }
+    image.0[24..28].copy_from_slice(&area[24..28]);
+    image.0[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+    for (bit, start) in [(2, XMM), (4, YMM_HIGH)] {
+        if present & bit != 0 {
+            image.0[start..start + 256].copy_from_slice(&area[start..start + 256]);
+        }
+    }
+    image.0[512] = 7; // XSTATE_BV: x87, SSE, AVX
+}
+
 /// True if an unmasked x87 exception waits in the host's x87 state to be reported.
 pub fn error_pending() -> bool {
     let status: u16;

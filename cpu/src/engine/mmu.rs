@@ -81,6 +81,7 @@ impl Core {
             self.root = self.state().cr3 & ROOT_MASK;
             self.t.flushes += 1;
         }
+        self.direct_flush(global);
         for c in 0..super::block::CLASSES {
             for write in 0..2 {
                 self.flush_tlb(c, write, global);
@@ -112,6 +113,7 @@ impl Core {
             self.t.pages.records[page as u32].table_writes = 0;
             self.watched += 1;
             self.flush_writes();
+            self.direct_watch(page as u64);
         }
     }
 
@@ -176,6 +178,7 @@ impl Core {
         for itlb in &mut block.itlb {
             itlb[vpage as usize % ITLB_ENTRIES] = 0;
         }
+        self.direct_flush_page(linear);
         self.forget_windows();
     }
 
@@ -278,6 +281,7 @@ impl Core {
                 record.table_base = base;
                 self.watched += 1;
                 self.flush_writes();
+                self.direct_watch(page as u64);
             } else if record.table_base != base {
                 // What came through it as a table of something else has been forgotten if all was since.
                 record.table_base = if used < flushes { base } else { MANY_BASES };
@@ -287,7 +291,7 @@ impl Core {
     }
 
     /// Fills a TLB entry for the page of `linear`.
-    fn fill(&mut self, linear: u64, host_page: u64, global: bool, class: Class, write: bool) {
+    fn fill(&mut self, linear: u64, page: u64, host_page: u64, global: bool, class: Class, write: bool) {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
         let entry = unsafe { &mut (*self.block).tlb[class as usize][write as usize][index] };
@@ -295,6 +299,9 @@ impl Core {
         entry.host = host_page;
         let kept = survives_address_space(linear, global);
         self.used[class as usize][write as usize].add(index, kept);
+        if class == Class::User {
+            self.direct_fill(linear, page, write);
+        }
     }
 
     /// The target of an access within one page; fills the TLB where that is allowed.
@@ -318,13 +325,13 @@ impl Core {
                 }
                 self.watched_write(page, offset, len, flags);
             } else if !self.observes_page(linear, page_gpa, true) {
-                self.fill(linear, host_page as u64, translation.global, intent.class, true);
+                self.fill(linear, page, host_page as u64, translation.global, intent.class, true);
             }
         }
         if (!intent.write || self.t.pages.records[page as u32].flags == 0)
             && !self.observes_page(linear, page_gpa, false)
         {
-            self.fill(linear, host_page as u64, translation.global, intent.class, false);
+            self.fill(linear, page, host_page as u64, translation.global, intent.class, false);
         }
         // SAFETY: the offset is inside the page that `host` returned.
         Ok(Target::Ram(unsafe { host_page.add(offset as usize) }))

@@ -15,6 +15,7 @@ mod fpu;
 mod groups;
 mod hash;
 mod homeless;
+mod kvm;
 mod measure;
 mod mmu;
 mod mode;
@@ -38,9 +39,24 @@ use crate::model::ModelFeatures;
 use crate::state::CpuState;
 
 pub use archive::Archive;
+pub use kvm::KvmError;
 pub use observe::{Accessor, Hit, Observation, Place, WATCH_BYTES_MAX, Watchpoint};
 pub use statistics::Statistics;
 pub use undefined::Undefined;
+
+/// Where user-mode code runs. Results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// In translated code with a software MMU.
+    #[default]
+    Soft,
+    /// In a virtual machine wherever that is possible.
+    Kvm,
+    /// Where it is faster.
+    Auto,
+    /// Now here, now there: for tests.
+    Random,
+}
 
 /// How the engine works. None of it can change a state or a hash; tests vary all of it.
 #[derive(Clone, Debug)]
@@ -60,6 +76,10 @@ pub struct EngineConfig {
     pub undefined: Undefined,
     /// Randomise block lengths and forget caches at random moments, from this seed.
     pub chaos_seed: Option<u64>,
+    /// Where user-mode code runs.
+    pub engine: EngineKind,
+    /// The call to KVM that fails, for tests: its number.
+    pub kvm_fails: Option<u32>,
     /// Translations to begin with, and where new ones are kept.
     pub archive: Option<std::sync::Arc<Archive>>,
 }
@@ -74,6 +94,8 @@ impl Default for EngineConfig {
             code_cache_bytes: 512 << 20,
             undefined: Undefined::measured(),
             chaos_seed: None,
+            engine: EngineKind::Soft,
+            kvm_fails: None,
             archive: None,
         }
     }

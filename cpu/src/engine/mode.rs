@@ -15,6 +15,7 @@ impl Mode {
     const AVX: u16 = 1 << 6;
     const FLAT: u16 = 1 << 7;
     const RING0: u16 = 1 << 8;
+    const DIRECT: u16 = 1 << 9;
 
     /// The mode of the current state.
     pub fn of(state: &CpuState) -> Mode {
@@ -55,6 +56,16 @@ impl Mode {
     /// The same, but for 32-bit code in flat segments.
     pub fn flat32(self) -> Mode {
         Mode(self.0 & !Mode::CODE64 | Mode::CODE32 | Mode::FLAT)
+    }
+
+    /// The same, for user code whose addresses the processor translates (`kvm`).
+    pub fn direct(self) -> Mode {
+        Mode(self.0 | Mode::DIRECT)
+    }
+
+    /// The code runs where guest addresses are addresses.
+    pub fn is_direct(self) -> bool {
+        self.0 & Mode::DIRECT != 0
     }
 
     /// The access class.

@@ -189,6 +189,11 @@ impl Observed {
         self.stop
     }
 
+    /// Something is observed.
+    pub fn is_active(&self) -> bool {
+        !self.cuts.is_empty() || !self.watchpoints.is_empty() || self.every_execution || self.stop
+    }
+
     /// Another moment is loaded: what belongs to the one before is void.
     pub fn forget_moment(&mut self) {
         self.hits.clear();

@@ -36,6 +36,12 @@ pub struct Statistics {
     pub translated_special: u64,
     /// External interrupts by vector.
     pub interrupts: FastMap<u8, u64>,
+    /// Stretches in the virtual machine.
+    pub kvm_visits: u64,
+    /// Times that KVM came back.
+    pub kvm_exits: u64,
+    /// Page faults among them.
+    pub kvm_faults: u64,
     emulated: FastMap<u32, u64>,
 }
 

@@ -22,6 +22,8 @@ pub struct Thunks {
     pub enter: u64,
     /// Leaves with EAX as exit argument.
     pub exit_site: u64,
+    /// Leaves the virtual machine (`kvm`) with EAX as exit argument.
+    pub exit_direct: u64,
     /// Leaves after a signal.
     pub exit_fault: u64,
     /// Slow path of a memory access: linear address in RCX, site in EAX; host address back in RCX.
@@ -86,6 +88,9 @@ pub fn emit(a: &mut Assembler) -> Thunks {
     thunks.exit_site = a.here();
     a.gs_op(false, op::STORE, host::RAX, field::EXIT_ARGUMENT);
     a.jmp(leave);
+
+    thunks.exit_direct = a.here();
+    super::kvm::emit_exit(a);
 
     thunks.exit_fault = a.here();
     a.store_gs_imm32(field::EXIT_ARGUMENT, exit::FAULT);

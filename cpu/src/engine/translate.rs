@@ -34,6 +34,9 @@ pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 /// Most sites, emulated instructions or fault sites of one block.
 pub const MAX_RECORDS: usize = 1024;
 
+/// Host registers whose guest values are in the vCPU block's temporaries from 4 on.
+pub type Borrowed = [Option<u8>; 3];
+
 /// Why and from where translated code leaves to Rust.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum SiteKind {
@@ -54,7 +57,7 @@ pub enum SiteKind {
     /// An instruction for the emulation, kept decoded.
     Emulate { instruction: u32 },
     /// The host processor faulted on the guest's instruction.
-    Fault { flags_in_host: bool, borrowed: Option<u8> },
+    Fault { flags_in_host: bool, borrowed: Borrowed },
 }
 
 /// A place in translated code from which it can leave.
@@ -123,14 +126,14 @@ pub struct NeedsMoreBytes;
 
 /// Where the guest's status flags are at a point of the emitted code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Flags {
+pub(super) enum Flags {
     Slot,
     Host,
     Both,
 }
 
 /// A piece of out-of-line code at the end of the block.
-enum Cold {
+pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path.
     Memory { patch: u32, site: u32, tlb: u32 },
     /// `patch` leads here: take the slow path with an address that is known.
@@ -151,9 +154,9 @@ pub struct Translator {
     thunks: Thunks,
     pub a: Assembler,
     encoder: Encoder,
-    info: InstructionInfoFactory,
+    pub(super) info: InstructionInfoFactory,
     instructions: Vec<(Instruction, Treatment)>,
-    cold: Vec<Cold>,
+    pub(super) cold: Vec<Cold>,
     plan: Plan,
     /// Records of the block translated last: its sites, instructions for the emulation, and code offsets of
     /// instructions that may fault with their sites, ascending.
@@ -164,8 +167,8 @@ pub struct Translator {
     pub relocations: Vec<Relocation>,
     first_site: u32,
     first_emulated: u32,
-    flags: Flags,
-    mode: Mode,
+    pub(super) flags: Flags,
+    pub(super) mode: Mode,
     careful: bool,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
     mends_flags: bool,
@@ -176,7 +179,7 @@ pub struct Translator {
     index: u32,
     position: usize,
     length: usize,
-    ip: u64,
+    pub(super) ip: u64,
     /// Offset of the last guest instruction emitted.
     last_native: u64,
 }
@@ -347,7 +350,8 @@ impl Translator {
 
     fn leave(&mut self, site: u32) {
         self.site_in_rax(site);
-        self.jump_away(self.thunks.exit_site);
+        let direct = self.mode.is_direct();
+        self.jump_away(if direct { self.thunks.exit_direct } else { self.thunks.exit_site });
     }
 
     /// Decodes the block into `self.instructions`; returns its length in bytes.
@@ -409,7 +413,7 @@ impl Translator {
         Ok(len)
     }
 
-    fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
+    pub(super) fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
         self.sites.push(Site { kind, rip: self.ip, unretired, block: self.block });
         self.first_site + self.sites.len() as u32 - 1
     }
@@ -421,7 +425,7 @@ impl Translator {
     }
 
     /// Instructions from the current one to the end of the block.
-    fn unretired(&self) -> u32 {
+    pub(super) fn unretired(&self) -> u32 {
         self.count - self.index
     }
 
@@ -480,7 +484,7 @@ impl Translator {
     }
 
     /// A host register that holds the guest register: its home, or `scratch` after loading it.
-    fn held(&mut self, guest: u8, scratch: u8) -> u8 {
+    pub(super) fn held(&mut self, guest: u8, scratch: u8) -> u8 {
         match HOME[guest as usize] {
             Some(home) => home,
             None => {
@@ -493,7 +497,7 @@ impl Translator {
     // Memory ---------------------------------------------------------------------------------------------------
 
     /// Linear address of the memory operand into RCX; uses RAX and the flags. `rsp_bias` is added to RSP.
-    fn address(&mut self, ins: &Instruction, rsp_bias: i32) {
+    pub(super) fn address(&mut self, ins: &Instruction, rsp_bias: i32) {
         self.offset(ins, host::RCX, rsp_bias, true);
         self.add_segment_base(ins);
     }
@@ -529,6 +533,11 @@ impl Translator {
             Register::GS => seg::GS,
             _ => return,
         };
+        if self.mode.is_direct() {
+            self.a.load_gs(host::RAX, field::segment_base(segment));
+            self.a.lea(true, host::RCX, Some(host::RCX), Some((host::RAX, 1)), 0);
+            return;
+        }
         self.clobber_flags();
         self.a.gs_op(self.mode.is_64bit(), op::ADD, host::RCX, field::segment_base(segment));
     }
@@ -539,6 +548,9 @@ impl Translator {
     }
 
     fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<(u16, u8)>) {
+        if self.mode.is_direct() {
+            return;
+        }
         debug_assert!(self.flags == Flags::Slot || self.careful);
         let class = self.mode.class();
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
@@ -582,7 +594,7 @@ impl Translator {
             self.a.store_gs(host::RCX, field::distance(index));
             self.plan.groups[index].ready = true;
         }
-        Operand { base, index: Some(host::RCX), disp: offset - group.start() }
+        Operand { base, index: Some(host::RCX), disp: offset - group.start(), ..POINTER }
     }
 
     /// The linear address of the memory operand, if it is a constant of the translation.
@@ -622,10 +634,13 @@ impl Translator {
 
     /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
     fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) -> Operand {
+        if self.mode.is_direct() {
+            return self.direct_operand(ins);
+        }
         if self.plan.windowed(self.position, Which::Operand) {
             let base = gpr_number(ins.memory_base()).and_then(|base| HOME[base as usize]);
             let base = base.expect("RSP and RBP have homes");
-            return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32 };
+            return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32, ..POINTER };
         }
         if let Some(index) = self.plan.group(self.position, Which::Operand) {
             return self.grouped(index, ins.memory_displacement64() as i32);
@@ -644,9 +659,12 @@ impl Translator {
     }
 
     /// Host address of stack memory at RSP + `offset`.
-    fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
+    pub(super) fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
+        if self.mode.is_direct() {
+            return Operand { base: host::RSP, disp: offset, ..POINTER };
+        }
         if self.plan.windowed(self.position, Which::Stack) {
-            return Operand { base: host::RSP, index: Some(host::R11), disp: offset };
+            return Operand { base: host::RSP, index: Some(host::R11), disp: offset, ..POINTER };
         }
         if let Some(index) = self.plan.group(self.position, Which::Stack) {
             return self.grouped(index, offset);
@@ -660,12 +678,12 @@ impl Translator {
     /// An operand as a plain pointer in RCX.
     fn pointer(&mut self, operand: Operand) {
         if operand != POINTER {
-            let index = operand.index.map(|i| (i, 1));
+            let index = operand.index.map(|i| (i, operand.scale));
             self.a.lea(true, host::RCX, Some(operand.base), index, operand.disp);
         }
     }
 
-    fn adjust_rsp(&mut self, by: i32) {
+    pub(super) fn adjust_rsp(&mut self, by: i32) {
         self.a.lea(self.mode.is_64bit(), host::RSP, Some(host::RSP), None, by);
     }
 
@@ -676,11 +694,20 @@ impl Translator {
     // Instructions ---------------------------------------------------------------------------------------------
 
     fn instruction(&mut self, ins: &Instruction, treatment: Treatment) {
+        if self.mode.is_direct() && self.direct_stack(ins, treatment) {
+            return;
+        }
         match treatment {
             Treatment::Nothing => {}
-            Treatment::Plain => self.plain(ins),
+            Treatment::Plain => {
+                self.plain(ins);
+                self.check_stack(ins);
+            }
             Treatment::ZeroUpper => self.zero_upper(ins.mnemonic() == Mnemonic::Vzeroall),
-            Treatment::Lea => self.load_effective_address(ins),
+            Treatment::Lea => {
+                self.load_effective_address(ins);
+                self.check_stack(ins);
+            }
             Treatment::BitString => self.bit_string(ins),
             Treatment::Push => self.push(ins),
             Treatment::Pop => self.pop(ins),
@@ -847,6 +874,7 @@ impl Translator {
         let word = self.word();
         if ins.op0_kind() == OpKind::Memory {
             let at = self.operand(ins, word, true, false);
+            self.may_fault_here();
             self.a.load(word, host::RCX, at);
         } else {
             let guest = gpr_number(ins.op0_register()).expect("an indirect branch takes a general register");
@@ -873,7 +901,7 @@ impl Translator {
 
     /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the
     /// target turns out to be no address.
-    fn indirect(&mut self, popped: i32) {
+    pub(super) fn indirect(&mut self, popped: i32) {
         self.clobber_flags();
         let site = self.site(SiteKind::Indirect { popped }, self.unretired());
         if self.isolated {
@@ -935,6 +963,7 @@ impl Translator {
         out.set_has_lock_prefix(false);
         out.set_op1_register(sized(offset_register, host::RAX));
         set_memory(&mut out, POINTER);
+        self.may_fault_here();
         self.encode(ins, &out);
         self.flags = Flags::Host;
     }
@@ -966,6 +995,10 @@ impl Translator {
     }
 
     fn push_constant(&mut self, value: u64) {
+        if self.mode.is_direct() {
+            self.direct_push_constant(value);
+            return;
+        }
         let word = self.word();
         let at = self.stack(-(word as i32), word, true);
         if word == 4 || value as i64 == value as i32 as i64 {
@@ -1009,7 +1042,7 @@ impl Translator {
     fn leave_frame(&mut self) {
         let word = self.word();
         let at = if self.plan.windowed(self.position, Which::Stack) {
-            Operand { base: host::RBP, index: Some(host::R11), disp: 0 }
+            Operand { base: host::RBP, index: Some(host::R11), ..POINTER }
         } else if let Some(index) = self.plan.group(self.position, Which::Stack) {
             self.grouped(index, 0)
         } else {
@@ -1061,13 +1094,14 @@ impl Translator {
         // VM and RF are not pushed.
         self.a.and32(host::RAX, !(rflags::STATUS | rflags::RF | rflags::VM) as u32);
         self.a.gs_op(true, op::ADD, host::RAX, field::temporary(1));
+        self.may_fault_here();
         self.a.store(8, at, host::RAX);
         self.adjust_rsp(-8);
     }
 
     /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
     /// emulation, which will say what is missing.
-    fn encode(&mut self, ins: &Instruction, out: &Instruction) {
+    pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) {
         let start = self.a.bytes.len();
         self.last_native = self.a.here();
         self.encoder.set_buffer(std::mem::take(&mut self.a.bytes));
@@ -1184,10 +1218,11 @@ impl Translator {
         }
 
         let flags_in_host = self.flags != Flags::Slot;
-        let fault = classify::may_fault(ins).then(|| {
+        let accesses = self.mode.is_direct() && use_of.memory.is_some();
+        let fault = (classify::may_fault(ins) || accesses).then(|| {
             let kind = SiteKind::Fault {
                 flags_in_host,
-                borrowed: (scratch.borrowed_count > 0).then_some(scratch.borrowed[0]),
+                borrowed: std::array::from_fn(|i| (i < scratch.borrowed_count).then_some(scratch.borrowed[i])),
             };
             self.site(kind, self.unretired())
         });
@@ -1253,7 +1288,9 @@ impl Translator {
         let Some(home) = gpr_number(ins.op1_register()).and_then(|guest| HOME[guest as usize]) else { return false };
         let size = ins.memory_size().size();
         let at = self.operand(ins, size, true, true);
+        self.may_fault_here();
         self.a.load(size, host::RAX, at);
+        self.may_fault_here();
         self.a.store(size, at, home);
         self.a.mov(home, host::RAX);
         true
@@ -1323,9 +1360,10 @@ impl Translator {
         if let Some(guest) = rcx_holds {
             self.fetch(host::RCX, guest);
         }
-        let fault = classify::may_fault(ins).then(|| {
+        let accesses = self.mode.is_direct() && memory.is_some();
+        let fault = (classify::may_fault(ins) || accesses).then(|| {
             let flags_in_host = self.flags != Flags::Slot;
-            self.site(SiteKind::Fault { flags_in_host, borrowed: None }, self.unretired())
+            self.site(SiteKind::Fault { flags_in_host, borrowed: Borrowed::default() }, self.unretired())
         });
         self.encode(ins, &out);
         if let Some(site) = fault {
@@ -1431,11 +1469,11 @@ fn conditional_result(ins: &Instruction) -> bool {
 }
 
 /// Makes a host address the memory operand.
-fn set_memory(out: &mut Instruction, at: Operand) {
+pub(super) fn set_memory(out: &mut Instruction, at: Operand) {
     out.set_segment_prefix(Register::None);
     out.set_memory_base(Register::RAX + at.base as u32);
     out.set_memory_index(at.index.map_or(Register::None, |index| Register::RAX + index as u32));
-    out.set_memory_index_scale(1);
+    out.set_memory_index_scale(u32::from(at.scale));
     out.set_memory_displacement64(at.disp as i64 as u64);
     out.set_memory_displ_size(match at.disp {
         0 => 0,

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
-use orrery_cpu::engine::EngineConfig;
+use clap::{Args, ValueEnum};
+use orrery_cpu::engine::{EngineConfig, EngineKind};
 
 use crate::config::MachineConfig;
 use crate::moment::MomentName;
@@ -48,9 +48,41 @@ impl MachineArgs {
     }
 }
 
+/// Where the guest's user-mode code runs.
+#[derive(ValueEnum, Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// Whichever is faster at the time, as measured
+    Auto,
+    /// Translated code with a software MMU: works everywhere
+    #[default]
+    Soft,
+    /// A KVM virtual machine wherever that is possible
+    Kvm,
+    /// Here and there by turns, for tests
+    #[value(hide = true)]
+    Random,
+}
+
+impl From<EngineChoice> for EngineKind {
+    fn from(choice: EngineChoice) -> EngineKind {
+        match choice {
+            EngineChoice::Auto => EngineKind::Auto,
+            EngineChoice::Soft => EngineKind::Soft,
+            EngineChoice::Kvm => EngineKind::Kvm,
+            EngineChoice::Random => EngineKind::Random,
+        }
+    }
+}
+
 /// How the engine works inside. Results never depend on these.
 #[derive(Args, Debug, Clone, Default)]
 pub struct EngineArgs {
+    /// Where the guest's user-mode code runs. Results are the same, speed is not
+    #[arg(long, help_heading = MACHINE, value_name = "ENGINE", default_value = "soft")]
+    pub engine: EngineChoice,
+    /// Make this call to KVM fail
+    #[arg(long, hide = true, value_name = "N")]
+    pub engine_kvm_fails: Option<u32>,
     /// Randomise everything that must not matter, from this seed
     #[arg(long, hide = true, value_name = "SEED")]
     pub engine_chaos: Option<u64>,
@@ -84,6 +116,8 @@ impl EngineArgs {
             max_block_instructions: self.engine_block.unwrap_or(plain.max_block_instructions),
             code_cache_bytes: self.engine_cache.map_or(plain.code_cache_bytes, |mib| mib << 20),
             chaos_seed: self.engine_chaos,
+            engine: self.engine.into(),
+            kvm_fails: self.engine_kvm_fails,
             grouping: plain.grouping && !self.engine_no_grouping,
             ..plain
         }

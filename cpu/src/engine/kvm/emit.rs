@@ -1,0 +1,169 @@
+//! What the translator does otherwise for code that runs in the virtual machine, where guest addresses are addresses.
+//!
+//! Memory operands stay what they were, with renamed registers; every instruction that touches memory is a fault site,
+//! so that whatever the processor does not like about it leaves with the state before it.
+
+use super::super::assembler::{Assembler, Operand, POINTER, host};
+use super::super::block::field;
+use super::super::classify::Treatment;
+use super::super::registers::{HOME, gpr_number};
+use super::super::translate::{Borrowed, Cold, Flags, SiteKind, Translator, set_memory};
+use super::EXIT_DISTANCE;
+use iced_x86::{Instruction, OpKind, Register};
+
+/// Emits the way out: a store that KVM reports, to the page in front of the code.
+pub fn emit_exit(a: &mut Assembler) {
+    a.put(&[0x89, 0x05]); // mov [rip + distance], eax
+    let distance = -EXIT_DISTANCE - (a.here() as i32 + 4);
+    a.put(&distance.to_le_bytes());
+    // Nothing returns here.
+    a.put(&[0x0F, 0x0B]);
+}
+
+impl Translator {
+    /// The next instruction emitted may fault on its memory operand.
+    pub fn may_fault_here(&mut self) {
+        if !self.mode.is_direct() {
+            return;
+        }
+        let kind = SiteKind::Fault { flags_in_host: self.flags != Flags::Slot, borrowed: Borrowed::default() };
+        let site = self.site(kind, self.unretired());
+        self.faults.push((self.a.here() as u32, site));
+    }
+
+    /// The memory operand with renamed registers; may use RAX and RCX, and leaves the flags alone.
+    pub fn direct_operand(&mut self, ins: &Instruction) -> Operand {
+        self.biased_operand(ins, 0)
+    }
+
+    /// The same for an instruction that adds to RSP before it computes the address; only what is computed here, and
+    /// not by the instruction itself, needs to know.
+    fn biased_operand(&mut self, ins: &Instruction, rsp_bias: i32) -> Operand {
+        let (base, index) = (ins.memory_base(), ins.memory_index());
+        let segment = matches!(ins.memory_segment(), Register::FS | Register::GS);
+        let wide = |register: Register| register == Register::None || register.is_gpr64();
+        if segment || ins.is_ip_rel_memory_operand() || base == Register::None || !wide(base) || !wide(index) {
+            self.address(ins, rsp_bias);
+            return POINTER;
+        }
+        let disp = ins.memory_displacement64() as i32;
+        let scale = ins.memory_index_scale() as u8;
+        let base = gpr_number(base).expect("a general register");
+        let Some(index) = gpr_number(index) else {
+            return Operand { base: self.held(base, host::RCX), index: None, scale: 1, disp };
+        };
+        if HOME[base as usize].is_none() && HOME[index as usize].is_none() {
+            self.address(ins, rsp_bias);
+            return POINTER;
+        }
+        let base = self.held(base, host::RCX);
+        Operand { base, index: Some(self.held(index, host::RCX)), scale, disp }
+    }
+
+    /// Instructions that use the stack by themselves; false if it is none of them.
+    pub fn direct_stack(&mut self, ins: &Instruction, treatment: Treatment) -> bool {
+        match treatment {
+            Treatment::Push => self.direct_push(ins),
+            Treatment::Pop => self.direct_pop(ins),
+            Treatment::Leave => {
+                self.may_fault_here();
+                self.a.bytes.push(0xC9);
+            }
+            Treatment::Return => {
+                self.may_fault_here();
+                self.a.pop(host::RCX);
+                let extra = if ins.op_count() == 1 { i32::from(ins.immediate16()) } else { 0 };
+                if extra != 0 {
+                    self.adjust_rsp(extra);
+                }
+                self.indirect(8 + extra);
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn direct_push(&mut self, ins: &Instruction) {
+        match ins.op0_kind() {
+            OpKind::Register => {
+                let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
+                self.may_fault_here();
+                match HOME[guest as usize] {
+                    Some(home) => self.a.push(home),
+                    None => self.a.push_gs(field::gpr(guest)),
+                }
+            }
+            OpKind::Memory => {
+                let at = self.direct_operand(ins);
+                let mut out = *ins;
+                set_memory(&mut out, at);
+                self.may_fault_here();
+                self.encode(ins, &out);
+            }
+            _ => self.direct_push_constant(ins.immediate(0)),
+        }
+    }
+
+    /// PUSH of a constant of 64 bits.
+    pub fn direct_push_constant(&mut self, value: u64) {
+        if value as i64 == value as i32 as i64 {
+            self.may_fault_here();
+            self.a.push_imm(value as u32);
+        } else {
+            self.a.mov_imm(host::RAX, value);
+            self.may_fault_here();
+            self.a.push(host::RAX);
+        }
+    }
+
+    fn direct_pop(&mut self, ins: &Instruction) {
+        if ins.op0_kind() == OpKind::Register {
+            let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
+            self.may_fault_here();
+            match HOME[guest as usize] {
+                Some(home) => self.a.pop(home),
+                None => self.a.pop_gs(field::gpr(guest)),
+            }
+            self.check_stack(ins);
+        } else {
+            let at = self.biased_operand(ins, 8);
+            let mut out = *ins;
+            set_memory(&mut out, at);
+            self.may_fault_here();
+            self.encode(ins, &out);
+        }
+    }
+
+    /// Leaves behind an instruction that has put an address into RSP which is none: some KVMs emulate code with such a
+    /// stack pointer.
+    pub fn check_stack(&mut self, ins: &Instruction) {
+        if !self.mode.is_direct() || !self.writes_stack_pointer(ins) {
+            return;
+        }
+        // Without touching the flags: bits 63 to 47 are all zero, or all ones.
+        self.a.mov_imm(host::RAX, 47);
+        self.a.sarx_rcx_rsp_rax();
+        let low = self.a.jrcxz();
+        self.a.lea(true, host::RCX, Some(host::RCX), None, 1);
+        let high = self.a.jrcxz();
+        let ip = std::mem::replace(&mut self.ip, ins.next_ip());
+        let save = self.flags == Flags::Host;
+        if save {
+            self.a.save_flags(field::FLAGS);
+        }
+        let site = self.site(SiteKind::Lookup, self.unretired() - 1);
+        self.ip = ip;
+        let patch = self.a.jmp(0);
+        self.cold.push(Cold::Leave { patch, site });
+        self.a.land8(low);
+        self.a.land8(high);
+    }
+
+    fn writes_stack_pointer(&mut self, ins: &Instruction) -> bool {
+        use iced_x86::OpAccess::{CondWrite, ReadCondWrite, ReadWrite, Write};
+        self.info.info(ins).used_registers().iter().any(|used| {
+            used.register().full_register() == Register::RSP
+                && matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite)
+        })
+    }
+}
