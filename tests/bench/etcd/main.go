@@ -25,7 +25,7 @@ import (
 const (
 	clients = 4
 	// Rounds of each client: a put and a get.
-	rounds = 500
+	rounds = 250
 	// Keys of each client, written again and again.
 	keys = 50
 	line = "etcd-put-get"

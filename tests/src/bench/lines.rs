@@ -67,8 +67,8 @@ impl Program {
     pub fn runs_on(self, platform: Platform) -> bool {
         match self {
             Program::HelloCold => platform != Platform::Native,
-            Program::HelloWarm | Program::JvmCold => platform.is_orrery(),
-            Program::CLong => platform != Platform::Qemu,
+            Program::HelloWarm => platform.is_orrery(),
+            Program::JvmCold | Program::CLong => platform != Platform::Qemu,
             Program::C | Program::Go | Program::Jvm | Program::Etcd => true,
         }
     }
@@ -189,7 +189,7 @@ const fn jvm(name: &'static str, about: &'static str) -> Line {
 /// All lines.
 pub const LINES: &[Line] = &[
     boot("boot-cold", Program::HelloCold, "hello until its first program speaks, without translations of earlier runs"),
-    boot("boot-warm", Program::HelloWarm, "the same with them; not in QEMU, which keeps none"),
+    boot("boot-warm", Program::HelloWarm, "with translations of earlier runs; QEMU keeps none"),
     boot("boot-to-init", Program::Go, "start of the VM's process until the Go program speaks"),
     work(
         "jvm-start-cold",

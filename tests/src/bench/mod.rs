@@ -2,12 +2,13 @@
 //!
 //! [`lines`] says what is measured, [`programs`] what each program is made of, [`prepare`] makes images of them,
 //! [`platform`] knows how a program is started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the
-//! time, [`schedule`] interleaves the rounds, [`figures`] is the file, [`table`] shows it to people,
+//! time, [`schedule`] interleaves the rounds, [`figures`] is the file, [`table`] and [`chart`] show it to people,
 //! [`compare`] says which lines moved between two files.
 //! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process; [`debug`] is another, of going to
 //! the moments of a long run and back. Both have [`percentiles`].
 //! `docs/benchmarks.md` explains how to read the result.
 
+pub mod chart;
 pub mod compare;
 pub mod debug;
 pub mod figures;
