@@ -1,6 +1,6 @@
 //! Steps both sides through a guest, one instruction of the engine at a time, and compares everything after each.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Mnemonic, Register};
@@ -91,8 +91,9 @@ pub struct Lockstep {
     /// Of these, those after which both sides were compared and agreed.
     pub comparisons: u64,
     start: u64,
-    /// Where frames of exceptions have RFLAGS: a processor that steps with TF shows it there.
-    pushed_flags: BTreeSet<u64>,
+    /// Where frames of exceptions have RFLAGS, with the flags that were undefined then: a processor that steps with TF
+    /// shows it there.
+    pushed_flags: BTreeMap<u64, u64>,
     /// The guest is a case at CPL 0, where KVM may emulate everything.
     emulated: bool,
     /// How often an instruction was compared, by mnemonic.
@@ -212,7 +213,7 @@ impl Lockstep {
             steps: 0,
             comparisons: 0,
             start: 0,
-            pushed_flags: BTreeSet::new(),
+            pushed_flags: BTreeMap::new(),
             emulated: false,
             executed: BTreeMap::new(),
         }
@@ -227,7 +228,7 @@ impl Lockstep {
     }
 
     /// If the engine has just entered a handler, and executed its first instruction: where the frame has RFLAGS.
-    fn note_pushed_flags(&mut self) {
+    fn note_pushed_flags(&mut self, undefined: u64) {
         let state = self.engine.state();
         let Some(vector) = machine::vector_at(state.rip) else { return };
         let has_error = matches!(vector, 8 | 10..=14 | 17);
@@ -239,7 +240,7 @@ impl Lockstep {
         };
         let at = state.gpr[gpr::RSP].wrapping_add(offset);
         if let Ok(translation) = paging::walk(state, &self.view, at, paging::Access::data(state, false)) {
-            self.pushed_flags.insert(translation.gpa);
+            self.pushed_flags.insert(translation.gpa, undefined);
         }
     }
 
@@ -364,16 +365,27 @@ impl Lockstep {
         }
     }
 
+    /// The status flags that are undefined behind `executed`, if those in `before` were before it. `faulted`: it may not
+    /// have got as far as changing any.
+    fn undefined_behind(&self, executed: &Instruction, before: u64, faulted: bool) -> u64 {
+        use Mnemonic::{Fcomi, Fcomip, Fucomi, Fucomip};
+        let mut undefined = crate::generate::undefined_flags(executed);
+        if self.vm.emulated_processor && matches!(executed.mnemonic(), Fcomi | Fcomip | Fucomi | Fucomip) {
+            // QEMU keeps them, where SDM volume 2, FCOMI, has them cleared.
+            undefined |= rflags::OF | rflags::SF | rflags::AF;
+        }
+        // Behind IRET they are what they were when the frame was pushed; a count of 0 changes none.
+        let defines = !faulted && undefined == 0 && executed.mnemonic() != Mnemonic::Iretq;
+        let defined = if defines { crate::generate::rflags_of(executed.rflags_modified()) } else { 0 };
+        before & !defined | undefined
+    }
+
     /// Steps the engine until it agrees with KVM, which stands between two instructions, has halted or shut down.
     /// True if the guest has ended.
     fn catch_up(&mut self, target: &Step, instruction: Option<Instruction>) -> Result<bool, Verdict> {
-        let mut ignored_flags = instruction.map_or(0, |i| crate::generate::undefined_flags(&i));
-        use Mnemonic::{Fcomi, Fcomip, Fucomi, Fucomip};
-        let compares = instruction.is_some_and(|i| matches!(i.mnemonic(), Fcomi | Fcomip | Fucomi | Fucomip));
-        if self.vm.emulated_processor && compares {
-            // QEMU keeps them, where SDM volume 2, FCOMI, has them cleared.
-            ignored_flags |= rflags::OF | rflags::SF | rflags::AF;
-        }
+        // What is undefined behind the instructions executed so far.
+        let mut ignored_flags = 0;
+        let mut refused_base = false;
         let bytes = self.next_bytes();
         let mut mnemonics = Vec::new();
         let mut dirty = false;
@@ -391,10 +403,17 @@ impl Lockstep {
             let now = self.engine.icount();
             let executed = if is_first || !self.vm.emulated_processor { instruction } else { self.next_instruction() };
             mnemonics.extend(executed.map(|i| i.mnemonic()));
+            let loads_base = executed.is_some_and(|i| i.mnemonic() == Mnemonic::Wrmsr)
+                && matches!(self.engine.state().gpr[gpr::RCX] as u32, 0xC000_0100..=0xC000_0102);
             let stop = self.engine.run(Icount(now.0 + 1), &mut EmptyBus);
             self.steps += 1;
             dirty |= !self.engine.take_dirty().is_empty();
-            self.note_pushed_flags();
+            if let Some(executed) = executed {
+                let faulted = machine::vector_at(self.engine.state().rip).is_some();
+                ignored_flags = self.undefined_behind(&executed, ignored_flags, faulted);
+                refused_base |= loads_base && faulted;
+            }
+            self.note_pushed_flags(ignored_flags);
             if !self.vm.steps_by_trap
                 && executed.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp))
             {
@@ -467,6 +486,7 @@ impl Lockstep {
             emulated_processor: self.vm.emulated_processor,
             mnemonics: &mnemonics,
             rex_is_followed_by_prefix: rex_is_followed_by_prefix(&bytes),
+            refused_base,
             kvm: &kvm,
             engine: met.as_ref().unwrap_or(state),
         };
@@ -477,7 +497,7 @@ impl Lockstep {
             }
             return Err(Verdict::Refused(quirk.to_string(), instruction));
         }
-        Err(Verdict::Differed(first.unwrap_or_else(|| {
+        let mut report = first.unwrap_or_else(|| {
             format!(
                 "  KVM {target:?} at {:#x}, cr2 {:#x}, rsp {:#x}; the engine does not get there, but to {:#x}\n",
                 kvm.rip,
@@ -485,7 +505,15 @@ impl Lockstep {
                 kvm.gpr[gpr::RSP],
                 state.rip
             )
-        })))
+        });
+        if mnemonics.len() > 1 {
+            let _ = writeln!(
+                report,
+                "  in one step of KVM, the engine has executed {:?}",
+                &mnemonics[..mnemonics.len().min(40)]
+            );
+        }
+        Err(Verdict::Differed(report))
     }
 
     /// Pages that differ, but for accessed and dirty bits of page tables.
@@ -505,8 +533,10 @@ impl Lockstep {
                 at if machine::is_double_fault_flags(at) => !(rflags::TF | rflags::RF),
                 // Stepping shows in the flags that some KVMs push.
                 // QEMU pushes RF as it is, where processors set it for faults (SDM volume 3, 18.3.1.1).
-                at if self.vm.emulated_processor && self.pushed_flags.contains(&at) => !(rflags::TF | rflags::RF),
-                at if self.pushed_flags.contains(&at) && !self.vm.steps_by_trap => !rflags::TF,
+                at if self.vm.emulated_processor && self.pushed_flags.contains_key(&at) => {
+                    !(rflags::TF | rflags::RF | self.pushed_flags[&at])
+                }
+                at if self.pushed_flags.contains_key(&at) && !self.vm.steps_by_trap => !rflags::TF,
                 at if self.vm.emulated_processor && machine::is_kernel_stack(at) && qemu_error_code(k, e) => 0,
                 at if machine::is_kernel_stack(at) => !rflags::TF,
                 _ => !0,

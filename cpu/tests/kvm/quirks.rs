@@ -1,7 +1,7 @@
 //! What KVM does otherwise than a processor, each as narrow as it can be told: a guest that meets one is left there,
 //! and counted under its name. `docs/oracles.md` has the reasons.
 
-use iced_x86::{Instruction, MemorySize, Mnemonic};
+use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind};
 use orrery_cpu::paging::is_canonical;
 use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 
@@ -23,6 +23,8 @@ pub struct Meeting<'a> {
     pub mnemonics: &'a [Mnemonic],
     /// A REX prefix that the manuals ignore, for it does not stand before the opcode (SDM volume 2, 2.2.1).
     pub rex_is_followed_by_prefix: bool,
+    /// The engine has met a WRMSR that would load a segment base that is not canonical.
+    pub refused_base: bool,
     /// KVM's state behind it.
     pub kvm: &'a CpuState,
     /// The engine's, at the same place if it got there.
@@ -96,6 +98,12 @@ impl Meeting<'_> {
         differences.clone().filter(|d| *d != 0).count() == 1 && differences.any(|d| d == 0x20)
     }
 
+    /// General-purpose registers differ in their upper halves alone.
+    fn only_upper_halves_differ(&self) -> bool {
+        self.kvm.gpr != self.engine.gpr
+            && self.kvm.gpr.iter().zip(&self.engine.gpr).all(|(k, e)| *k as u32 == *e as u32)
+    }
+
     /// Both faulted, within a page of each other.
     fn only_the_address_differs(&self) -> bool {
         self.kvm.cr2 != self.engine.cr2 && self.kvm.cr2.abs_diff(self.engine.cr2) < 4096
@@ -160,6 +168,7 @@ impl Meeting<'_> {
     fn explain_qemu(&self, kvm: Option<u64>, engine: Option<u64>) -> Option<&'static str> {
         use Mnemonic::*;
         let mnemonic = self.mnemonic();
+        let flags = self.kvm.rflags ^ self.engine.rflags;
         let passes = |wanted: &[Mnemonic]| self.mnemonics.iter().any(|m| wanted.contains(m));
         let frame_bytes = self.kvm.cr2.wrapping_sub(self.engine.cr2);
         if engine == Some(17) && kvm != engine {
@@ -189,6 +198,20 @@ impl Meeting<'_> {
         }
         if engine == Some(13) && passes(&[Ldmxcsr, Vldmxcsr]) {
             return Some("LDMXCSR takes reserved bits");
+        }
+        if self.refused_base {
+            return Some("WRMSR takes segment bases that are not canonical");
+        }
+        if matches!(mnemonic, Shld | Shrd)
+            && self.instruction.is_some_and(|i| i.is_ip_rel_memory_operand() && i.op2_kind() == OpKind::Immediate8)
+        {
+            return Some("SHLD and SHRD by a constant forget it in addresses relative to RIP");
+        }
+        if mnemonic == Blsi && flags == rflags::CF {
+            return Some("BLSI clears CF where it sets it");
+        }
+        if matches!(mnemonic, Bsf | Bsr) && self.only_upper_halves_differ() {
+            return Some("BSF and BSR of zero clear the upper half");
         }
         if matches!(mnemonic, Shld | Shrd)
             && self.instruction.is_some_and(|i| i.memory_size() == MemorySize::UInt16 || i.op0_register().size() == 2)
