@@ -99,6 +99,14 @@ impl Plan {
         self.windowed.get(instruction).is_some_and(|w| w[which as usize])
     }
 
+    /// True if all memory accesses of an instruction go through the window, so that none can leave the block.
+    pub fn stays_in_window(&self, instruction: usize, treatment: Treatment) -> bool {
+        match treatment {
+            Treatment::Plain => self.windowed(instruction, Which::Operand),
+            _ => false,
+        }
+    }
+
     /// True if RSP before this instruction is what it was when the block began.
     pub fn same_stack(&self, instruction: usize) -> bool {
         self.depth.get(instruction).is_some_and(|depth| *depth == Some(0))

@@ -11,6 +11,7 @@ mod classify;
 mod core;
 mod debug;
 mod emulation;
+mod flags;
 mod fpu;
 mod groups;
 mod hash;

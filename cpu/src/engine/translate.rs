@@ -9,6 +9,7 @@ use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
+use super::flags::{self, Need, STATUS};
 use super::groups::{Plan, Which, needs_pointer, reads, writes};
 use super::homeless;
 use super::mode::Mode;
@@ -130,14 +131,25 @@ pub(super) enum Flags {
     Slot,
     Host,
     Both,
+    /// Nowhere, but `Translator::source` gives them again.
+    Source,
+}
+
+/// A host instruction without memory operand that gives the flags that an earlier one gave, while the guest registers
+/// that it reads are what they were.
+#[derive(Clone, Copy)]
+struct Source {
+    instruction: Instruction,
+    /// Guest registers that it reads, as a bit mask.
+    reads: u32,
 }
 
 /// A piece of out-of-line code at the end of the block.
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path.
-    Memory { patch: u32, site: u32, tlb: u32 },
+    Memory { patch: u32, site: u32, tlb: u32, source: Option<Instruction> },
     /// `patch` leads here: take the slow path with an address that is known.
-    Constant { patch: u32, site: u32, address: u64 },
+    Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
     /// `patch` leads here: leave with the site.
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
@@ -168,6 +180,9 @@ pub struct Translator {
     first_site: u32,
     first_emulated: u32,
     pub(super) flags: Flags,
+    /// What gives the flags that `flags` is about, if that can be repeated.
+    source: Option<Source>,
+    needs: Vec<Need>,
     pub(super) mode: Mode,
     careful: bool,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
@@ -183,8 +198,6 @@ pub struct Translator {
     /// Offset of the last guest instruction emitted.
     last_native: u64,
 }
-
-const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 impl Translator {
     pub fn new(thunks: Thunks) -> Translator {
@@ -203,6 +216,8 @@ impl Translator {
             first_site: 0,
             first_emulated: 0,
             flags: Flags::Slot,
+            source: None,
+            needs: Vec::new(),
             mode: Mode(0),
             careful: false,
             mends_flags: false,
@@ -233,7 +248,7 @@ impl Translator {
         self.relocations.clear();
         self.tlb_mask = request.tlb_mask;
         self.cold.clear();
-        self.flags = Flags::Slot;
+        (self.flags, self.source) = (Flags::Slot, None);
         let list = std::mem::take(&mut self.instructions);
         self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
         self.index = 0;
@@ -244,6 +259,8 @@ impl Translator {
         } else {
             self.plan.clear();
         }
+        let plan = &self.plan;
+        flags::needs(&list, |i| plan.stays_in_window(i, list[i].1), &mut self.needs);
 
         let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
@@ -268,7 +285,8 @@ impl Translator {
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
-            self.mends_flags = request.undefined.mends(ins) && !undefined::are_hidden(&list[position + 1..]);
+            self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
+            self.keep_source(ins);
             self.instruction(ins, *treatment);
             self.index += 1;
         }
@@ -283,14 +301,16 @@ impl Translator {
         self.leave(lookup);
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Memory { patch, site, tlb } => {
+                Cold::Memory { patch, site, tlb, source } => {
                     self.a.land(patch);
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+                    self.settle(source);
                     self.site_in_rax(site);
                     self.jump_away(self.thunks.memory);
                 }
-                Cold::Constant { patch, site, address } => {
+                Cold::Constant { patch, site, address, source } => {
                     self.a.land(patch);
+                    self.settle(source);
                     self.a.mov_imm(host::RCX, address);
                     self.site_in_rax(site);
                     self.jump_away(self.thunks.memory);
@@ -451,8 +471,11 @@ impl Translator {
 
     // Flags ----------------------------------------------------------------------------------------------------
 
-    /// Makes sure that the slot holds the flags; the host's stay as they are. Uses RAX.
+    /// Makes sure that the slot holds the flags, and the host, too, if it did. Uses RAX.
     fn save_flags(&mut self) {
+        if self.flags == Flags::Source {
+            self.repeat();
+        }
         if self.flags == Flags::Host {
             self.a.save_flags(field::FLAGS);
             self.flags = Flags::Both;
@@ -461,16 +484,94 @@ impl Translator {
 
     /// Makes sure that the host's flags are the guest's. Uses RAX.
     fn need_flags(&mut self) {
-        if self.flags == Flags::Slot {
-            self.a.restore_flags(field::FLAGS);
-            self.flags = Flags::Both;
+        match self.flags {
+            Flags::Source => self.repeat(),
+            Flags::Slot => {
+                match self.source {
+                    Some(_) => self.repeat(),
+                    None => self.a.restore_flags(field::FLAGS),
+                }
+                self.flags = Flags::Both;
+            }
+            Flags::Host | Flags::Both => {}
         }
     }
 
-    /// The host's flags are about to be lost.
+    /// The host's flags are about to be lost, in a place that may be left only through [`Translator::lookup_range`] or
+    /// [`Translator::lookup_constant`].
     fn clobber_flags(&mut self) {
+        self.flags = match self.flags {
+            Flags::Host if self.source.is_some() => Flags::Source,
+            Flags::Source => Flags::Source,
+            Flags::Host | Flags::Both | Flags::Slot => {
+                self.save_flags();
+                Flags::Slot
+            }
+        };
+    }
+
+    /// The host's flags are about to be lost; the slot holds them.
+    fn put_flags_away(&mut self) {
         self.save_flags();
         self.flags = Flags::Slot;
+    }
+
+    /// Gives the host its flags once more.
+    fn repeat(&mut self) {
+        let source = self.source.expect("flags that are nowhere have a source");
+        self.emit(&source.instruction).expect("what was encoded once can be encoded again");
+        self.flags = Flags::Host;
+    }
+
+    /// Before an instruction at which the host may fault: the flags are in the host or in the slot.
+    fn leave_source(&mut self) {
+        if self.flags == Flags::Source {
+            self.save_flags();
+        }
+    }
+
+    /// In cold code: puts flags that are nowhere into the slot. Uses RAX.
+    fn settle(&mut self, source: Option<Instruction>) {
+        if let Some(source) = source {
+            self.emit(&source).expect("what was encoded once can be encoded again");
+            self.a.save_flags(field::FLAGS);
+        }
+    }
+
+    /// The instruction that cold code must repeat to have the flags.
+    fn source_in_need(&self) -> Option<Instruction> {
+        self.source.filter(|_| self.flags == Flags::Source).map(|source| source.instruction)
+    }
+
+    /// Status flags behind the current instruction that someone may look at.
+    fn live_behind(&self) -> u32 {
+        self.needs.get(self.position + 1).map_or(STATUS, |need| need.live)
+    }
+
+    /// Before an instruction: it may change what the source of the flags reads.
+    fn keep_source(&mut self, ins: &Instruction) {
+        let Some(source) = self.source else { return };
+        let mut written = 0;
+        for used in self.info.info(ins).used_registers() {
+            if let Some(number) = gpr_number(used.register()).filter(|_| writes(used.access())) {
+                written |= 1 << number;
+            }
+        }
+        if source.reads & written != 0 {
+            if self.needs[self.position].live != 0 {
+                self.save_flags();
+            }
+            if self.flags == Flags::Source {
+                self.flags = Flags::Slot;
+            }
+            self.source = None;
+        }
+    }
+
+    /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
+    fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
+        self.flags = Flags::Host;
+        self.source = source(ins, out);
     }
 
     // Registers ------------------------------------------------------------------------------------------------
@@ -551,7 +652,7 @@ impl Translator {
         if self.mode.is_direct() {
             return;
         }
-        debug_assert!(self.flags == Flags::Slot || self.careful);
+        debug_assert!(matches!(self.flags, Flags::Slot | Flags::Source) || self.careful);
         let class = self.mode.class();
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
         let site = self.site(kind, self.unretired());
@@ -565,7 +666,7 @@ impl Translator {
             self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
             self.a.cmp_imm(host::RCX, 4096 - size as i32);
             let patch = self.a.jcc(cc::A, 0);
-            self.cold.push(Cold::Memory { patch, site, tlb });
+            self.cold.push(Cold::Memory { patch, site, tlb, source: self.source_in_need() });
             self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
         }
         let here = self.a.here();
@@ -623,7 +724,7 @@ impl Translator {
             self.a.gs_op(true, op::CMP, host::RAX, entry);
         }
         let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Constant { patch, site, address });
+        self.cold.push(Cold::Constant { patch, site, address, source: self.source_in_need() });
         self.a.load_gs(host::RCX, entry + 8);
         self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
         let here = self.a.here();
@@ -778,7 +879,7 @@ impl Translator {
 
     /// Jumps to the translation of `target`, through Rust until it is linked. Flags are in the slot.
     fn link(&mut self, target: u64) {
-        assert!(self.flags != Flags::Host, "the flags are saved before a block ends");
+        assert!(matches!(self.flags, Flags::Slot | Flags::Both), "the flags are saved before a block ends");
         let target = if self.mode.is_64bit() { target } else { target & 0xFFFF_FFFF };
         let patch = self.a.jmp(0);
         self.link_site(target, patch);
@@ -820,7 +921,7 @@ impl Translator {
     }
 
     fn count_branch(&mut self, ins: &Instruction) {
-        self.clobber_flags();
+        self.put_flags_away();
         let address_bits = match ins.code() {
             Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX => 64,
             Code::Jecxz_rel8_64
@@ -890,7 +991,7 @@ impl Translator {
         if !self.mode.is_64bit() {
             return;
         }
-        self.clobber_flags();
+        self.put_flags_away();
         let site = self.site(SiteKind::Indirect { popped: 0 }, self.unretired());
         self.a.mov(host::RAX, host::RCX);
         self.a.put(&[0x48, 0xC1, 0xE0, 16, 0x48, 0xC1, 0xF8, 16]); // shl rax, 16; sar rax, 16
@@ -902,7 +1003,7 @@ impl Translator {
     /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the
     /// target turns out to be no address.
     pub(super) fn indirect(&mut self, popped: i32) {
-        self.clobber_flags();
+        self.put_flags_away();
         let site = self.site(SiteKind::Indirect { popped }, self.unretired());
         if self.isolated {
             let patch = self.a.jmp(0);
@@ -965,7 +1066,7 @@ impl Translator {
         set_memory(&mut out, POINTER);
         self.may_fault_here();
         self.encode(ins, &out);
-        self.flags = Flags::Host;
+        (self.flags, self.source) = (Flags::Host, None);
     }
 
     fn push(&mut self, ins: &Instruction) {
@@ -1058,7 +1159,7 @@ impl Translator {
 
     /// Sets or clears one flag of RFLAGS that is not a status flag.
     fn system_flag(&mut self, flag: u64, set: bool) {
-        self.clobber_flags();
+        self.put_flags_away();
         // and/or dword gs:[RFLAGS], imm32
         self.a.put(&[0x65, 0x81, if set { 0x0C } else { 0x24 }, 0x25]);
         self.a.put(&field::RFLAGS.to_le_bytes());
@@ -1069,7 +1170,7 @@ impl Translator {
     /// STI in the middle of a block: nothing can come between it and the next instruction, so that its shadow is
     /// only needed when an interrupt waits for it.
     fn set_interrupt(&mut self, ins: &Instruction) {
-        self.clobber_flags();
+        self.put_flags_away();
         self.a.cmp_gs_imm32(field::WINDOW_WANTED, 0);
         let site = self.emulation_site(ins, self.unretired());
         let patch = self.a.jcc(cc::NE, 0);
@@ -1078,7 +1179,7 @@ impl Translator {
     }
 
     fn push_flags(&mut self) {
-        self.clobber_flags();
+        self.put_flags_away();
         let at = self.stack(-8, 8, true);
         // The image needs the host's flags, and RCX is part of the address: build the image in RAX, piece by piece into a temporary.
         self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
@@ -1101,7 +1202,20 @@ impl Translator {
 
     /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
     /// emulation, which will say what is missing.
+<<<<<<< HEAD
     pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) {
+=======
+    fn encode(&mut self, ins: &Instruction, out: &Instruction) {
+        if self.emit(out).is_err() {
+            self.save_flags();
+            let site = self.emulation_site(ins, self.unretired());
+            let patch = self.a.jmp(0);
+            self.cold.push(Cold::Leave { patch, site });
+        }
+    }
+
+    fn emit(&mut self, out: &Instruction) -> Result<(), iced_x86::IcedError> {
+>>>>>>> 5a7ff3c (cpu: flags move only where someone can look at them)
         let start = self.a.bytes.len();
         self.last_native = self.a.here();
         self.encoder.set_buffer(std::mem::take(&mut self.a.bytes));
@@ -1109,11 +1223,8 @@ impl Translator {
         self.a.bytes = self.encoder.take_buffer();
         if result.is_err() {
             self.a.bytes.truncate(start);
-            self.save_flags();
-            let site = self.emulation_site(ins, self.unretired());
-            let patch = self.a.jmp(0);
-            self.cold.push(Cold::Leave { patch, site });
         }
+        result.map(|_| ())
     }
 
     /// VZEROUPPER or VZEROALL of the eight registers that there are outside 64-bit mode.
@@ -1151,8 +1262,11 @@ impl Translator {
         }
         if self.mends_flags {
             self.save_flags();
-        } else if use_of.flags_in {
+        } else if self.needs[self.position].in_host {
             self.need_flags();
+        }
+        if classify::may_fault(ins) {
+            self.leave_source();
         }
 
         let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
@@ -1244,9 +1358,9 @@ impl Translator {
         }
         if self.mends_flags {
             self.a.merge_zero_flag(field::FLAGS);
-            self.flags = Flags::Slot;
+            (self.flags, self.source) = (Flags::Slot, None);
         } else if use_of.flags_out {
-            self.flags = Flags::Host;
+            self.flags_from(ins, &out);
         }
     }
 
@@ -1327,8 +1441,11 @@ impl Translator {
             self.pointer(at);
             set_memory(&mut out, POINTER);
         }
-        if use_of.flags_in {
+        if self.needs[self.position].in_host {
             self.need_flags();
+        }
+        if classify::may_fault(ins) {
+            self.leave_source();
         }
         // The implicit AX of a multiplication, division or exchange.
         let mut rax_holds = classify::pins_rax(ins).then_some(0);
@@ -1376,7 +1493,7 @@ impl Translator {
             self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RCX);
         }
         if use_of.flags_out {
-            self.flags = Flags::Host;
+            (self.flags, self.source) = (Flags::Host, None);
         }
     }
 }
@@ -1412,8 +1529,6 @@ struct Use {
     gprs_read: u32,
     writes_rax: bool,
     writes_rcx: bool,
-    /// The instruction's result depends on the flags before it, or it leaves some of them as they were.
-    flags_in: bool,
     flags_out: bool,
 }
 
@@ -1444,8 +1559,6 @@ impl Use {
             // By whole turns it leaves the value alone, but not OF.
             modified |= RflagsBits::OF | RflagsBits::CF;
         }
-        let defined = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
-        let complete = defined == STATUS || classify::clears_af(ins);
         Use {
             memory,
             access,
@@ -1453,7 +1566,6 @@ impl Use {
             gprs_read,
             writes_rax: written & 1 != 0,
             writes_rcx: written & 2 != 0,
-            flags_in: ins.rflags_read() & STATUS != 0 || modified != 0 && !complete,
             flags_out: modified != 0,
         }
     }
@@ -1461,6 +1573,38 @@ impl Use {
     fn reads_gpr(&self, guest: u8) -> bool {
         self.gprs_read & 1 << guest != 0
     }
+}
+
+/// What gives the flags that `out` gives, the renamed form of `ins`, again behind it.
+fn source(ins: &Instruction, out: &Instruction) -> Option<Source> {
+    use Mnemonic::{And, Cmp, Or, Test, Xor};
+    let mut repeated = *out;
+    match ins.mnemonic() {
+        Cmp | Test => {}
+        // Their results give the same flags again.
+        And | Or | Xor if out.op0_kind() == OpKind::Register && matches!(out.op0_register().size(), 4 | 8) => {
+            let code = if out.op0_register().size() == 8 { Code::Test_rm64_r64 } else { Code::Test_rm32_r32 };
+            repeated = Instruction::with2(code, out.op0_register(), out.op0_register()).ok()?;
+        }
+        _ => return None,
+    }
+    let mut reads = 0;
+    for i in 0..repeated.op_count() {
+        match repeated.op_kind(i) {
+            OpKind::Register => {
+                let home = gpr_number(repeated.op_register(i))?;
+                // RAX and RCX are the translator's own.
+                reads |= 1 << HOME.iter().position(|place| *place == Some(home))?;
+            }
+            // A register that lives in the vCPU block.
+            OpKind::Memory if ins.op_kind(i) == OpKind::Register || repeated.segment_prefix() == Register::GS => {
+                reads |= (0..16).filter(|guest| HOME[*guest].is_none()).fold(0, |mask, guest| mask | 1 << guest);
+            }
+            OpKind::Memory => return None,
+            _ => {}
+        }
+    }
+    Some(Source { instruction: repeated, reads })
 }
 
 /// The destination may stay as it was although it counts as written.

@@ -4,12 +4,11 @@
 //! unless nobody can see the difference.
 
 use super::classify::{self, Treatment};
+use super::flags::{STATUS, overwritten};
 use super::measure;
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, RflagsBits};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-
-const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 /// Kinds of instructions that leave flags undefined about which processors differ. Bit tests are not among them:
 /// vendors agree that they change CF alone.
@@ -101,26 +100,7 @@ impl fmt::Debug for Undefined {
 
 /// All flags are overwritten by this instruction before anything can look at them. It must not leave the block.
 pub(super) fn hides(ins: &Instruction, treatment: Treatment) -> bool {
-    let defined = (ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set()) & STATUS;
-    treatment == Treatment::Plain
-        && (defined == STATUS || classify::clears_af(ins))
-        && ins.rflags_read() & STATUS == 0
-        && stays_inside(ins)
-}
-
-/// The flags but for ZF are overwritten by one of these instructions, which follow in the block, before anything can
-/// look at them.
-pub(super) fn are_hidden(following: &[(Instruction, Treatment)]) -> bool {
-    for (ins, treatment) in following.iter().take(4) {
-        if hides(ins, *treatment) {
-            return true;
-        }
-        let blind = ins.rflags_read() & STATUS & !RflagsBits::ZF == 0 && stays_inside(ins);
-        if !blind || !matches!(treatment, Treatment::Plain | Treatment::Lea | Treatment::Nothing) {
-            return false;
-        }
-    }
-    false
+    treatment == Treatment::Plain && overwritten(ins) == STATUS && ins.rflags_read() & STATUS == 0 && stays_inside(ins)
 }
 
 /// The instruction cannot leave the block, but by retiring.
