@@ -113,8 +113,8 @@ pub struct VcpuBlock {
     pub window_wanted: u32,
     pub slow_resume: u64,
     pub temporary: [u64; 8],
-    /// Distances from guest to host addresses for the groups of the running block.
-    pub distance: [u64; super::groups::GROUPS_MAX],
+    /// Host addresses of the ranges of the running block's groups.
+    pub groups: [u64; super::groups::GROUPS_MAX],
     pub fault_rip: u64,
     pub fault_flags: u64,
     pub fault_address: u64,
@@ -195,8 +195,8 @@ pub mod field {
     pub const fn temporary(index: u32) -> u32 {
         offset!(temporary) + 8 * index
     }
-    pub const fn distance(group: usize) -> u32 {
-        offset!(distance) + 8 * group as u32
+    pub const fn group(index: usize) -> u32 {
+        offset!(groups) + 8 * index as u32
     }
     pub const fn ymm(index: u8) -> u32 {
         offset!(ymm) + 32 * index as u32

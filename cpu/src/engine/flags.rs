@@ -33,26 +33,29 @@ pub struct Need {
     pub in_host: bool,
 }
 
-/// Fills `needs` for the instructions of a block. `inside` says of an instruction by its number that its memory
-/// accesses cannot leave the block.
-pub fn needs(list: &[(Instruction, Treatment)], inside: impl Fn(usize) -> bool, needs: &mut Vec<Need>) {
+/// Fills `needs` for the instructions of a block; `stays` says which of them, by number, leave the block only by
+/// retiring, for the one behind them.
+pub fn needs(list: &[(Instruction, Treatment)], stays: impl Fn(usize) -> bool, needs: &mut Vec<Need>) {
     needs.clear();
     needs.resize(list.len(), Need { live: STATUS, in_host: false });
     let mut live = STATUS;
-    for (i, (ins, treatment)) in list.iter().enumerate().rev() {
+    for (i, (ins, _)) in list.iter().enumerate().rev() {
         let (read, overwritten) = (ins.rflags_read() & STATUS, overwritten(ins));
         let changes = ins.rflags_modified() & STATUS != 0 || classify::rotates_through_carry(ins);
         needs[i].in_host = read != 0 || changes && live & !overwritten != 0;
-        live = if stays(ins, *treatment, inside(i)) { live & !overwritten | read } else { STATUS };
+        live = if stays(i) { live & !overwritten | read } else { STATUS };
         needs[i].live = live;
     }
 }
 
-/// The instruction leaves the block only by retiring, for the one behind it.
-fn stays(ins: &Instruction, treatment: Treatment, inside: bool) -> bool {
+/// The instruction leaves the block only by retiring, for the one behind it; `inside` says that its memory accesses
+/// cannot.
+pub fn stays((ins, treatment): &(Instruction, Treatment), inside: bool) -> bool {
     match treatment {
         Treatment::Nothing | Treatment::Lea => true,
-        Treatment::Plain => !classify::may_fault(ins) && (inside || !ins.op_kinds().any(|kind| kind == OpKind::Memory)),
+        Treatment::Plain => {
+            !classify::may_fault(ins) && (inside || !ins.op_kinds().any(|kind| kind == OpKind::Memory))
+        }
         _ => false,
     }
 }
@@ -70,7 +73,7 @@ mod tests {
             .map(|ins| (ins, classify::treatment(&ins, mode)))
             .collect();
         let mut found = Vec::new();
-        needs(&list, |_| false, &mut found);
+        needs(&list, |i| stays(&list[i], false), &mut found);
         found
     }
 

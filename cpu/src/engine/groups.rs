@@ -1,5 +1,5 @@
-//! Finds memory accesses of a block that can share one address translation: same base register, same value of it
-//! but for known changes of RSP, offsets that are near each other.
+//! Finds memory accesses of a block that can share one address translation: same base and index registers, with the
+//! same values but for known changes of RSP, offsets that are near each other.
 //!
 //! The first access of a group is translated for the whole range; if the range lies in one page, the others need
 //! no check of their own, because they touch a page that the first one has just touched in the same way. A group
@@ -10,7 +10,7 @@
 
 use super::block::WINDOW_SPANS;
 use super::classify::Treatment;
-use super::registers::{HOME, gpr_number};
+use super::registers::gpr_number;
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 /// Widest range of a group, in bytes.
@@ -20,14 +20,32 @@ pub const GROUPS_MAX: usize = 16;
 const RSP: usize = 4;
 const RBP: usize = 5;
 
-/// Accesses that share a translation. Offsets are relative to the base register at the group's first access.
+/// The registers that an address is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// Guest numbers.
+    pub base: Option<u8>,
+    pub index: Option<u8>,
+    pub scale: u8,
+}
+
+impl Registers {
+    const fn base(guest: usize) -> Registers {
+        Registers { base: Some(guest as u8), index: None, scale: 1 }
+    }
+
+    fn are(self, guest: u8) -> bool {
+        self.base == Some(guest) || self.index == Some(guest)
+    }
+}
+
+/// Accesses that share a translation. Offsets are relative to what the registers make when the group begins.
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
-    /// Guest number of the base register.
-    pub base: u8,
+    pub registers: Registers,
     pub write: bool,
-    /// Lowest offset and one past the highest, relative to the base register when the version began.
-    min: i32,
+    /// Lowest offset and one past the highest, relative to what the registers make when the version began.
+    pub min: i32,
     max: i32,
     /// Known change of the base register between the version's beginning and the first access.
     bias: i32,
@@ -36,12 +54,14 @@ pub struct Group {
     first: i32,
     pub first_size: u8,
     pub first_read: bool,
+    /// The registers have not changed since.
+    open: bool,
     /// The translation has been emitted.
     pub ready: bool,
 }
 
 impl Group {
-    /// Offset of the range from the base register at the first access.
+    /// Offset of the range from what the registers make at the first access.
     pub fn start(&self) -> i32 {
         self.min - self.bias
     }
@@ -53,6 +73,13 @@ impl Group {
     pub fn first_offset(&self) -> u16 {
         (self.first - self.min) as u16
     }
+}
+
+/// An access that shares its translation: the number of its group, and where in the group's range it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub group: usize,
+    pub offset: i32,
 }
 
 /// Offsets from RSP that a block may reach in the stack window.
@@ -72,9 +99,15 @@ pub struct Plan {
     /// RSP relative to the block's beginning before each instruction, and at the end.
     depth: Vec<Option<i32>>,
     /// For every instruction: the group of its memory operand and of its stack access.
-    assigned: Vec<[Option<u8>; 2]>,
-    open: [[Option<u8>; 2]; 16],
+    assigned: Vec<[Option<Assigned>; 2]>,
     rsp: i32,
+}
+
+/// The group of an access, and its lowest offset in it.
+#[derive(Clone, Copy)]
+struct Assigned {
+    group: u8,
+    low: i32,
 }
 
 /// Which access of an instruction is meant.
@@ -112,16 +145,16 @@ impl Plan {
         self.depth.get(instruction).is_some_and(|depth| *depth == Some(0))
     }
 
-    /// The group of an access, if it shares its translation with another.
-    pub fn group(&self, instruction: usize, which: Which) -> Option<usize> {
-        let index = self.assigned.get(instruction)?[which as usize]? as usize;
-        (self.groups[index].count > 1).then_some(index)
+    /// The place of an access in its group, if it shares its translation with another.
+    pub fn member(&self, instruction: usize, which: Which) -> Option<Member> {
+        let Assigned { group, low } = self.assigned.get(instruction)?[which as usize]?;
+        let found = &self.groups[group as usize];
+        (found.count > 1).then_some(Member { group: group as usize, offset: low - found.min })
     }
 
     /// Plans a block of 64-bit code.
     pub fn make(&mut self, list: &[(Instruction, Treatment)], info: &mut InstructionInfoFactory, use_window: bool) {
         self.clear();
-        self.open = Default::default();
         self.rsp = 0;
         (self.rsp_now, self.rbp_now) = (Some(0), None);
         self.use_window = use_window;
@@ -167,18 +200,18 @@ impl Plan {
                 if ins.op0_kind() == OpKind::Memory {
                     self.operand(i, ins, 8, true, false);
                 }
-                self.access(i, Which::Stack, RSP, -8, 8, false, true);
+                self.access(i, Which::Stack, Registers::base(RSP), -8, 8, false, true);
             }
-            Pop => self.access(i, Which::Stack, RSP, 0, 8, true, false),
-            Leave => self.access(i, Which::Stack, RBP, 0, 8, true, false),
-            Return => self.access(i, Which::Stack, RSP, 0, 8, true, false),
-            Call | PushFlags => self.access(i, Which::Stack, RSP, -8, 8, false, true),
+            Pop => self.access(i, Which::Stack, Registers::base(RSP), 0, 8, true, false),
+            Leave => self.access(i, Which::Stack, Registers::base(RBP), 0, 8, true, false),
+            Return => self.access(i, Which::Stack, Registers::base(RSP), 0, 8, true, false),
+            Call | PushFlags => self.access(i, Which::Stack, Registers::base(RSP), -8, 8, false, true),
             IndirectJump | IndirectCall => {
                 if ins.op0_kind() == OpKind::Memory {
                     self.operand(i, ins, 8, true, false);
                 }
                 if treatment == IndirectCall {
-                    self.access(i, Which::Stack, RSP, -8, 8, false, true);
+                    self.access(i, Which::Stack, Registers::base(RSP), -8, 8, false, true);
                 }
             }
             _ => {}
@@ -186,47 +219,59 @@ impl Plan {
     }
 
     fn operand(&mut self, i: usize, ins: &Instruction, size: usize, read: bool, write: bool) {
-        let base = ins.memory_base();
-        let plain = base.is_gpr64()
-            && ins.memory_index() == Register::None
+        let (base, index) = (ins.memory_base(), ins.memory_index());
+        let is_address = |register: Register| register == Register::None || register.is_gpr64();
+        let plain = is_address(base)
+            && is_address(index)
+            && (base, index) != (Register::None, Register::None)
             && !matches!(ins.memory_segment(), Register::FS | Register::GS)
             && (read || write);
-        if !plain {
-            return;
-        }
-        let guest = gpr_number(base).expect("a general register") as usize;
         let offset = ins.memory_displacement64() as i64;
-        if HOME[guest].is_some() && offset.abs() < 1 << 24 {
-            self.access(i, Which::Operand, guest, offset as i32, size as i32, read, write);
+        if plain && offset.abs() < 1 << 24 {
+            let scale = if index == Register::None { 1 } else { ins.memory_index_scale() as u8 };
+            let registers = Registers { base: gpr_number(base), index: gpr_number(index), scale };
+            self.access(i, Which::Operand, registers, offset as i32, size as i32, read, write);
         }
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn access(&mut self, i: usize, which: Which, base: usize, offset: i32, size: i32, read: bool, write: bool) {
-        if self.through_window(i, which, base, offset, size) {
+    fn access(
+        &mut self,
+        i: usize,
+        which: Which,
+        registers: Registers,
+        offset: i32,
+        size: i32,
+        read: bool,
+        write: bool,
+    ) {
+        if registers.index.is_none()
+            && let Some(base) = registers.base
+            && self.through_window(i, which, base as usize, offset, size)
+        {
             return;
         }
-        let bias = if base == RSP { self.rsp } else { 0 };
+        let bias = if registers.base == Some(RSP as u8) { self.rsp } else { 0 };
         let (low, high) = (offset + bias, offset + bias + size);
         // A read may use a group that began with a write, not the other way round.
-        let candidates = if write { [self.open[base][1], None] } else { [self.open[base][1], self.open[base][0]] };
-        for index in candidates.into_iter().flatten() {
-            let group = &mut self.groups[index as usize];
+        let fits = |group: &Group| group.open && group.registers == registers && (group.write || !write);
+        let candidates = self.groups.iter_mut().enumerate().rev().filter(|(_, group)| fits(group));
+        for (number, group) in candidates {
             let (min, max) = (group.min.min(low), group.max.max(high));
             if max - min <= SPAN_MAX {
                 group.min = min;
                 group.max = max;
                 group.count += 1;
-                self.assigned[i][which as usize] = Some(index);
+                self.assigned[i][which as usize] = Some(Assigned { group: number as u8, low });
                 return;
             }
         }
         if self.groups.len() == GROUPS_MAX {
             return;
         }
-        let index = self.groups.len() as u8;
+        self.assigned[i][which as usize] = Some(Assigned { group: self.groups.len() as u8, low });
         self.groups.push(Group {
-            base: base as u8,
+            registers,
             write,
             min: low,
             max: high,
@@ -235,10 +280,9 @@ impl Plan {
             first: low,
             first_size: size as u8,
             first_read: read,
+            open: true,
             ready: false,
         });
-        self.open[base][write as usize] = Some(index);
-        self.assigned[i][which as usize] = Some(index);
     }
 
     fn changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
@@ -262,7 +306,8 @@ impl Plan {
                 if guest as usize == RSP && rsp_known {
                     continue;
                 }
-                self.open[guest as usize] = [None; 2];
+                let made_of = |group: &&mut Group| group.registers.are(guest);
+                self.groups.iter_mut().filter(made_of).for_each(|group| group.open = false);
                 if guest as usize == RSP {
                     self.rsp = 0;
                 }
@@ -390,7 +435,18 @@ mod tests {
         // movzx edx, byte [rax]; test dl, dl; jns +4; movzx esi, byte [rax+1]
         let plan = plan(&[0x0F, 0xB6, 0x10, 0x84, 0xD2, 0x79, 0x04, 0x0F, 0xB6, 0x70, 0x01]);
         assert_eq!(plan.groups.len(), 1);
-        assert_eq!(plan.group(0, Which::Operand), Some(0));
-        assert_eq!(plan.group(3, Which::Operand), Some(0));
+        assert_eq!(plan.member(0, Which::Operand), Some(Member { group: 0, offset: 0 }));
+        assert_eq!(plan.member(3, Which::Operand), Some(Member { group: 0, offset: 1 }));
+    }
+
+    #[test]
+    fn a_group_ends_where_its_index_changes() {
+        // mov rax, [rbx+rcx*8+8]; mov rdx, [rbx+rcx*8]; inc rcx; mov rsi, [rbx+rcx*8]
+        let code = [0x48, 0x8B, 0x44, 0xCB, 0x08, 0x48, 0x8B, 0x14, 0xCB, 0x48, 0xFF, 0xC1, 0x48, 0x8B, 0x34, 0xCB];
+        let plan = plan(&code);
+        assert_eq!(plan.groups.len(), 2);
+        assert_eq!(plan.member(0, Which::Operand), Some(Member { group: 0, offset: 8 }));
+        assert_eq!(plan.member(1, Which::Operand), Some(Member { group: 0, offset: 0 }));
+        assert_eq!(plan.member(3, Which::Operand), None);
     }
 }

@@ -10,7 +10,7 @@ use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
 use super::block::{Class, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::flags::{self, Need, STATUS};
-use super::groups::{Plan, Which, needs_pointer, reads, writes};
+use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
 use super::homeless;
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
@@ -144,6 +144,63 @@ struct Source {
     reads: u32,
 }
 
+/// What a scratch register is known to hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Holds {
+    /// A guest register that lives in the vCPU block.
+    Guest(u8),
+    /// The host address of a group's range.
+    Group(usize),
+}
+
+/// What RAX and RCX are known to hold between instructions.
+#[derive(Clone, Copy, Default)]
+struct ScratchRegisters {
+    rax: Option<Holds>,
+    rcx: Option<Holds>,
+}
+
+impl ScratchRegisters {
+    fn of(&mut self, register: u8) -> Option<&mut Option<Holds>> {
+        match register {
+            host::RAX => Some(&mut self.rax),
+            host::RCX => Some(&mut self.rcx),
+            _ => None,
+        }
+    }
+
+    fn forget(&mut self, register: u8) {
+        self.set(register, None);
+    }
+
+    fn set(&mut self, register: u8, holds: Option<Holds>) {
+        if let Some(known) = self.of(register) {
+            *known = holds;
+        }
+    }
+
+    /// The guest register has another value now.
+    fn changed(&mut self, guest: u8) {
+        for known in [&mut self.rax, &mut self.rcx] {
+            if *known == Some(Holds::Guest(guest)) {
+                *known = None;
+            }
+        }
+    }
+
+    /// A register that holds the guest register.
+    fn find(&self, guest: u8) -> Option<u8> {
+        let wanted = Some(Holds::Guest(guest));
+        if self.rax == wanted {
+            Some(host::RAX)
+        } else if self.rcx == wanted {
+            Some(host::RCX)
+        } else {
+            None
+        }
+    }
+}
+
 /// A piece of out-of-line code at the end of the block.
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path.
@@ -183,6 +240,7 @@ pub struct Translator {
     /// What gives the flags that `flags` is about, if that can be repeated.
     source: Option<Source>,
     needs: Vec<Need>,
+    scratch: ScratchRegisters,
     pub(super) mode: Mode,
     careful: bool,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
@@ -218,6 +276,7 @@ impl Translator {
             flags: Flags::Slot,
             source: None,
             needs: Vec::new(),
+            scratch: ScratchRegisters::default(),
             mode: Mode(0),
             careful: false,
             mends_flags: false,
@@ -249,6 +308,7 @@ impl Translator {
         self.tlb_mask = request.tlb_mask;
         self.cold.clear();
         (self.flags, self.source) = (Flags::Slot, None);
+        self.scratch = ScratchRegisters::default();
         let list = std::mem::take(&mut self.instructions);
         self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
         self.index = 0;
@@ -260,7 +320,8 @@ impl Translator {
             self.plan.clear();
         }
         let plan = &self.plan;
-        flags::needs(&list, |i| plan.stays_in_window(i, list[i].1), &mut self.needs);
+        let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
+        flags::needs(&list, stays, &mut self.needs);
 
         let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
@@ -478,6 +539,7 @@ impl Translator {
         }
         if self.flags == Flags::Host {
             self.a.save_flags(field::FLAGS);
+            self.scratch.forget(host::RAX);
             self.flags = Flags::Both;
         }
     }
@@ -489,7 +551,10 @@ impl Translator {
             Flags::Slot => {
                 match self.source {
                     Some(_) => self.repeat(),
-                    None => self.a.restore_flags(field::FLAGS),
+                    None => {
+                        self.a.restore_flags(field::FLAGS);
+                        self.scratch.forget(host::RAX);
+                    }
                 }
                 self.flags = Flags::Both;
             }
@@ -571,7 +636,7 @@ impl Translator {
     /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
     fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
         self.flags = Flags::Host;
-        self.source = source(ins, out);
+        self.source = if self.mode.is_direct() { None } else { source(ins, out) };
     }
 
     // Registers ------------------------------------------------------------------------------------------------
@@ -586,13 +651,16 @@ impl Translator {
 
     /// A host register that holds the guest register: its home, or `scratch` after loading it.
     pub(super) fn held(&mut self, guest: u8, scratch: u8) -> u8 {
-        match HOME[guest as usize] {
-            Some(home) => home,
-            None => {
-                self.a.load_gs(scratch, field::gpr(guest));
-                scratch
-            }
+        if let Some(home) = HOME[guest as usize] {
+            return home;
         }
+        match self.scratch.find(guest) {
+            Some(register) if register == scratch => {}
+            Some(register) => self.a.mov(scratch, register),
+            None => self.a.load_gs(scratch, field::gpr(guest)),
+        }
+        self.scratch.set(scratch, Some(Holds::Guest(guest)));
+        scratch
     }
 
     // Memory ---------------------------------------------------------------------------------------------------
@@ -611,20 +679,31 @@ impl Translator {
         let index = ins.memory_index();
         if ins.is_ip_rel_memory_operand() {
             self.a.mov_imm(dst, ins.ip_rel_memory_address() & mask);
+            self.scratch.forget(dst);
             return;
         }
         let disp = ins.memory_displacement64();
         if base == Register::None && index == Register::None {
             self.a.mov_imm(dst, disp & mask);
+            self.scratch.forget(dst);
             return;
         }
         let wide = wide_result && (base.size() == 8 || index.size() == 8);
         let bias = if base.full_register() == Register::RSP { rsp_bias } else { 0 };
-        let base_host = gpr_number(base).map(|g| self.held(g, host::RCX));
-        let index_host = gpr_number(index).map(|g| (self.held(g, host::RAX), ins.memory_index_scale() as u8));
-        self.a.lea(wide, dst, base_host, index_host, (disp as i32).wrapping_add(bias));
+        let index = gpr_number(index).map(|guest| (guest, ins.memory_index_scale() as u8));
+        self.effective_address(dst, gpr_number(base), index, (disp as i32).wrapping_add(bias), wide);
         if classify::has_16_bit_address(ins) {
             self.a.movzx16(dst);
+        }
+    }
+
+    /// `base + index * scale + disp` of guest registers into `dst`; leaves the flags alone. Uses RAX and RCX.
+    fn effective_address(&mut self, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32, wide: bool) {
+        let base = base.map(|guest| self.held(guest, host::RCX));
+        let index = index.map(|(guest, scale)| (self.held(guest, host::RAX), scale));
+        self.a.lea(wide, dst, base, index, disp);
+        if dst == host::RAX || dst == host::RCX {
+            self.scratch.forget(dst);
         }
     }
 
@@ -636,6 +715,7 @@ impl Translator {
         };
         if self.mode.is_direct() {
             self.a.load_gs(host::RAX, field::segment_base(segment));
+            self.scratch = ScratchRegisters::default();
             self.a.lea(true, host::RCX, Some(host::RCX), Some((host::RAX, 1)), 0);
             return;
         }
@@ -654,6 +734,7 @@ impl Translator {
         }
         debug_assert!(matches!(self.flags, Flags::Slot | Flags::Source) || self.careful);
         let class = self.mode.class();
+        self.scratch = ScratchRegisters::default();
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
         let site = self.site(kind, self.unretired());
         if self.careful {
@@ -675,27 +756,27 @@ impl Translator {
         }
     }
 
-    /// The host address of an access at `offset` from its base register, by the translation of its group: the
-    /// distance between guest and host addresses goes to RCX.
-    fn grouped(&mut self, index: usize, offset: i32) -> Operand {
+    /// The host address of an access by the translation of its group, whose range begins at RCX.
+    fn grouped(&mut self, member: Member) -> Operand {
+        let index = member.group;
         let group = self.plan.groups[index];
-        let base = HOME[group.base as usize].expect("only registers with a home are grouped");
-        if group.ready {
-            self.a.load_gs(host::RCX, field::distance(index));
-        } else {
+        if !group.ready {
             self.clobber_flags();
-            self.a.lea(true, host::RCX, Some(base), None, group.start());
+            let Registers { base, index: scaled, scale } = group.registers;
+            self.effective_address(host::RCX, base, scaled.map(|index| (index, scale)), group.start(), true);
             self.lookup_range(
                 group.span(),
                 group.first_read,
                 group.write,
                 Some((group.first_offset(), group.first_size)),
             );
-            self.a.sub(host::RCX, base);
-            self.a.store_gs(host::RCX, field::distance(index));
+            self.a.store_gs(host::RCX, field::group(index));
             self.plan.groups[index].ready = true;
+        } else if self.scratch.rcx != Some(Holds::Group(index)) {
+            self.a.load_gs(host::RCX, field::group(index));
         }
-        Operand { base, index: Some(host::RCX), disp: offset - group.start(), ..POINTER }
+        self.scratch.rcx = Some(Holds::Group(index));
+        Operand { base: host::RCX, index: None, disp: member.offset, ..POINTER }
     }
 
     /// The linear address of the memory operand, if it is a constant of the translation.
@@ -713,6 +794,7 @@ impl Translator {
     /// As `lookup`, for an address whose place in the TLB is known.
     fn lookup_constant(&mut self, address: u64, size: usize, read: bool, write: bool) {
         let class = self.mode.class();
+        self.scratch = ScratchRegisters::default();
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
         let site = self.site(kind, self.unretired());
         let entry = field::tlb(class, write) + 16 * ((address >> 12) as u32 & self.tlb_mask);
@@ -743,8 +825,8 @@ impl Translator {
             let base = base.expect("RSP and RBP have homes");
             return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32, ..POINTER };
         }
-        if let Some(index) = self.plan.group(self.position, Which::Operand) {
-            return self.grouped(index, ins.memory_displacement64() as i32);
+        if let Some(member) = self.plan.member(self.position, Which::Operand) {
+            return self.grouped(member);
         }
         self.clobber_flags();
         match self.constant_address(ins) {
@@ -767,8 +849,8 @@ impl Translator {
         if self.plan.windowed(self.position, Which::Stack) {
             return Operand { base: host::RSP, index: Some(host::R11), disp: offset, ..POINTER };
         }
-        if let Some(index) = self.plan.group(self.position, Which::Stack) {
-            return self.grouped(index, offset);
+        if let Some(member) = self.plan.member(self.position, Which::Stack) {
+            return self.grouped(member);
         }
         self.clobber_flags();
         self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RSP), None, offset);
@@ -781,6 +863,7 @@ impl Translator {
         if operand != POINTER {
             let index = operand.index.map(|i| (i, operand.scale));
             self.a.lea(true, host::RCX, Some(operand.base), index, operand.disp);
+            self.scratch.forget(host::RCX);
         }
     }
 
@@ -795,6 +878,18 @@ impl Translator {
     // Instructions ---------------------------------------------------------------------------------------------
 
     fn instruction(&mut self, ins: &Instruction, treatment: Treatment) {
+        let keeps_track = !self.mode.is_direct()
+            && matches!(treatment, Treatment::Plain | Treatment::Lea | Treatment::Nothing | Treatment::Branch);
+        if !keeps_track {
+            self.scratch = ScratchRegisters::default();
+        }
+        self.treat(ins, treatment);
+        if !keeps_track {
+            self.scratch = ScratchRegisters::default();
+        }
+    }
+
+    fn treat(&mut self, ins: &Instruction, treatment: Treatment) {
         if self.mode.is_direct() && self.direct_stack(ins, treatment) {
             return;
         }
@@ -984,6 +1079,7 @@ impl Translator {
                 self.a.mov32(host::RCX, host::RCX);
             }
         }
+        self.scratch.forget(host::RCX);
     }
 
     /// Leaves if RCX, the target of a call, is not canonical: nothing may be pushed then.
@@ -1024,7 +1120,9 @@ impl Translator {
         let home = HOME[guest as usize];
         if dst.size() == 2 {
             self.offset(ins, host::RCX, 0, false);
+            self.scratch = ScratchRegisters::default();
             let target = self.held(guest, host::RAX);
+            self.scratch = ScratchRegisters::default();
             self.a.put(&[0x66, 0x40 | target >> 3, op::STORE, 0xC8 | target & 7]); // mov target16, cx
             if home.is_none() {
                 self.a.store_gs(target, field::gpr(guest));
@@ -1035,6 +1133,8 @@ impl Translator {
         self.offset(ins, target, 0, dst.size() == 8);
         if home.is_none() {
             self.a.store_gs(target, field::gpr(guest));
+            self.scratch.changed(guest);
+            self.scratch.set(target, Some(Holds::Guest(guest)));
         }
     }
 
@@ -1144,8 +1244,8 @@ impl Translator {
         let word = self.word();
         let at = if self.plan.windowed(self.position, Which::Stack) {
             Operand { base: host::RBP, index: Some(host::R11), ..POINTER }
-        } else if let Some(index) = self.plan.group(self.position, Which::Stack) {
-            self.grouped(index, 0)
+        } else if let Some(member) = self.plan.member(self.position, Which::Stack) {
+            self.grouped(member)
         } else {
             self.clobber_flags();
             self.a.lea(word == 8, host::RCX, Some(host::RBP), None, 0);
@@ -1202,10 +1302,7 @@ impl Translator {
 
     /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
     /// emulation, which will say what is missing.
-<<<<<<< HEAD
     pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) {
-=======
-    fn encode(&mut self, ins: &Instruction, out: &Instruction) {
         if self.emit(out).is_err() {
             self.save_flags();
             let site = self.emulation_site(ins, self.unretired());
@@ -1215,7 +1312,6 @@ impl Translator {
     }
 
     fn emit(&mut self, out: &Instruction) -> Result<(), iced_x86::IcedError> {
->>>>>>> 5a7ff3c (cpu: flags move only where someone can look at them)
         let start = self.a.bytes.len();
         self.last_native = self.a.here();
         self.encoder.set_buffer(std::mem::take(&mut self.a.bytes));
@@ -1241,7 +1337,9 @@ impl Translator {
     /// Any instruction that executes natively.
     fn plain(&mut self, ins: &Instruction) {
         if (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && is_high_byte(ins.op_register(i))) {
+            self.scratch = ScratchRegisters::default();
             self.high_byte(ins);
+            self.scratch = ScratchRegisters::default();
             return;
         }
         if self.move_register(ins) || self.exchange(ins) {
@@ -1265,11 +1363,14 @@ impl Translator {
         } else if self.needs[self.position].in_host {
             self.need_flags();
         }
-        if classify::may_fault(ins) {
+        if classify::may_fault(ins) || self.mode.is_direct() {
             self.leave_source();
         }
 
         let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
+        if pin_rax || pin_rcx {
+            self.scratch = ScratchRegisters::default();
+        }
         let mut scratch = Scratch {
             rax: !pin_rax,
             rcx: !pin_rcx && use_of.memory.is_none(),
@@ -1291,10 +1392,18 @@ impl Translator {
         if pin_rcx {
             self.fetch(host::RCX, 1);
         }
+        // A register that a scratch register holds is nearer than its place in the vCPU block.
+        let near = (0..ins.op_count()).any(|i| {
+            let guest = (ins.op_kind(i) == OpKind::Register).then(|| gpr_number(ins.op_register(i))).flatten();
+            guest.is_some_and(|guest| self.scratch.find(guest).is_some())
+        });
         let in_place = match use_of.memory {
-            None if !pin_rax && !pin_rcx => homeless::use_place(&mut out, &use_of.access),
+            None if !pin_rax && !pin_rcx && !near => homeless::use_place(&mut out, &use_of.access),
             _ => None,
         };
+        if let Some(guest) = in_place.and_then(|i| gpr_number(ins.op_register(i))) {
+            self.scratch.changed(guest);
+        }
         let mut write_back: [Option<(u8, u8)>; 4] = [None; 4];
         let mut assigned: [Option<(u8, u8)>; 4] = [None; 4];
         for i in 0..ins.op_count() {
@@ -1312,14 +1421,19 @@ impl Translator {
                 None => {
                     let access = use_of.access[i as usize];
                     let earlier = assigned.iter().flatten().find(|(g, _)| *g == guest).map(|(_, h)| *h);
-                    let (temp, fresh) = match earlier {
+                    let holder = self.scratch.find(guest).filter(|register| scratch.is_free(*register));
+                    let (temp, fresh) = match earlier.or(holder) {
                         Some(temp) => (temp, false),
                         None => (self.take(&mut scratch), true),
                     };
+                    scratch.use_up(temp);
                     let whole = access == OpAccess::Write && register.size() >= 4 && !conditional_result(ins);
                     let read_elsewhere = use_of.reads_gpr(guest);
                     if fresh && (!whole || read_elsewhere) {
                         self.a.load_gs(temp, field::gpr(guest));
+                    }
+                    if fresh {
+                        self.scratch.set(temp, Some(Holds::Guest(guest)));
                     }
                     assigned[i as usize] = Some((guest, temp));
                     if writes(access) {
@@ -1346,6 +1460,11 @@ impl Translator {
         }
         for (guest, temp) in write_back.into_iter().flatten() {
             self.a.store_gs(temp, field::gpr(guest));
+            self.scratch.changed(guest);
+            self.scratch.set(temp, Some(Holds::Guest(guest)));
+        }
+        if pin_rax || pin_rcx {
+            self.scratch = ScratchRegisters::default();
         }
         if pin_rax && use_of.writes_rax {
             self.a.mov(HOME[0].expect("guest RAX has a home"), host::RAX);
@@ -1358,6 +1477,7 @@ impl Translator {
         }
         if self.mends_flags {
             self.a.merge_zero_flag(field::FLAGS);
+            self.scratch = ScratchRegisters::default();
             (self.flags, self.source) = (Flags::Slot, None);
         } else if use_of.flags_out {
             self.flags_from(ins, &out);
@@ -1380,14 +1500,23 @@ impl Translator {
         match (HOME[dst as usize], HOME[src as usize]) {
             (Some(to), Some(from)) if wide => self.a.mov(to, from),
             (Some(to), Some(from)) => self.a.mov32(to, from),
-            (Some(to), None) => self.a.gs_op(wide, op::LOAD, to, field::gpr(src)),
-            (None, Some(from)) if wide => self.a.store_gs(from, field::gpr(dst)),
+            (Some(to), None) => match self.scratch.find(src) {
+                Some(register) if wide => self.a.mov(to, register),
+                Some(register) => self.a.mov32(to, register),
+                None => self.a.gs_op(wide, op::LOAD, to, field::gpr(src)),
+            },
+            (None, Some(from)) if wide => {
+                self.a.store_gs(from, field::gpr(dst));
+                self.scratch.changed(dst);
+            }
             (None, from) => {
                 match from {
                     Some(from) => self.a.mov32(host::RAX, from),
                     None => self.a.gs_op(wide, op::LOAD, host::RAX, field::gpr(src)),
                 }
                 self.a.store_gs(host::RAX, field::gpr(dst));
+                self.scratch.changed(dst);
+                self.scratch.rax = Some(Holds::Guest(dst));
             }
         }
         true
@@ -1400,6 +1529,7 @@ impl Translator {
             return false;
         }
         let Some(home) = gpr_number(ins.op1_register()).and_then(|guest| HOME[guest as usize]) else { return false };
+        self.scratch = ScratchRegisters::default();
         let size = ins.memory_size().size();
         let at = self.operand(ins, size, true, true);
         self.may_fault_here();
@@ -1407,17 +1537,22 @@ impl Translator {
         self.may_fault_here();
         self.a.store(size, at, home);
         self.a.mov(home, host::RAX);
+        self.scratch = ScratchRegisters::default();
         true
     }
 
     /// A scratch register for one instruction: RAX or RCX if free, else another one, borrowed.
     fn take(&mut self, scratch: &mut Scratch) -> u8 {
-        if scratch.rax {
+        // Rather one that holds nothing.
+        let rather_rcx = scratch.rcx && self.scratch.rcx.is_none() && self.scratch.rax.is_some();
+        if scratch.rax && !rather_rcx {
             scratch.rax = false;
+            self.scratch.rax = None;
             return host::RAX;
         }
         if scratch.rcx {
             scratch.rcx = false;
+            self.scratch.rcx = None;
             return host::RCX;
         }
         let free = BORROWABLE.iter().copied().find(|r| scratch.taken & 1 << r == 0);
@@ -1444,7 +1579,7 @@ impl Translator {
         if self.needs[self.position].in_host {
             self.need_flags();
         }
-        if classify::may_fault(ins) {
+        if classify::may_fault(ins) || self.mode.is_direct() {
             self.leave_source();
         }
         // The implicit AX of a multiplication, division or exchange.
@@ -1516,6 +1651,18 @@ struct Scratch {
     taken: u32,
     borrowed: [u8; 3],
     borrowed_count: usize,
+}
+
+impl Scratch {
+    fn is_free(&self, register: u8) -> bool {
+        register == host::RAX && self.rax || register == host::RCX && self.rcx
+    }
+
+    /// RAX or RCX has a use now.
+    fn use_up(&mut self, register: u8) {
+        self.rax &= register != host::RAX;
+        self.rcx &= register != host::RCX;
+    }
 }
 
 /// What one instruction reads and writes, as far as the translator cares.
