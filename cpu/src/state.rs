@@ -160,6 +160,13 @@ pub const XSAVE_SIZE: usize = 832;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct XsaveImage(pub [u8; XSAVE_SIZE]);
 
+impl XsaveImage {
+    /// The upper half of some YMM register is not zero.
+    pub fn upper_in_use(&self) -> bool {
+        self.0[576..].iter().any(|byte| *byte != 0)
+    }
+}
+
 impl serde::Serialize for XsaveImage {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.0)

@@ -394,11 +394,28 @@ impl Assembler {
         self.bytes[at as usize] = u8::try_from(self.offset() - (at + 1)).expect("the jump is short");
     }
 
-    /// `vmovdqu gs:[disp], ymm` or the load, for ymm0..15.
-    pub fn vmovdqu_gs(&mut self, store: bool, ymm: u8, disp: u32) {
-        self.put(&[0x65, 0xC5, if ymm < 8 { 0xFE } else { 0x7E }, if store { 0x7F } else { 0x6F }]);
+    /// `vmovdqu gs:[disp], ymm` or xmm, or the load, for registers 0 to 15.
+    pub fn vmovdqu_gs(&mut self, store: bool, wide: bool, ymm: u8, disp: u32) {
+        let high = if ymm < 8 { 0x80 } else { 0 };
+        self.put(&[0x65, 0xC5, 0x7A | high | (wide as u8) << 2, if store { 0x7F } else { 0x6F }]);
         self.put(&[0x04 | (ymm & 7) << 3, 0x25]);
         self.imm32(disp);
+    }
+
+    /// `vorps ymm0, ymm0, ymm`
+    pub fn vorps_ymm0(&mut self, ymm: u8) {
+        match ymm {
+            0..8 => self.put(&[0xC5, 0xFC, 0x56, 0xC0 | ymm]),
+            _ => self.put(&[0xC4, 0xC1, 0x7C, 0x56, 0xC0 | ymm & 7]),
+        }
+    }
+
+    /// `vextractf128 xmm0, ymm0, 1; xor eax, eax; vptest xmm0, xmm0; setne al`: 1 unless the upper half is zero.
+    pub fn upper_half_in_eax(&mut self) {
+        self.put(&[0xC4, 0xE3, 0x7D, 0x19, 0xC0, 0x01]);
+        self.put(&[0x31, 0xC0]);
+        self.put(&[0xC4, 0xE2, 0x79, 0x17, 0xC0]);
+        self.put(&[0x0F, 0x95, 0xC0]);
     }
 
     /// `lahf; seto al; mov gs:[disp], eax`: status flags into a slot, flags unchanged.
@@ -473,7 +490,11 @@ mod tests {
             (text(|a| a.store(8, Operand { base: R13, index: Some(RCX), ..POINTER }, R12)), "mov [r13+rcx],r12"),
             (text(|a| a.store_imm(8, POINTER, 7)), "mov qword ptr [rcx],7"),
             (text(|a| a.sub(RCX, R12)), "sub rcx,r12"),
-            (text(|a| a.vmovdqu_gs(true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
+            (text(|a| a.vmovdqu_gs(true, true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
+            (text(|a| a.vmovdqu_gs(false, false, 1, 0x400)), "vmovdqu xmm1,gs:[400h]"),
+            (text(|a| a.vorps_ymm0(7)), "vorps ymm0,ymm0,ymm7"),
+            (text(|a| a.vorps_ymm0(12)), "vorps ymm0,ymm0,ymm12"),
+            (text(|a| a.upper_half_in_eax()), "vextractf128 xmm0,ymm0,1; xor eax,eax; vptest xmm0,xmm0; setne al"),
             (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
             (

@@ -99,6 +99,8 @@ pub struct JumpEntry {
 pub struct VcpuBlock {
     pub state: CpuState,
     pub ymm: [[u8; 32]; 16],
+    /// 1 unless the upper halves of all of `ymm` are zero.
+    pub upper_in_use: u32,
     /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
     pub flags: u32,
     pub exit_argument: u32,
@@ -165,6 +167,7 @@ pub mod field {
     pub const KERNEL_GS_BASE: u32 = offset!(state) + offset_of!(CpuState, kernel_gs_base) as u32;
     pub const WINDOW_WANTED: u32 = offset!(window_wanted);
     pub const FLAGS: u32 = offset!(flags);
+    pub const UPPER_IN_USE: u32 = offset!(upper_in_use);
     pub const EXIT_ARGUMENT: u32 = offset!(exit_argument);
     pub const BUDGET: u32 = offset!(budget);
     pub const HOST_RSP: u32 = offset!(host_rsp);

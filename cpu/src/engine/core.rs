@@ -546,8 +546,10 @@ impl Core {
 
     pub fn load_fpu(&mut self) {
         // SAFETY: translated code is not running; the fields are distinct.
-        let (state, ymm) = unsafe { (&(*self.block).state.fpu, &mut (*self.block).ymm) };
+        let (state, ymm, upper) =
+            unsafe { (&(*self.block).state.fpu, &mut (*self.block).ymm, &mut (*self.block).upper_in_use) };
         fpu::load(state, ymm);
+        *upper = state.upper_in_use().into();
     }
 
     pub fn store_fpu(&mut self) {

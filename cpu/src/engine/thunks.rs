@@ -44,15 +44,27 @@ fn save_guest(a: &mut Assembler) {
     }
     a.store_gs(host::R15, field::BUDGET);
     for ymm in 0..16 {
-        a.vmovdqu_gs(true, ymm, field::ymm(ymm));
+        a.vmovdqu_gs(true, true, ymm, field::ymm(ymm));
     }
-    a.put(&[0xC5, 0xF8, 0x77]); // vzeroupper: the Rust side uses SSE encodings
+    (1..16).for_each(|ymm| a.vorps_ymm0(ymm));
+    a.upper_half_in_eax();
+    a.gs_op(false, op::STORE, host::RAX, field::UPPER_IN_USE);
+    a.put(&VZEROUPPER); // the Rust side uses SSE encodings
 }
 
+const VZEROUPPER: [u8; 3] = [0xC5, 0xF8, 0x77];
+
+/// Processors execute SSE instructions on registers whose upper halves are in use several times as slowly, since they
+/// keep those halves; and a half that was loaded with zeros is in use.
 fn load_guest(a: &mut Assembler) {
-    for ymm in 0..16 {
-        a.vmovdqu_gs(false, ymm, field::ymm(ymm));
-    }
+    a.cmp_gs_imm32(field::UPPER_IN_USE, 0);
+    let unused = a.jcc(cc::E, 0);
+    (0..16).for_each(|ymm| a.vmovdqu_gs(false, true, ymm, field::ymm(ymm)));
+    let loaded = a.jmp(0);
+    a.land(unused);
+    a.put(&VZEROUPPER);
+    (0..16).for_each(|ymm| a.vmovdqu_gs(false, false, ymm, field::ymm(ymm)));
+    a.land(loaded);
     a.load_gs(host::R15, field::BUDGET);
     a.load_gs(host::R11, field::WINDOW_DISTANCE);
     for (guest, home) in HOME.iter().enumerate() {
@@ -103,7 +115,7 @@ pub fn emit(a: &mut Assembler) -> Thunks {
     a.load_gs(host::RSP, field::HOST_RSP);
     a.load_gs(host::RDI, field::CORE);
     a.mov(host::RSI, host::RCX);
-    a.mov32(host::RDX, host::RAX);
+    a.gs_op(false, op::LOAD, host::RDX, field::SLOW_SITE);
     a.call_gs(field::MEMORY_SLOW);
     a.put(&[0x48, 0x85, 0xC0]); // test rax, rax
     a.put(&[0x75, 0x00]); // jnz over the exit

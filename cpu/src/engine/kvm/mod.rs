@@ -301,7 +301,12 @@ impl Core {
         let state = self.state().clone();
         let budget = self.budget();
         let direct = self.direct();
-        direct.vm.set_fpu(&state.fpu.0)?;
+        let mut image = state.fpu;
+        if !image.upper_in_use() {
+            // Absent from XSTATE_BV, the upper halves are not in use for the processor either.
+            image.0[512] &= !4;
+        }
+        direct.vm.set_fpu(&image.0)?;
         let regs = direct.vm.regs();
         *regs = kvm_regs { rflags: 0x202, ..Default::default() };
         for (guest, home) in HOME.iter().enumerate() {
