@@ -10,7 +10,7 @@ use super::debug::PENDING;
 use super::fpu;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
-use super::region::Region;
+use super::region::{Region, Reused};
 use super::registers::HOME;
 use super::segmented::is_segmented;
 use super::signals::{self, SignalStack};
@@ -72,7 +72,7 @@ pub struct Core {
     pub policy: super::kvm::Policy,
     pub block: *mut VcpuBlock,
     /// Where the block stands.
-    _room: Region,
+    _room: Reused,
     pub memory: PhysMemory,
     pub translator: Translator,
     /// Everything that translation leaves behind.
@@ -148,7 +148,7 @@ impl Core {
         config: EngineConfig,
         t: Translations,
     ) -> Result<Box<Core>, EngineError> {
-        let room = Region::new(size_of::<VcpuBlock>(), None).map_err(EngineError::CodeMemory)?;
+        let room = Region::reused(size_of::<VcpuBlock>()).map_err(EngineError::CodeMemory)?;
         let mut a = Assembler::default();
         a.start(0);
         let thunks = thunks::emit(&mut a);
@@ -160,7 +160,7 @@ impl Core {
             direct_error: None,
             policy: Default::default(),
             // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
-            block: room.at(0).cast(),
+            block: room.region().at(0).cast(),
             _room: room,
             memory,
             translator,

@@ -5,10 +5,17 @@ use std::io;
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Size of the host's large pages. A mapping of them costs one fault where small ones cost five hundred, or thirty.
+const LARGE: usize = 2 << 20;
+/// Most regions that wait to be used again.
+const SPARES_MAX: usize = 16;
 
 /// A file that exists in memory alone, for regions to map.
 pub struct MemoryFile {
     descriptor: OwnedFd,
+    size: usize,
 }
 
 impl MemoryFile {
@@ -25,7 +32,28 @@ impl MemoryFile {
         if unsafe { libc::ftruncate(fd, size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(MemoryFile { descriptor })
+        Ok(MemoryFile { descriptor, size })
+    }
+
+    /// Asks the host for large pages where these ranges (offset, length; in ascending order) will fill a good part of
+    /// them. Only an advice: without them everything works, and touching the mapping costs more.
+    pub fn expect(&self, extents: &[(usize, usize)]) {
+        let mut filled = vec![0; self.size / LARGE];
+        for &(offset, len) in extents {
+            for (piece, bytes) in filled.iter_mut().enumerate().skip(offset / LARGE).take(len / LARGE + 2) {
+                let (first, end) = (piece * LARGE, (piece + 1) * LARGE);
+                *bytes += (offset + len).clamp(first, end) - offset.clamp(first, end);
+            }
+        }
+        let Ok(region) = Region::map(self.size, libc::MAP_SHARED, self.descriptor.as_raw_fd()) else { return };
+        for (piece, _) in filled.iter().enumerate().filter(|(_, bytes)| **bytes >= LARGE / 4) {
+            let at = region.at(piece * LARGE);
+            // The host makes large pages of what is there, so something has to be: one byte, which is zero already.
+            // SAFETY: inside the mapping, which is writable and which nobody else knows.
+            unsafe { at.write_volatile(0) };
+            // SAFETY: inside the mapping; the content does not change.
+            unsafe { libc::madvise(at.cast(), LARGE, libc::MADV_COLLAPSE) };
+        }
     }
 
     /// Writes all of `bytes` at `offset`.
@@ -56,25 +84,59 @@ unsafe impl Send for Region {}
 impl Region {
     /// Reserves `size` zeroed bytes, or maps `file` privately: what is written stays here.
     pub fn new(size: usize, file: Option<&MemoryFile>) -> io::Result<Region> {
-        let (kind, fd) = match file {
-            None => (libc::MAP_ANONYMOUS, -1),
-            Some(file) => (0, file.descriptor.as_raw_fd()),
+        match file {
+            None => Region::map(size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            Some(file) => Region::map(size, libc::MAP_PRIVATE, file.descriptor.as_raw_fd()),
+        }
+    }
+
+    /// At an address at which large pages can be mapped.
+    fn map(size: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Region> {
+        let map = |at: *mut u8, size: usize, protection, flags, fd| {
+            // SAFETY: a fresh mapping, or one over a reservation that was made for it just now.
+            let base = unsafe { libc::mmap(at.cast(), size, protection, flags | libc::MAP_NORESERVE, fd, 0) };
+            if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast::<u8>()) }
         };
-        // SAFETY: a fresh private mapping; nothing else is touched.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_NORESERVE | kind,
-                fd,
-                0,
-            )
+        let reserved = size.checked_add(LARGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let start = map(std::ptr::null_mut(), reserved, libc::PROT_NONE, nothing, -1)?;
+        let before = start.align_offset(LARGE);
+        let unmap = |at: *mut u8, len: usize| {
+            if len > 0 {
+                // SAFETY: a part of the reservation, which nobody uses.
+                unsafe { libc::munmap(at.cast(), len) };
+            }
         };
-        if base == libc::MAP_FAILED {
+        let base = start.wrapping_add(before);
+        unmap(start, before);
+        let end = size.next_multiple_of(4096);
+        unmap(base.wrapping_add(end), reserved - before - end);
+        let mapped = map(base, size, libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_FIXED, fd);
+        mapped.inspect_err(|_| unmap(base, end)).map(|base| Region { base, size })
+    }
+
+    /// Zeroed bytes like those of `new`, perhaps of memory that the host has mapped for an earlier region: touching that
+    /// costs no faults.
+    pub fn reused(size: usize) -> io::Result<Reused> {
+        let mut spares = lock(&SPARES);
+        let region = spares.iter().rposition(|spare| spare.size == size).map(|at| spares.swap_remove(at));
+        drop(spares);
+        region.map_or_else(|| Region::new(size, None), Ok).map(|region| Reused(Some(region)))
+    }
+
+    /// Makes all bytes zero again; touches only those that the host has provided.
+    fn zero(&mut self) -> io::Result<()> {
+        let mut resident = vec![0u8; self.size.div_ceil(4096)];
+        // SAFETY: the range is the whole mapping, and there is a byte for each of its pages.
+        if unsafe { libc::mincore(self.base.cast(), self.size, resident.as_mut_ptr()) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Region { base: base.cast(), size })
+        for (page, _) in resident.iter().enumerate().filter(|(_, state)| **state & 1 != 0) {
+            let offset = page * 4096;
+            // SAFETY: inside the mapping, of which this value is the only owner.
+            unsafe { self.base.add(offset).write_bytes(0, (self.size - offset).min(4096)) };
+        }
+        Ok(())
     }
 
     /// Makes `len` bytes at `offset`, multiples of the page size, executable as well.
@@ -105,6 +167,33 @@ impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` and is not used after this.
         unsafe { libc::munmap(self.base.cast(), self.size) };
+    }
+}
+
+/// Regions that wait to be used again.
+static SPARES: Mutex<Vec<Region>> = Mutex::new(Vec::new());
+
+fn lock(spares: &Mutex<Vec<Region>>) -> MutexGuard<'_, Vec<Region>> {
+    // A region is in the list or not, whoever panics.
+    spares.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A region from [`Region::reused`], which others get when this value is dropped.
+pub struct Reused(Option<Region>);
+
+impl Reused {
+    /// The region.
+    pub fn region(&self) -> &Region {
+        self.0.as_ref().expect("it is there until this value is dropped")
+    }
+}
+
+impl Drop for Reused {
+    fn drop(&mut self) {
+        let Some(mut region) = self.0.take() else { return };
+        if lock(&SPARES).len() < SPARES_MAX && region.zero().is_ok() {
+            lock(&SPARES).push(region);
+        }
     }
 }
 
@@ -232,6 +321,32 @@ mod tests {
         assert_eq!(array.extent(), (PAGE, 16));
         array.clear();
         assert!(array.is_empty());
+    }
+
+    #[test]
+    fn a_region_that_is_used_again_is_zero() {
+        // A size that nobody else has.
+        let size = 37 * PAGE;
+        let first = Region::reused(size).unwrap();
+        let mut bytes: Array<u8> = Layout::array(first.region(), 0, size, size);
+        bytes[5u32] = 1;
+        bytes[size as u32 - 1] = 1;
+        drop(first);
+        let second = Region::reused(size).unwrap();
+        assert!(second.region().bytes(0, size).iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_file_that_expects_much_is_as_any_other() {
+        let file = MemoryFile::new(3 * LARGE + PAGE).unwrap();
+        file.expect(&[(0, 5), (PAGE, LARGE), (3 * LARGE - 1, 2)]);
+        file.expect(&[]);
+        file.write(LARGE - 1, &[1, 2]).unwrap();
+        file.write(3 * LARGE, &[3]).unwrap();
+        let region = Region::new(3 * LARGE + PAGE, Some(&file)).unwrap();
+        assert!(region.at(0).cast::<u8>().align_offset(LARGE) == 0);
+        let set: Vec<usize> = (0..3 * LARGE + PAGE).filter(|at| region.bytes(*at, 1)[0] != 0).collect();
+        assert_eq!(set, [LARGE - 1, LARGE, 3 * LARGE]);
     }
 
     #[test]

@@ -474,7 +474,7 @@ impl Translations {
 
     fn copy(&self) -> io::Result<Shared> {
         let file = MemoryFile::new(self.offsets.size)?;
-        let extents = [
+        let mut extents = vec![
             (self.offsets.code, self.code_used),
             self.pages.covers_extent(),
             self.block_lists.extent(),
@@ -486,16 +486,18 @@ impl Translations {
             self.emulated.extent(),
             self.sites.extent(),
         ];
-        for (offset, len) in extents {
-            file.write(offset, self.region.bytes(offset, len))?;
-        }
         // Page records are many and mostly empty: only pages of them that say something.
         let (offset, len) = self.pages.records_extent();
         for piece in (0..len).step_by(4096) {
-            let bytes = self.region.bytes(offset + piece, (len - piece).min(4096));
-            if bytes.iter().any(|b| *b != 0) {
-                file.write(offset + piece, bytes)?;
+            let extent = (offset + piece, (len - piece).min(4096));
+            if self.region.bytes(extent.0, extent.1).iter().any(|b| *b != 0) {
+                extents.push(extent);
             }
+        }
+        extents.sort_unstable();
+        file.expect(&extents);
+        for (offset, len) in extents {
+            file.write(offset, self.region.bytes(offset, len))?;
         }
         Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept })
     }

@@ -27,13 +27,14 @@ const RESET_PAGES: usize = 50;
 const LIVE: usize = 1_000;
 
 /// What can be measured.
-pub const NAMES: [(&str, &str); 12] = [
+pub const NAMES: [(&str, &str); 13] = [
     ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
     ("reset-50", "going back to the branch point after 50 pages were written"),
     ("branches-per-second", "going back and running 100,000 instructions"),
     ("branch-recycled", "a branch in the place of one that was given back, until its first instruction has retired"),
     ("first-million", "the first million instructions of a branch"),
     ("prepared-million", "the same of a branch whose template was told to prepare"),
+    ("cold-million", "the same of a branch of a machine without translations"),
     ("parent-million", "a million instructions of its parent"),
     ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
     ("live-1000", "a branch while up to 1000 brothers live that have run 100,000 instructions each"),
@@ -47,6 +48,7 @@ type Measure = fn(&mut Guest, &str, usize) -> Result<Line>;
 
 /// A guest that has filled its memory, frozen, and the machine that it was.
 pub struct Guest {
+    image: Image,
     parent: Machine,
     template: Template,
 }
@@ -68,7 +70,7 @@ impl Guest {
                 bail!("the guest did not fill its memory: {pause:?}\n{}", String::from_utf8_lossy(&console));
             }
         }
-        Guest::freeze(parent, memory_mib)
+        Guest::freeze(image, parent, memory_mib)
     }
 
     /// Runs the image up to a moment.
@@ -76,15 +78,15 @@ impl Guest {
         let config = MachineConfig { memory_mib, ..Default::default() };
         let mut parent = Machine::new(image, &config, Seed(1), Default::default())?;
         run(&mut parent, icount)?;
-        Guest::freeze(parent, memory_mib)
+        Guest::freeze(image, parent, memory_mib)
     }
 
-    fn freeze(mut parent: Machine, memory_mib: u64) -> Result<Guest> {
+    fn freeze(image: &Image, mut parent: Machine, memory_mib: u64) -> Result<Guest> {
         run(&mut parent, SETTLE_INSTRUCTIONS)?;
         let before = Instant::now();
         let template = parent.freeze()?;
         eprintln!("guest of {memory_mib} MiB frozen in {:.1} ms", micros_since(before) / 1e3);
-        Ok(Guest { parent, template })
+        Ok(Guest { image: image.clone(), parent, template })
     }
 
     /// Measures the lines that `wanted` names; `mib` is the guest's memory as the lines' names say it.
@@ -95,12 +97,13 @@ impl Guest {
             lines.push(self.branch(&branch, rounds)?);
         }
         if mib == 512 {
-            let each: [(&str, Measure); 8] = [
+            let each: [(&str, Measure); 9] = [
                 ("reset-50", Guest::reset),
                 ("branches-per-second", Guest::throughput),
                 ("branch-recycled", Guest::recycled),
                 ("first-million", Guest::first_million),
                 ("prepared-million", Guest::prepared_million),
+                ("cold-million", Guest::cold_million),
                 ("parent-million", Guest::parent_million),
                 ("grandchild-512", Guest::grandchild),
                 ("live-1000", Guest::live),
@@ -165,18 +168,22 @@ impl Guest {
     fn first_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
         let mut micros = Vec::new();
         let mut again = Vec::new();
+        let mut faults = Vec::new();
         for _ in 0..rounds.min(200) {
             let mut child = self.child()?;
+            let faults_before = page_faults()?;
             let before = Instant::now();
             run(&mut child, 1_000_000)?;
             micros.push(micros_since(before));
+            faults.push(page_faults()? - faults_before);
             // The same instructions, with the memory that the host has mapped meanwhile.
             child.reset()?;
             let before = Instant::now();
             run(&mut child, 1_000_000)?;
             again.push(micros_since(before));
         }
-        Ok(Line::of(name, micros).with("again_p50_us", Line::of(name, again).p50_us))
+        let line = Line::of(name, micros).with("again_p50_us", Line::of(name, again).p50_us);
+        Ok(line.with("page_faults", Line::of(name, faults).p50_us))
     }
 
     fn recycled(&mut self, name: &str, rounds: usize) -> Result<Line> {
@@ -202,6 +209,19 @@ impl Guest {
                 run(child, 1_000_000)?;
                 micros.push(micros_since(before));
             }
+        }
+        Ok(Line::of(name, micros))
+    }
+
+    fn cold_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
+        let saved = self.child()?.save();
+        let template = Machine::restore(&self.image, &saved, Default::default())?.freeze()?;
+        let mut micros = Vec::new();
+        for _ in 0..rounds.min(50) {
+            let mut child = template.branch(template.seed(), None)?;
+            let before = Instant::now();
+            run(&mut child, 1_000_000)?;
+            micros.push(micros_since(before));
         }
         Ok(Line::of(name, micros))
     }
@@ -316,6 +336,14 @@ fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
         Pause::Limit if machine.icount().0 == until => Ok(()),
         pause => bail!("the guest stopped at {}: {pause:?}", machine.icount().0),
     }
+}
+
+/// Page faults of this process that the host has served without a disk.
+fn page_faults() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/self/stat")?;
+    // proc(5): minflt is field 10; the second field may hold spaces and ends with the last parenthesis.
+    let field = text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(7));
+    Ok(field.context("/proc/self/stat has no minflt")?.parse()?)
 }
 
 /// Memory of the host that this process has made necessary: what it holds privately, and its page tables.

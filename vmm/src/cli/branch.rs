@@ -33,7 +33,7 @@ pub(super) fn branch(arguments: &BranchArgs) -> Result<u8, Failure> {
         let summary = run_branch(arguments, moment, seed, inputs.as_deref(), &mut console);
         console.finish();
         drop(console);
-        let summary = summary?;
+        let (summary, _) = summary?;
         report(&summary, arguments.quiet, arguments.json);
         return Ok(exit::code_of(&summary.ended));
     }
@@ -42,12 +42,11 @@ pub(super) fn branch(arguments: &BranchArgs) -> Result<u8, Failure> {
 
 /// Runs several branches, each with its own seed, on some threads. All leave the one machine that stands at the moment.
 fn many(arguments: &BranchArgs, inputs: Option<&[Input]>) -> Result<u8, Failure> {
-    let (place, mut first) = place::open(&arguments.at)?;
+    let (_place, mut first) = place::open(&arguments.at)?;
     let start = arguments.seed.unwrap_or(first.machine.seed().0.wrapping_add(1));
-    let saved = first.machine.save();
+    let template = first.machine.freeze().map_err(|error| Failure::new(exit::HOST, error))?;
     let (run, image) = (first.run.clone(), first.image.clone());
     let line = first.console.partial_line();
-    let engine = &place.options.engine;
     drop(first);
     let next = AtomicU64::new(0);
     let failure: Mutex<Option<Failure>> = Mutex::new(None);
@@ -59,7 +58,7 @@ fn many(arguments: &BranchArgs, inputs: Option<&[Input]>) -> Result<u8, Failure>
             if index >= arguments.count || failure.lock().is_ok_and(|failure| failure.is_some()) {
                 return;
             }
-            let machine = match Machine::restore(&image, &saved, engine.clone()) {
+            let machine = match template.branch(template.seed(), None) {
                 Ok(machine) => machine,
                 Err(error) => return keep(&failure, Failure::new(exit::HOST, error)),
             };
@@ -77,7 +76,8 @@ fn many(arguments: &BranchArgs, inputs: Option<&[Input]>) -> Result<u8, Failure>
                 machine,
             };
             match run_branch(arguments, moment, start.wrapping_add(index), inputs, &mut NoHost) {
-                Ok(summary) => {
+                Ok((summary, machine)) => {
+                    template.recycle(machine);
                     let _one_at_a_time = printing.lock();
                     bar.set_message(format!("{} of {} branches", index + 1, arguments.count));
                     bar.tick();
@@ -109,7 +109,7 @@ fn run_branch(
     seed: u64,
     inputs: Option<&[Input]>,
     host: &mut dyn Host,
-) -> Result<Summary, Failure> {
+) -> Result<(Summary, Machine), Failure> {
     let store = |error: StoreError| Failure::new(exit::STORE, error);
     let icount = moment.icount().0;
     let manifest = &moment.run.manifest;
@@ -161,7 +161,8 @@ fn run_branch(
     if let Some((base, timeline)) = base {
         recorder.build_on(base, timeline);
     }
-    recorder.run(host).map_err(record_failure)
+    let summary = recorder.run(host).map_err(record_failure)?;
+    Ok((summary, recorder.into_machine()))
 }
 
 /// What the branch takes over: everything of the parent's files that comes before the moment.

@@ -206,6 +206,11 @@ impl Recorder {
         }
     }
 
+    /// The machine, when the recording is over.
+    pub fn into_machine(self) -> Machine {
+        self.machine
+    }
+
     /// Runs to the end.
     pub fn run(&mut self, host: &mut dyn Host) -> Result<Summary, RecordError> {
         let started = Instant::now();
