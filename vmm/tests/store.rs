@@ -11,7 +11,7 @@ use orrery_cpu::Icount;
 use orrery_cpu::engine::EngineConfig;
 use orrery_guest_image::Image;
 use orrery_vmm::chain::Hash;
-use orrery_vmm::store::{Capture, CaptureBase, SnapshotError, SnapshotRecord, Store, StoreWriter, Timeline};
+use orrery_vmm::store::{Capture, CaptureBase, SnapshotError, SnapshotRecord, Store, StoreWriter, Timeline, gc, log};
 use orrery_vmm::{Limits, Machine};
 
 fn machine(image: &Image) -> Machine {
@@ -124,6 +124,37 @@ fn damage_is_an_error_or_costs_nothing() {
     assert!(errors > 200, "{errors}");
     fs::remove_file(&pack).unwrap();
     assert!(load(runs.path(), &records[1], &image).is_err());
+}
+
+#[test]
+fn removing_damage_keeps_what_can_be_loaded() {
+    let runs = tempfile::tempdir().unwrap();
+    let image = busy(300);
+    let records = save(runs.path(), &mut machine(&image), &[10, 1000]);
+    let run = runs.path().join("busy-7-001");
+    fs::create_dir(&run).unwrap();
+    let pack = packs(runs.path()).remove(0);
+    let whole = fs::read(&pack).unwrap();
+    let heads: Vec<usize> = (0..whole.len() - 4).filter(|at| &whole[*at..at + 4] == b"OREC").collect();
+    assert!(heads.len() >= 5);
+    // The magic, a length, a checksum, a hash and the content of each record.
+    for at in heads.iter().flat_map(|head| [0, 16, 21, 40, 80].map(|offset| head + offset)) {
+        packs(runs.path()).iter().for_each(|pack| fs::remove_file(pack).unwrap());
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        fs::write(&pack, &bytes).unwrap();
+        log::replace(&run, &records).unwrap();
+        let can_be_loaded = |records: &[SnapshotRecord]| -> Vec<u64> {
+            records.iter().filter(|record| load(runs.path(), record, &image).is_ok()).map(|r| r.icount).collect()
+        };
+        let before = can_be_loaded(&records);
+        let store = Store::exclusive(runs.path()).unwrap().unwrap();
+        gc::gc(runs.path(), &store, &Default::default(), &mut |_| {}).unwrap();
+        drop(store);
+        let left = log::read(&run).unwrap().records;
+        assert_eq!(can_be_loaded(&left), before, "bit flipped at {at}");
+        assert_eq!(left.len(), before.len(), "bit flipped at {at}");
+    }
 }
 
 #[test]

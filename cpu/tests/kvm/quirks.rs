@@ -104,6 +104,13 @@ impl Meeting<'_> {
             && self.kvm.gpr.iter().zip(&self.engine.gpr).all(|(k, e)| *k as u32 == *e as u32)
     }
 
+    /// All x87 registers are in use for KVM, as MMX instructions leave them, and TOP is 0.
+    fn only_x87_tags_differ(&self) -> bool {
+        let (kvm, engine) = (&self.kvm.fpu.0, &self.engine.fpu.0);
+        let top = (kvm[3] ^ engine[3]) & !0x38 == 0 && kvm[3] & 0x38 == 0;
+        top && kvm[..3] == engine[..3] && kvm[4] == 0xFF && kvm[5..] == engine[5..] && kvm[3..5] != engine[3..5]
+    }
+
     /// Both faulted, within a page of each other.
     fn only_the_address_differs(&self) -> bool {
         self.kvm.cr2 != self.engine.cr2 && self.kvm.cr2.abs_diff(self.engine.cr2) < 4096
@@ -150,6 +157,9 @@ impl Meeting<'_> {
                 Some("a page fault while one is delivered leaves CR2 alone")
             }
             Mov if self.only_accessed_differs() => Some("a refused read-modify-write has read, and set accessed flags"),
+            Movd | Movq | Movntq if engine == Some(14) && kvm == engine && self.only_x87_tags_differ() => {
+                Some("an MMX store that faults has made MMX registers of the x87 registers")
+            }
             Cmpxchg if kvm.is_none() && engine.is_none() => {
                 Some("CMPXCHG clears the upper half of what it leaves alone")
             }

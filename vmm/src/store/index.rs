@@ -17,7 +17,7 @@ impl Index {
     /// Reads the heads of all records, and puts on disk what other writers may have left in memory: what is found here
     /// may be referred to.
     ///
-    /// A pack is read up to its first damage; the end of one that is being written looks like damage, too.
+    /// The end of a pack that is being written looks like damage.
     pub fn build(packs: &Packs) -> Result<Index, SnapshotError> {
         let mut index = Index::default();
         for pack in packs.list()? {
@@ -60,9 +60,10 @@ impl Index {
     }
 }
 
-/// Calls `each` for every record of a pack; returns the damage that ended the walk, if any.
+/// Calls `each` for every record of a pack; returns the first damage, if any. Records behind it are found again.
 pub fn for_each_record(packs: &Packs, pack: u32, each: &mut dyn FnMut(Place, RecordHead)) -> Option<SnapshotError> {
     let mut place = Place { pack, offset: PACK_HEADER_BYTES };
+    let mut damage = None;
     loop {
         match packs.head(place) {
             Ok(Some(head)) => {
@@ -70,8 +71,14 @@ pub fn for_each_record(packs: &Packs, pack: u32, each: &mut dyn FnMut(Place, Rec
                 each(place, head);
                 place = next;
             }
-            Ok(None) => return None,
-            Err(error) => return Some(error),
+            Ok(None) => return damage,
+            Err(error) => {
+                damage.get_or_insert(error);
+                match packs.record_behind(place) {
+                    Some(found) => place = found,
+                    None => return damage,
+                }
+            }
         }
     }
 }

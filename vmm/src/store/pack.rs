@@ -35,6 +35,8 @@ pub const RECORD_PAGES_MAX: usize = 16;
 pub const BLOB_BYTES_MAX: usize = 256 << 20;
 /// A pack that has become this long is closed and another begun.
 pub const PACK_BYTES_MAX: u64 = 256 << 20;
+/// What looks like a record behind damage, and is none, is looked at so many times.
+const FALSE_RECORDS_MAX: u32 = 64;
 /// Version of the format.
 pub const PACK_VERSION: u32 = 1;
 
@@ -231,6 +233,34 @@ impl Packs {
             }
         }
         Ok(head)
+    }
+
+    /// The next place behind a damaged one where a whole record begins.
+    pub(super) fn record_behind(&self, damaged: Place) -> Option<Place> {
+        let file = self.file(damaged.pack).ok()?;
+        let mut scratch = Scratch::new();
+        let mut failed = 0;
+        let mut window = vec![0; 64 << 10];
+        let mut start = damaged.offset + 1;
+        loop {
+            let got = file.read_at(&mut window, start).ok()?;
+            let found = |at: &usize| &window[*at..*at + RECORD_MAGIC.len()] == RECORD_MAGIC;
+            for at in (0..(got + 1).saturating_sub(RECORD_MAGIC.len())).filter(found) {
+                let place = Place { offset: start + at as u64, ..damaged };
+                if self.read(place, &mut scratch).is_ok() {
+                    return Some(place);
+                }
+                // What only looks like a record may be long; a pack made of such is not gone through for ever.
+                failed += 1;
+                if failed == FALSE_RECORDS_MAX {
+                    return None;
+                }
+            }
+            if got < window.len() {
+                return None;
+            }
+            start += (got - RECORD_MAGIC.len() + 1) as u64;
+        }
     }
 
     fn cut(&self, place: Place) -> SnapshotError {

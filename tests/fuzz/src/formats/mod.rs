@@ -5,13 +5,14 @@
 
 mod files;
 mod state;
+mod store;
 mod symbols;
 
 /// Runs one input. Panics if a promise is broken.
 pub fn execute(data: &[u8]) {
     let _running = crate::watch::input(data, false);
     let Some((format, rest)) = data.split_first() else { return };
-    match format % 12 {
+    match format % 17 {
         0 => files::image(rest),
         1 => files::kernel(rest),
         2 => files::manifest(rest),
@@ -22,6 +23,10 @@ pub fn execute(data: &[u8]) {
         8 => symbols::object(rest),
         9 => symbols::types(rest),
         10 => symbols::kernel_symbols(rest),
-        _ => symbols::inspector(rest),
+        11 => symbols::inspector(rest),
+        12 | 13 => store::damaged(rest),
+        14 => store::parts(rest),
+        15 => store::exported(rest),
+        _ => store::translations(rest),
     }
 }

@@ -22,7 +22,7 @@ pub fn object(data: &[u8]) {
         object.symbol(address);
         object.line(address);
         object.address_of_offset(address);
-        object.offset_of_address(address);
+        object.has_address(address);
     }
     for name in ["main", "_start", ""] {
         object.lookup(name);
