@@ -271,7 +271,7 @@ fn generated(lockstep: &mut Lockstep, supervisor: bool, singles: u64, sequences:
     }
     // Programs are drawn from what KVM has not refused.
     codes.retain(|code| !tally.refused_codes.contains(code));
-    for seed in first..first + sequences * scale {
+    for seed in first..first + sequences * scale * environment("KVM_ORACLE_SEQUENCES", 1) {
         if let Some(case) = generate::sequence::sequence(seed, &codes).filter(|case| !tally.avoids(case, supervisor)) {
             let name = format!("sequence {seed}, supervisor {supervisor}");
             if is_wanted(&name) {

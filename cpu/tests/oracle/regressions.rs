@@ -29,6 +29,12 @@ const CASES: &[Entry] = &[
         r.gpr[0] = 7;
         r.gpr[RSI] = 0x2000_4E00;
     }),
+    (
+        64,
+        "AMD's mask of misaligned exceptions, loaded and gone again, is no difference",
+        b"\x68\x80\x1f\x02\0\x0f\xae\x14\x24\x68\x80\x1f\0\0\x0f\xae\x14\x24",
+        |_| {},
+    ),
     (64, "a branch to itself retires every time", b"\xe8\0\0\0\0\xc2\0\0", |_| {}),
     (64, "a shift count beyond 16 of a 16-bit double shift", b"\x66\x0f\xa4\xf7\x13", |r| {
         r.gpr[RSI] = 0x1234_5678;
