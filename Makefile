@@ -13,10 +13,11 @@ all: build
 build: ## the orrery command, optimised, in target/release
 	$(CARGO) build --release --locked -p orrery-vmm
 
-test: build images ## formatting, lints, every test
+test: build images ## formatting, lints, every test, and the debugger's with fewer moments
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --release --locked -- -D warnings
 	$(CARGO) test --workspace --release --locked
+	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGES) --count 50
 
 # Images: `make images` builds hello, go and jvm; `make deps`, which it calls, installs Debian packages (as root).
 -include guest-image/images.mk
@@ -43,7 +44,7 @@ conformance: build ## suites by others, run as guests and compared with docs/con
 	$(CARGO) build --release --locked -p orrery-guest-image --example bare_image
 	ORRERY=$(ORRERY) sh tests/conformance/run.sh $(SUITES)
 
-test-debug: build images ## whole guests debugged with gdb, forwards and backwards: breakpoints, races, 1000 random moments
+test-debug: build images ## whole guests debugged with gdb, forwards and backwards: breakpoints, races, shells, 1000 random moments
 	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGES)
 
 test-snapshots: build images ## the long test of snapshots: random moments, seeds, kills

@@ -11,7 +11,8 @@ need /bin/busybox busybox-static
 need /sbin/mke2fs e2fsprogs
 need /usr/lib/go-1.19/bin/go golang-go
 [ -x "$(command -v jlink || true)" ] || missing="$missing openjdk-17-jdk-headless"
-# The tests of the debugger are skipped without it.
+# The tests of the debugger are skipped without gdb.
+command -v python3 >/dev/null || missing="$missing python3"
 [ "$(id -u)" -ne 0 ] || command -v gdb >/dev/null || missing="$missing gdb"
 command -v gcc >/dev/null || missing="$missing gcc libc6-dev"
 [ "${1-}" != bench ] || need /usr/bin/qemu-system-x86_64 qemu-system-x86

@@ -5,14 +5,19 @@ Each test is a function below. What it needs (images, runs) is made once in the 
 """
 
 import argparse
+import fcntl
 import json
 import os
+import pty
 import random
 import re
+import select
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,11 +50,17 @@ class Bench:
         check(done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
 
+    def is_fresh(self, made, *sources):
+        """It is there, and neither what it was made of nor the orrery command is newer."""
+        if not os.path.exists(made):
+            return False
+        return all(os.path.getmtime(source) <= os.path.getmtime(made) for source in [self.orrery, *sources])
+
     def record(self, name, image, seed, *flags):
         """A run of an image, made once; gives its directory of runs and its summary."""
         runs = os.path.join(self.work, f"runs-{name}-{seed}")
         summary = os.path.join(runs, "summary.json")
-        if not os.path.exists(summary):
+        if not self.is_fresh(summary, image):
             shutil.rmtree(runs, ignore_errors=True)
             words = [self.orrery, "run", image, "--seed", str(seed), "--runs", runs, "--no-input", "--json"]
             done = subprocess.run(words + list(flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
@@ -73,11 +84,12 @@ class Bench:
         """An image of one of the racing programs, and the program."""
         root = os.path.join(self.work, f"{name}-root")
         program, image = os.path.join(root, name), os.path.join(self.work, f"{name}.img")
-        if not os.path.exists(image):
+        source = os.path.join(HERE, "race.c" if name == "race" else "gorace/main.go")
+        if not self.is_fresh(image, source):
             os.makedirs(root, exist_ok=True)
             if name == "race":
                 self.tool("gcc", "-g", "-O1", "-static", "-pthread", "-fno-pie", "-no-pie", "-o", program,
-                          os.path.join(HERE, "race.c"))
+                          source)
             else:
                 environment = dict(os.environ, CGO_ENABLED="0")
                 self.tool("go", "build", "-trimpath", "-o", program, ".", cwd=os.path.join(HERE, "gorace"),
@@ -204,6 +216,96 @@ def test_race_in_c(bench):
 def test_race_in_go(bench):
     """The same in Go."""
     debug_race(bench, "gorace", "main.lost")
+
+
+def test_editor(bench):
+    """What Visual Studio Code's C/C++ extension sends gdb for the launch example of docs/debugging.md."""
+    runs, seed, program = bench.losing("race")
+    server = subprocess.Popen([bench.orrery, "debug", f"race-{seed}-001@end", "--runs", runs, "--listen", "127.0.0.1:0",
+                               "--once"], stderr=subprocess.PIPE, text=True)
+    try:
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", server.stderr.readline()).group(1))
+        gdb = subprocess.Popen(["gdb", "--interpreter=mi", "-nx"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               cwd=HERE)
+        said = []
+
+        def until(pattern):
+            for line in gdb.stdout:
+                said.append(line)
+                if re.match(pattern, line):
+                    return line
+            raise Failed(f"gdb never said {pattern}:\n{''.join(said)}")
+
+        def ask(command, answer="done"):
+            gdb.stdin.write(f"1000{command}\n")
+            gdb.stdin.flush()
+            return until(rf"1000\^({answer}|error)")
+
+        for command in ["-gdb-set mi-async on", '-interpreter-exec console "set architecture i386:x86-64"',
+                        f"-environment-cd {HERE}", f"-file-exec-and-symbols {program}"]:
+            check("^done" in ask(command), f"{command}:\n{''.join(said)}")
+        check("^connected" in ask(f"-target-select remote 127.0.0.1:{port}", "connected"), "".join(said))
+        # The extension shows its buttons for going backwards if gdb names this feature.
+        check('"reverse"' in ask("-list-target-features"), f"no reverse:\n{''.join(said)}")
+        check("^done" in ask("-break-insert -f lost"), "".join(said))
+        check("^running" in ask("-exec-continue --reverse", "running"), "".join(said))
+        check('reason="breakpoint-hit"' in until(r"\*stopped"), "".join(said))
+        for command in ["-thread-info", "-stack-list-frames 0 20", "-stack-list-variables 1", "-data-list-register-names",
+                        "-data-list-register-values --skip-unavailable x", "-var-create - * counter",
+                        "-data-evaluate-expression sum", "-break-delete"]:
+            check("^done" in ask(command), f"{command}:\n{''.join(said)}")
+        check('func="increment"' in ask("-stack-list-frames 0 20"), "".join(said))
+        check("^done" in ask("-break-watch counter"), "".join(said))
+        check("^running" in ask("-exec-continue --reverse", "running"), "".join(said))
+        check('reason="watchpoint-trigger"' in until(r"\*stopped"), "".join(said))
+        for command in ["-exec-step", "-exec-step --reverse", "-exec-next --reverse", "-exec-step-instruction --reverse"]:
+            check("^running" in ask(command, "running"), "".join(said))
+            until(r"\*stopped")
+        ask("-gdb-exit", "exit")
+        gdb.wait(timeout=60)
+        check(server.wait(timeout=60) == 0, "the server did not end with its connection")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_shell(bench):
+    """A shell in the guest, with pipes and in a terminal; a file; the run stays as it is."""
+    runs, summary = bench.demo("hello")
+    moment = ["hello@" + str(summary["icount"] * 99 // 100), "--runs", runs]
+    done = subprocess.run([bench.orrery, "shell", *moment], input="echo $((6 * 7)); exit 5\n", stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, check=False)
+    check((done.returncode, done.stdout) == (5, "42\n"), f"{done.returncode} {done.stdout}{done.stderr}")
+    words = bench.tool(bench.orrery, "cat", *moment, "/proc/version")
+    check(words.startswith("Linux version"), words)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(bench.orrery, [bench.orrery, "shell", *moment])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    shown = b""
+
+    def until(wanted):
+        nonlocal shown
+        patience = time.monotonic() + 120
+        while not re.search(wanted, shown):
+            check(time.monotonic() < patience, f"the terminal never shows {wanted}: {shown}")
+            if select.select([terminal], [], [], 1)[0]:
+                try:
+                    shown += os.read(terminal, 4096)
+                except OSError as error:
+                    raise Failed(f"the shell ended before it showed {wanted}: {shown}") from error
+
+    until(rb"[#$] ")
+    # Typed, so the terminal shows it too; Ctrl-C reaches the guest's program, not ours.
+    os.write(terminal, b"sleep 1000\r")
+    until(rb"sleep 1000\r\n")
+    time.sleep(0.5)
+    os.write(terminal, b"\x03")
+    until(rb"\^C[\s\S]*[#$] ")
+    os.write(terminal, b"echo is-$((6 * 7))-`tty`; exit 3\r")
+    until(rb"is-42-/dev/pts/0")
+    _, status = os.waitpid(process, 0)
+    check(os.waitstatus_to_exitcode(status) == 3, f"ended with {status}: {shown}")
 
 
 def test_bad_input(bench):

@@ -42,20 +42,36 @@ const CHANNEL: &str = "/dev/hvc0";
 const MESSAGE_MAX: usize = 64 << 10;
 /// Bytes that are read at once.
 const READ_BYTES: usize = 4096;
-/// How often a command is asked whether it has ended or has room for input, in milliseconds.
+/// How often a command is asked whether it has room for input, in milliseconds; on old kernels also whether it has ended.
 const LOOK_INTERVAL_MS: i32 = 50;
 /// Shells, in the order in which they are tried.
 const SHELLS: [&[&str]; 4] = [&["/bin/bash"], &["/bin/sh"], &["/usr/bin/sh"], &["/bin/busybox", "sh"]];
 
+/// What init knows of the agent. The file is locked by the agent while a command runs for the host.
+pub struct Busy(Option<File>);
+
+impl Busy {
+    /// Waits until no command runs for the host: the machine stays on for whoever is in a shell.
+    pub fn wait(&self) {
+        if let Some(file) = &self.0 {
+            // Without locks nobody is waited for.
+            let _ = file.lock();
+        }
+    }
+}
+
 /// Starts the agent and says that the guest is up; a machine without the channel is none the wiser.
-pub fn start(config: &Config) {
-    let Ok(channel) = sys::open_terminal(CHANNEL) else { return };
+pub fn start(config: &Config) -> Busy {
+    let Ok(channel) = sys::open_terminal(CHANNEL) else { return Busy(None) };
     sys::make_raw(&channel);
     let mut channel = File::from(channel);
+    let busy = sys::memory_file("orrery-agent").ok();
     if channel.write_all(b"orrery-agent 2 ready\n").is_err() || !sys::fork_daemon("orrery-agent") {
-        return;
+        return Busy(busy);
     }
-    let mut agent = Agent { channel, received: Vec::new(), session: None, environment: config };
+    // A lock belongs to an open file, which init and the agent would share: the agent opens it again.
+    let busy = busy.and_then(|file| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok());
+    let mut agent = Agent { channel, received: Vec::new(), session: None, busy, environment: config };
     // Only a broken channel ends it, and then there is nobody to tell.
     let _ = agent.serve();
     sys::exit_now(0);
@@ -64,6 +80,8 @@ pub fn start(config: &Config) {
 /// A command that runs for the host.
 struct Session {
     child: Child,
+    /// Becomes readable when the child ends.
+    ended: Option<OwnedFd>,
     /// The terminal's other side, or the pipes: output, and errors.
     outputs: Vec<(u8, File)>,
     /// Where its input goes; writing there never blocks.
@@ -79,7 +97,8 @@ impl Session {
         if let Some(input) = &input {
             sys::set_nonblocking(input);
         }
-        Session { child, outputs, input, pending: Vec::new(), closing: false }
+        let ended = sys::watch_process(child.id());
+        Session { child, ended, outputs, input, pending: Vec::new(), closing: false }
     }
 
     /// Passes input on, as far as there is room.
@@ -103,6 +122,8 @@ struct Agent<'a> {
     /// Bytes from the host that are not a whole message yet.
     received: Vec<u8>,
     session: Option<Session>,
+    /// Locked while there is a session, see [`Busy`].
+    busy: Option<File>,
     environment: &'a Config,
 }
 
@@ -113,7 +134,10 @@ impl Agent<'_> {
             let mut timeout = -1;
             if let Some(session) = &self.session {
                 waiting.extend(session.outputs.iter().map(|(_, output)| output.as_raw_fd()));
-                timeout = LOOK_INTERVAL_MS;
+                waiting.extend(session.ended.as_ref().map(AsRawFd::as_raw_fd));
+                if session.ended.is_none() || !session.pending.is_empty() {
+                    timeout = LOOK_INTERVAL_MS;
+                }
             }
             let ready = sys::wait_readable(&waiting, timeout)?;
             self.forward_outputs(&ready[1..])?;
@@ -183,6 +207,7 @@ impl Agent<'_> {
             match self.spawn(&command, terminal.then_some((rows, columns))) {
                 Ok(session) => {
                     self.session = Some(session);
+                    let _ = self.busy.as_ref().map(File::lock);
                     return Ok(());
                 }
                 Err(other) => error = other,
@@ -263,7 +288,9 @@ impl Agent<'_> {
             (Some(code), _) => code as u32,
             (None, signal) => 128 + signal.unwrap_or(0) as u32,
         };
-        self.send(b'x', &code.to_le_bytes())
+        self.send(b'x', &code.to_le_bytes())?;
+        let _ = self.busy.as_ref().map(File::unlock);
+        Ok(())
     }
 
     fn read_file(&mut self, path: &[u8]) -> io::Result<()> {

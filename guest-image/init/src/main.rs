@@ -53,6 +53,8 @@ fn boot() -> Result<u8, Failure> {
     mounts::runtime_file_systems();
     sys::set_host_name(&config.host_name)?;
     sys::bring_up_loopback()?;
-    agent::start(&config);
-    workload::run(&config)
+    let busy = agent::start(&config);
+    let code = workload::run(&config)?;
+    busy.wait();
+    Ok(code)
 }

@@ -167,6 +167,25 @@ pub fn wait_readable(fds: &[i32], timeout_ms: i32) -> io::Result<Vec<bool>> {
     }
 }
 
+/// An empty file that exists in memory alone; programs that are started do not inherit it.
+pub fn memory_file(name: &str) -> io::Result<File> {
+    let name = c_string(name)?;
+    // SAFETY: a NUL-terminated string; a descriptor that is returned is owned by nobody else.
+    unsafe {
+        let fd = check(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC).into())?;
+        Ok(File::from_raw_fd(fd as i32))
+    }
+}
+
+/// A descriptor that becomes readable when a child ends, before anybody has waited for it; None on kernels before 5.3.
+pub fn watch_process(pid: u32) -> Option<OwnedFd> {
+    // SAFETY: a system call without pointers; a descriptor that it returns is owned by nobody else.
+    unsafe {
+        let fd = check(libc::syscall(libc::SYS_pidfd_open, pid, 0)).ok()?;
+        Some(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
 /// A pair of pseudo-terminals: our side, and the command's.
 pub fn open_pseudo_terminal() -> io::Result<(File, File)> {
     // SAFETY: plain system calls on a descriptor that is owned at once; the name's buffer has the length given.
