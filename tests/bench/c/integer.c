@@ -41,7 +41,7 @@ uint64_t chase(unsigned length)
         nodes[order[i]].next = &nodes[order[(i + 1) % count]];
         nodes[order[i]].value = next(&state);
     }
-    uint64_t steps = 40000000ull * length, result = 0;
+    uint64_t steps = 25000000ull * length, result = 0;
     for (struct node *node = nodes; steps > 0; steps--, node = node->next)
         result += node->value ^ steps;
     free(order);

@@ -216,7 +216,7 @@ pub const LINES: &[Line] = &[
     kernel("c-pipe", "two processes that pass a number to and fro"),
     kernel("c-spin", "two threads that spin and yield until it is their turn"),
     long("c-alu-x6"),
-    long("c-chase-x3"),
+    long("c-chase-x4"),
     long("c-calls-x4"),
     long("c-interp-x8"),
     long("c-qsort-x4"),

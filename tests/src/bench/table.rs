@@ -43,6 +43,9 @@ pub fn table(figures: &Figures, style: Style) -> String {
     let means = rows.len();
     for (title, members) in groups(figures) {
         let mean = |above, below| geometric_mean(members.iter().filter_map(|line| line.ratio(above, below)));
+        if ratios.iter().all(|&(above, below, _)| mean(above, below).is_none()) {
+            continue;
+        }
         let mut row = vec![format!("mean: {title}")];
         row.extend(platforms.iter().map(|_| String::new()));
         row.extend(ratios.iter().map(|&(above, below, _)| number(mean(above, below), 2)));
