@@ -6,6 +6,15 @@ use crate::Icount;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsrRefused;
 
+/// A time-stamp counter that grows with the icount alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TscLine {
+    /// Ticks at the limit.
+    pub at_limit: u64,
+    /// Ticks for each instruction.
+    pub per_instruction: u64,
+}
+
 /// The machine as the vCPU sees it. Every call is stamped with the icount of the instruction that makes it,
 /// that is, the number of instructions that have retired before it.
 pub trait Bus {
@@ -28,6 +37,12 @@ pub trait Bus {
     fn set_task_priority(&mut self, now: Icount, value: u8);
     /// The time-stamp counter of the machine at `now`, in ticks, before the guest's own IA32_TSC offset.
     fn tsc(&mut self, now: Icount) -> u64;
+    /// The same as a straight line, if it is one until `limit`: ticks at `limit`, and ticks for each instruction. The
+    /// vCPU may then read the counter without asking, until it is at `limit` or the machine has been asked to run it
+    /// anew.
+    fn tsc_line(&self, _limit: Icount) -> Option<TscLine> {
+        None
+    }
     /// The next 64 bits of the stream behind RDRAND and RDSEED.
     fn random(&mut self) -> u64;
     /// True when something that a call above did (an event scheduled, an interrupt raised, power off) must be

@@ -26,6 +26,11 @@ pub const ZERO_PAGE: Hash = Hash([0; 32]);
 /// Pages of one chunk of the table.
 pub const CHUNK_PAGES: usize = 512;
 
+/// From so many pages on it pays to start threads for them.
+const PARALLEL_PAGES: usize = 512;
+/// Most threads that hash.
+const WORKERS_MAX: usize = 8;
+
 type Chunk = Option<Arc<[Hash; CHUNK_PAGES]>>;
 
 /// Content hashes of all pages and the sum of their digests.
@@ -100,13 +105,32 @@ impl MemoryDigest {
         MemoryDigest { regions, sum: [0; 4] }
     }
 
-    /// Hashes the given pages again. Pages outside RAM are ignored.
+    /// Hashes the given pages again, many of them on several processors. Pages outside RAM are ignored.
     pub fn update(&mut self, memory: &GuestMemory, pages: impl IntoIterator<Item = u64>) {
-        let mut content = [0u8; PAGE_SIZE as usize];
-        for page in pages {
-            if read_page(memory, page, &mut content) {
-                self.set(page, content_hash(&content));
-            }
+        let pages: Vec<u64> = pages.into_iter().collect();
+        let workers = if pages.len() < PARALLEL_PAGES {
+            1
+        } else {
+            std::thread::available_parallelism().map_or(1, |count| count.get()).min(WORKERS_MAX)
+        };
+        if workers == 1 {
+            hash_pages(memory, &pages, |page, hash| {
+                self.set(page, hash);
+            });
+            return;
+        }
+        let hashed: Vec<Vec<(u64, Hash)>> = std::thread::scope(|scope| {
+            let hash = |pages| {
+                let mut hashed = Vec::new();
+                hash_pages(memory, pages, |page, hash| hashed.push((page, hash)));
+                hashed
+            };
+            let parts = pages.chunks(pages.len().div_ceil(workers));
+            let threads: Vec<_> = parts.map(|part| scope.spawn(move || hash(part))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("hashing does not panic")).collect()
+        });
+        for (page, hash) in hashed.into_iter().flatten() {
+            self.set(page, hash);
         }
     }
 
@@ -177,6 +201,15 @@ impl MemoryDigest {
                 })
             })
             .filter(|(_, hash)| *hash != ZERO_PAGE)
+    }
+}
+
+fn hash_pages(memory: &GuestMemory, pages: &[u64], mut each: impl FnMut(u64, Hash)) {
+    let mut content = [0u8; PAGE_SIZE as usize];
+    for page in pages {
+        if read_page(memory, *page, &mut content) {
+            each(*page, content_hash(&content));
+        }
     }
 }
 

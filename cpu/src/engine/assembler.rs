@@ -143,6 +143,12 @@ impl Assembler {
         self.imm32(value);
     }
 
+    /// `imul rax, gs:[disp]`
+    pub fn imul_rax_gs(&mut self, disp: u32) {
+        self.put(&[0x65, 0x48, 0x0F, 0xAF, 0x04, 0x25]);
+        self.imm32(disp);
+    }
+
     /// `mov dst, src` (64-bit)
     pub fn mov(&mut self, dst: u8, src: u8) {
         self.rex(true, src, 0, dst);
@@ -495,6 +501,7 @@ mod tests {
             (text(|a| a.vorps_ymm0(7)), "vorps ymm0,ymm0,ymm7"),
             (text(|a| a.vorps_ymm0(12)), "vorps ymm0,ymm0,ymm12"),
             (text(|a| a.upper_half_in_eax()), "vextractf128 xmm0,ymm0,1; xor eax,eax; vptest xmm0,xmm0; setne al"),
+            (text(|a| a.imul_rax_gs(0x40)), "imul rax,gs:[40h]"),
             (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
             (

@@ -114,6 +114,11 @@ pub struct VcpuBlock {
     /// Nonzero if the machine waits for the guest to accept interrupts.
     pub window_wanted: u32,
     pub slow_resume: u64,
+    /// RDTSC may be executed with the following two, which hold until the end of this run: ticks when the budget is
+    /// zero, and ticks for each instruction.
+    pub tsc_known: u32,
+    pub tsc_at_limit: u64,
+    pub tsc_per_instruction: u64,
     pub temporary: [u64; 8],
     /// Host addresses of the ranges of the running block's groups.
     pub groups: [u64; super::groups::GROUPS_MAX],
@@ -166,6 +171,11 @@ pub mod field {
     pub const RFLAGS: u32 = offset!(state) + offset_of!(CpuState, rflags) as u32;
     pub const KERNEL_GS_BASE: u32 = offset!(state) + offset_of!(CpuState, kernel_gs_base) as u32;
     pub const WINDOW_WANTED: u32 = offset!(window_wanted);
+    pub const TSC_OFFSET: u32 = offset!(state) + offset_of!(CpuState, tsc_offset) as u32;
+    pub const TSC_AUX: u32 = offset!(state) + offset_of!(CpuState, tsc_aux) as u32;
+    pub const TSC_KNOWN: u32 = offset!(tsc_known);
+    pub const TSC_AT_LIMIT: u32 = offset!(tsc_at_limit);
+    pub const TSC_PER_INSTRUCTION: u32 = offset!(tsc_per_instruction);
     pub const FLAGS: u32 = offset!(flags);
     pub const UPPER_IN_USE: u32 = offset!(upper_in_use);
     pub const EXIT_ARGUMENT: u32 = offset!(exit_argument);

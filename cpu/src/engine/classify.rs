@@ -53,6 +53,8 @@ pub enum Treatment {
     AccessFlag,
     /// MOV of a segment register's selector to a general register of 32 or 64 bits.
     ReadSelector,
+    /// RDTSC or RDTSCP, where the counter is a function of the icount.
+    ReadTsc,
     /// Executed by `system::execute`; ends the block.
     Emulate,
 }
@@ -146,6 +148,7 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         {
             return Treatment::ReadSelector;
         }
+        Mnemonic::Rdtsc | Mnemonic::Rdtscp => return Treatment::ReadTsc,
         Mnemonic::Cli if mode.ring0() => return Treatment::ClearInterrupt,
         Mnemonic::Sti if mode.ring0() => return Treatment::SetInterrupt,
         Mnemonic::Swapgs if mode.ring0() && mode.is_64bit() => return Treatment::SwapGs,

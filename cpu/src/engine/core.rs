@@ -18,12 +18,12 @@ use super::thunks::{self, Thunks, exit};
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
 use super::translations::{Purpose, Shared, Translations, start};
 use super::{Chaos, EngineConfig, EngineError, Stop};
-use crate::bus::Bus;
+use crate::bus::{Bus, TscLine};
 use crate::exception::Exception;
 use crate::memory::{PAGE_SIZE, PhysMemory};
 use crate::model::ModelFeatures;
 use crate::paging::is_canonical;
-use crate::state::{CpuState, XsaveImage, rflags, seg};
+use crate::state::{CpuState, XsaveImage, control, rflags, seg};
 use crate::system::availability::{self, Unit};
 use crate::system::{self, ExecError, Outcome, alignment};
 use crate::{Icount, memory::GuestMemory};
@@ -95,6 +95,7 @@ pub struct Core {
     thunks: Thunks,
     last_mode: [Mode; CLASSES],
     limit: u64,
+    tsc_line: Option<TscLine>,
     /// Instructions of the running block that are counted in the budget but have not retired.
     pub unretired_now: u64,
     bus: Option<*mut (dyn Bus + 'static)>,
@@ -179,6 +180,7 @@ impl Core {
             thunks,
             last_mode: [Mode(0); CLASSES],
             limit: 0,
+            tsc_line: None,
             unretired_now: 0,
             bus: None,
             signal_memory: vec![0; SignalStack::SIZE],
@@ -484,16 +486,13 @@ impl Core {
         let second = request.second_page;
         self.keep_translation(rip, identity, second, purpose, &placed);
         let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
-        let mut fresh = self.t.pages.add_block(page, index, offset as u32, in_first);
-        if let Some(second_page) = second_physical {
-            fresh |= self.t.pages.add_block(second_page, index, 0, placed.guest_len - in_first);
+        if self.t.pages.add_block(page, index, offset as u32, in_first) {
+            self.begin_to_watch(page.into());
         }
-        if fresh {
-            self.flush_writes();
-            self.direct_watch(u64::from(page));
-            if let Some(second_page) = second_physical {
-                self.direct_watch(u64::from(second_page));
-            }
+        if let Some(second_page) = second_physical
+            && self.t.pages.add_block(second_page, index, 0, placed.guest_len - in_first)
+        {
+            self.begin_to_watch(second_page.into());
         }
         Ok(Ok(index))
     }
@@ -533,6 +532,8 @@ impl Core {
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
         self.debug_hits = 0;
+        let limit = Icount(self.limit);
+        self.tsc_line = self.bus().tsc_line(limit);
         let stop = self.dispatch();
         self.observe_retirement();
         self.store_fpu();
@@ -570,6 +571,19 @@ impl Core {
             let argument = enter(self.t.address(target));
             (*block).state.rflags = flags_from_slot((*block).state.rflags, (*block).flags);
             argument
+        }
+    }
+
+    /// Tells translated code whether it may read the time-stamp counter.
+    fn offer_tsc(&mut self) {
+        let state = self.state();
+        let allowed = state.cpl == 0 || state.cr4 & control::CR4_TSD == 0;
+        let line = self.tsc_line.filter(|_| allowed);
+        // SAFETY: translated code is not running.
+        let block = unsafe { &mut *self.block };
+        block.tsc_known = line.is_some().into();
+        if let Some(TscLine { at_limit, per_instruction }) = line {
+            (block.tsc_at_limit, block.tsc_per_instruction) = (at_limit, per_instruction);
         }
     }
 
@@ -649,6 +663,7 @@ impl Core {
                 }
                 continue;
             }
+            self.offer_tsc();
             let index = match self.find(purpose) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
@@ -731,6 +746,7 @@ impl Core {
                         }
                     }
                     SiteKind::Indirect { popped } => {
+                        self.statistics.indirect += 1;
                         let target = self.state().rip;
                         if Mode::of(self.state()).is_64bit() && !is_canonical(target) {
                             // The branch itself raises it.
@@ -924,7 +940,7 @@ impl Core {
             6 => Exception::InvalidOpcode,
             13 => Exception::GP0,
             16 => Exception::FloatingPoint,
-            19 if self.state().cr4 & crate::state::control::CR4_OSXMMEXCPT == 0 => Exception::InvalidOpcode,
+            19 if self.state().cr4 & control::CR4_OSXMMEXCPT == 0 => Exception::InvalidOpcode,
             19 => Exception::Simd,
             _ => panic!("exception {vector} at {rip:#x}, address {address:#x}, in translated code"),
         }

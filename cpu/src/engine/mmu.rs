@@ -112,8 +112,7 @@ impl Core {
             self.t.pages.records[page as u32].table_base = MANY_BASES;
             self.t.pages.records[page as u32].table_writes = 0;
             self.watched += 1;
-            self.flush_writes();
-            self.direct_watch(page as u64);
+            self.begin_to_watch(page as u64);
         }
     }
 
@@ -155,7 +154,24 @@ impl Core {
         }
     }
 
-    /// Forgets all write translations: some page must be watched from now on.
+    /// Forgets the write translations of a page: from now on, each write must be noticed.
+    pub fn begin_to_watch(&mut self, page: u64) {
+        let Some(host) = self.memory.host(page * PAGE_SIZE, PAGE_SIZE) else { return };
+        // SAFETY: the vCPU block is owned by this core.
+        let tlbs = unsafe { &mut (*self.block).tlb };
+        for (tlb, used) in tlbs.iter_mut().zip(&self.used) {
+            for index in used[1].local.iter().chain(&used[1].global) {
+                let entry = &mut tlb[1][*index as usize];
+                if entry.host == host as u64 {
+                    entry.tag = empty_tag(*index as usize);
+                }
+            }
+        }
+        self.forget_windows();
+        self.direct_watch(page);
+    }
+
+    /// Forgets all write translations: from now on, writes are noted again.
     pub fn flush_writes(&mut self) {
         for c in 0..super::block::CLASSES {
             self.flush_tlb(c, 1, true);
@@ -280,8 +296,7 @@ impl Core {
                 record.flags |= IS_TABLE;
                 record.table_base = base;
                 self.watched += 1;
-                self.flush_writes();
-                self.direct_watch(page as u64);
+                self.begin_to_watch(page as u64);
             } else if record.table_base != base {
                 // What came through it as a table of something else has been forgotten if all was since.
                 record.table_base = if used < flushes { base } else { MANY_BASES };

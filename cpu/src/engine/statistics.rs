@@ -2,6 +2,7 @@
 
 use super::hash::FastMap;
 use iced_x86::Mnemonic;
+use std::fmt;
 
 /// How often translated code was entered, and why it came back.
 #[derive(Clone, Debug, Default)]
@@ -58,5 +59,36 @@ impl Statistics {
             .collect();
         list.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         list
+    }
+}
+
+impl fmt::Display for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let counts = [
+            ("entries into translated code", self.entries),
+            ("blocks translated", self.translated),
+            ("of those for one purpose", self.translated_special),
+            ("taken from an archive", self.pasted),
+            ("blocks invalidated", self.killed),
+            ("direct branches followed for the first time", self.link),
+            ("indirect branches that missed the jump cache", self.indirect),
+            ("blocks cut short by the budget", self.budget),
+            ("blocks looked up again", self.lookup),
+            ("stack windows moved", self.window),
+            ("instructions executed alone", self.careful),
+            ("accesses that missed the TLB", self.slow_accesses),
+            ("exceptions", self.exceptions),
+            ("flushes", self.flushes),
+            ("stretches in the virtual machine", self.kvm_visits),
+            ("exits from it", self.kvm_exits),
+            ("of those for page faults", self.kvm_faults),
+        ];
+        for (what, count) in counts {
+            writeln!(f, "{count:>12} {what}")?;
+        }
+        for (mnemonic, count) in self.emulated().into_iter().take(24) {
+            writeln!(f, "{count:>12} {mnemonic}")?;
+        }
+        Ok(())
     }
 }

@@ -459,7 +459,7 @@ impl Translator {
             let treatment = classify::treatment(&ins, request.mode);
             if let Some((_, last)) = self.instructions.last_mut()
                 && *last == Treatment::SetInterrupt
-                && treatment == Treatment::Emulate
+                && matches!(treatment, Treatment::Emulate | Treatment::ReadTsc)
             {
                 // Between STI and this one the run may stop: STI must leave its shadow in the state.
                 *last = Treatment::Emulate;
@@ -950,6 +950,7 @@ impl Translator {
                 self.a.store_gs(host::RCX, base);
                 self.a.store_gs(host::RAX, field::KERNEL_GS_BASE);
             }
+            Treatment::ReadTsc => self.read_tsc(ins),
             Treatment::PushFlags => self.push_flags(),
             Treatment::ReadSelector => {
                 self.a.load_gs16_eax(field::selector(ins.op1_register().number()));
@@ -1276,6 +1277,26 @@ impl Translator {
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site });
         self.system_flag(rflags::IF, true);
+    }
+
+    /// RDTSC and RDTSCP: ticks when the budget is used up, less those of the instructions until then.
+    fn read_tsc(&mut self, ins: &Instruction) {
+        self.put_flags_away();
+        self.a.cmp_gs_imm32(field::TSC_KNOWN, 0);
+        let site = self.emulation_site(ins, self.unretired());
+        let patch = self.a.jcc(cc::E, 0);
+        self.cold.push(Cold::Leave { patch, site });
+        self.a.lea(true, host::RAX, Some(host::R15), None, self.unretired() as i32);
+        self.a.imul_rax_gs(field::TSC_PER_INSTRUCTION);
+        self.a.load_gs(host::RCX, field::TSC_AT_LIMIT);
+        self.a.sub(host::RCX, host::RAX);
+        self.a.gs_op(true, op::ADD, host::RCX, field::TSC_OFFSET);
+        self.a.mov32(HOME[0].expect("guest RAX has a home"), host::RCX);
+        self.a.put(&[0x48, 0xC1, 0xE9, 32]); // shr rcx, 32
+        self.a.mov32(HOME[2].expect("guest RDX has a home"), host::RCX);
+        if ins.mnemonic() == Mnemonic::Rdtscp {
+            self.a.load_gs(HOME[1].expect("guest RCX has a home"), field::TSC_AUX);
+        }
     }
 
     fn push_flags(&mut self) {

@@ -55,6 +55,9 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
     drop(console);
     let summary = summary.map_err(record_failure)?;
     report(&summary, arguments.quiet, arguments.json);
+    if arguments.engine.engine_statistics {
+        eprintln!("{}", recorder.machine().engine_statistics());
+    }
     Ok(exit::code_of(&summary.ended))
 }
 

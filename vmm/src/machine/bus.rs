@@ -1,6 +1,6 @@
 //! How the vCPU reaches the board: ports, memory-mapped registers, interrupt-controller MSRs, time, random numbers.
 
-use orrery_cpu::bus::MsrRefused;
+use orrery_cpu::bus::{MsrRefused, TscLine};
 use orrery_cpu::{Bus, Icount};
 use orrery_devices::layout;
 
@@ -106,6 +106,13 @@ impl Bus for Board {
 
     fn tsc(&mut self, now: Icount) -> u64 {
         self.clock.now(now).0
+    }
+
+    fn tsc_line(&self, limit: Icount) -> Option<TscLine> {
+        let per_instruction = self.clock.ns_per_instruction();
+        // Beyond, time saturates.
+        let at_limit = limit.0.checked_mul(per_instruction)?.checked_add(self.clock.skipped_ns())?;
+        Some(TscLine { at_limit, per_instruction })
     }
 
     fn random(&mut self) -> u64 {

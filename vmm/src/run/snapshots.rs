@@ -64,6 +64,8 @@ struct Shared {
     /// How often the list was thinned out: the distance has doubled as often.
     thinned: AtomicU32,
     failure: Mutex<Option<SnapshotError>>,
+    /// Memory of the capture before.
+    memory: Mutex<Vec<u8>>,
 }
 
 impl Snapshotter {
@@ -96,7 +98,8 @@ impl Snapshotter {
             Some(writer) => writer,
             None => self.writer.insert(Writer::start(&self.runs, &self.run, self.options, self.timeline.take())?),
         };
-        let (capture, base) = Capture::take(machine, self.base.as_ref())?;
+        let memory = std::mem::take(&mut *lock(&writer.shared.memory));
+        let (capture, base) = Capture::take_into(memory, machine, self.base.as_ref())?;
         self.base = Some(base);
         self.last_icount = machine.icount().0;
         writer.shared.busy.store(true, Ordering::Release);
@@ -178,7 +181,7 @@ impl Scribe {
     fn work(&mut self, receiver: &Receiver<(Capture, Option<PartialLine>)>, shared: &Shared) {
         while let Ok((capture, line)) = receiver.recv() {
             let written = self.write(&capture, line, shared);
-            drop(capture);
+            *lock(&shared.memory) = capture.into_memory();
             if let Err(error) = written {
                 lock(&shared.failure).get_or_insert(error);
                 // Later captures build on this one.

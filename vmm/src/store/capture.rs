@@ -54,6 +54,15 @@ pub struct Capture {
 impl Capture {
     /// Copies what has changed since `base` (or since power-on) and everything beside RAM. Gives the next base.
     pub fn take(machine: &mut Machine, base: Option<&CaptureBase>) -> Result<(Capture, CaptureBase), SnapshotError> {
+        Capture::take_into(Vec::new(), machine, base)
+    }
+
+    /// The same, with the memory of an earlier capture: fresh memory from the host costs as much as the copy.
+    pub(crate) fn take_into(
+        mut contents: Vec<u8>,
+        machine: &mut Machine,
+        base: Option<&CaptureBase>,
+    ) -> Result<(Capture, CaptureBase), SnapshotError> {
         if !machine.at_moment() {
             return Err(SnapshotError::NotAMoment(machine.icount()));
         }
@@ -65,7 +74,8 @@ impl Capture {
             None => digest.pages().map(|(page, _)| page).collect(),
         };
         let mut changed = Vec::with_capacity(pages.len());
-        let mut contents = Vec::with_capacity(pages.len() * PAGE_BYTES);
+        contents.clear();
+        contents.reserve(pages.len() * PAGE_BYTES);
         let mut content = [0; PAGE_SIZE as usize];
         for page in pages {
             let hash = digest.hash_of(page).unwrap_or(ZERO_PAGE);
@@ -109,6 +119,11 @@ impl Capture {
     /// Where it was taken.
     pub fn icount(&self) -> Icount {
         self.icount
+    }
+
+    /// The memory that it holds, to be used again.
+    pub(crate) fn into_memory(self) -> Vec<u8> {
+        self.contents
     }
 
     /// Bytes that it holds.

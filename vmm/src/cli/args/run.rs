@@ -136,7 +136,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     pub inputs: Option<PathBuf>,
     /// Instructions per compared epoch
-    #[arg(long, value_name = "N", default_value_t = 1 << 26, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 28, value_parser = clap::value_parser!(u64).range(1..))]
     pub epoch: u64,
     /// Show nothing but errors
     #[arg(long, short)]

@@ -101,6 +101,9 @@ pub struct EngineArgs {
     /// Code cache, in MiB
     #[arg(long, hide = true, value_name = "MIB")]
     pub engine_cache: Option<usize>,
+    /// Say at the end what the engine did, on standard error
+    #[arg(long, hide = true)]
+    pub engine_statistics: bool,
     /// Begin without translations that earlier runs of the image left, and leave none: a slower start, nothing else
     #[arg(long, help_heading = REACH)]
     pub no_translation_cache: bool,
