@@ -7,7 +7,7 @@ use crate::state::CpuState;
 use std::mem::offset_of;
 
 /// Largest number of entries of one TLB, as a power of two.
-pub const TLB_BITS_MAX: u32 = 14;
+pub const TLB_BITS_MAX: u32 = 16;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 /// Entries of the jump cache, a power of two.
@@ -65,7 +65,7 @@ pub struct StackWindow {
 }
 
 /// Spare windows of supervisor and of user code; a power of two.
-pub const SPARE_WINDOWS: usize = 64;
+pub const SPARE_WINDOWS: usize = 256;
 
 /// A window that serves RSP in one page: threads have a stack each.
 #[repr(C, align(64))]

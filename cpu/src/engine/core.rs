@@ -38,6 +38,8 @@ pub enum Pending {
     None,
     /// The instruction must be executed by itself, with every access through Rust.
     Careful,
+    /// The range of a group crosses a page: the block must go on without groups.
+    Crossing,
     /// The access raises this.
     Exception(Exception),
 }
@@ -290,7 +292,7 @@ impl Core {
     /// A group of accesses of the block crossed a page: if that happens often, it is better translated without.
     pub fn crossing(&mut self, index: u32) {
         const OFTEN: u32 = 32;
-        const INSTRUCTIONS_BETWEEN: u64 = 10_000;
+        const INSTRUCTIONS_BETWEEN: u64 = 20_000;
         let now = self.now().0;
         let block = &mut self.t.blocks[index];
         block.crossings.0 += 1;
@@ -418,7 +420,7 @@ impl Core {
             bytes,
             mode,
             max_instructions: match purpose {
-                Purpose::Ordinary | Purpose::Windowless => longest.clamp(1, MAX_INSTRUCTIONS),
+                Purpose::Ordinary | Purpose::Windowless | Purpose::Ungrouped => longest.clamp(1, MAX_INSTRUCTIONS),
                 Purpose::Short(most) => most as u32,
                 Purpose::Careful => 1,
             },
@@ -426,6 +428,7 @@ impl Core {
             window: purpose == Purpose::Ordinary && !mode.is_direct(),
             grouping: grouping
                 && !mode.is_direct()
+                && purpose != Purpose::Ungrouped
                 && self.config.grouping
                 && !self.t.is_ungrouped(start(identity, rip)),
             isolated: !purpose.is_linked(),
@@ -591,6 +594,7 @@ impl Core {
         let mut follow = Follow::Nothing;
         let mut careful = false;
         let mut short = false;
+        let mut ungrouped = false;
         // One instruction that came back from the virtual machine.
         let mut single = false;
         let mut clears = self.t.clears;
@@ -650,11 +654,14 @@ impl Core {
                 // The largest power of two that the budget covers.
                 let most = budget.min(MAX_INSTRUCTIONS as i64) as u64;
                 Purpose::Short(1 << most.ilog2())
+            } else if std::mem::take(&mut ungrouped) {
+                Purpose::Ungrouped
             } else if matches!(follow, Follow::Windowless { .. }) {
                 Purpose::Windowless
             } else {
                 Purpose::Ordinary
             };
+            self.offer_tsc();
             if purpose == Purpose::Ordinary && !resume && held == 0 && self.direct_wanted() {
                 follow = Follow::Nothing;
                 single = true;
@@ -663,7 +670,6 @@ impl Core {
                 }
                 continue;
             }
-            self.offer_tsc();
             let index = match self.find(purpose) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
@@ -725,6 +731,12 @@ impl Core {
                             self.hold(shadow, held);
                             self.statistics.careful += 1;
                             careful = true;
+                        }
+                        Pending::Crossing => {
+                            self.hold(shadow, held);
+                            // Who goes instruction by instruction has no other way to get past it.
+                            ungrouped = purpose.is_linked();
+                            careful = !ungrouped;
                         }
                         Pending::Exception(exception) => {
                             let exception = self.first_exception(exception);

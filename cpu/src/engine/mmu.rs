@@ -444,7 +444,10 @@ impl Core {
         match found {
             Ok(Some(pointer)) => Some(pointer),
             Ok(None) => {
-                self.pending = Pending::Careful;
+                self.pending = match first {
+                    Some(_) if self.crosses(linear, size) => Pending::Crossing,
+                    _ => Pending::Careful,
+                };
                 None
             }
             Err(exception) => {
@@ -526,7 +529,7 @@ impl Core {
         block: u32,
     ) -> Result<Option<*mut u8>, Exception> {
         let first = linear.wrapping_add(offset);
-        if (linear & PAGE_MASK) + span > PAGE_SIZE {
+        if self.crosses(linear, span) {
             self.crossing(block);
             return Ok(None);
         }
@@ -545,6 +548,10 @@ impl Core {
             }
             Target::Mmio(_) | Target::Disturbs => Ok(None),
         }
+    }
+
+    fn crosses(&self, linear: u64, span: u64) -> bool {
+        (linear & PAGE_MASK) + span > PAGE_SIZE
     }
 
     fn bounce(&mut self, write: bool) -> &mut [u8; 128] {

@@ -88,7 +88,7 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> EngineConfig {
         EngineConfig {
-            tlb_bits: 14,
+            tlb_bits: 16,
             chaining: true,
             grouping: true,
             max_block_instructions: 64,

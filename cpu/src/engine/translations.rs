@@ -31,6 +31,8 @@ pub enum Purpose {
     Ordinary,
     /// Ordinary execution where the stack window does not reach.
     Windowless,
+    /// Ordinary execution where accesses that would share a translation lie in two pages; without the window, too.
+    Ungrouped,
     /// At most so many instructions, and then back to Rust.
     Short(u8),
     /// One instruction with every memory access through Rust.
@@ -40,7 +42,7 @@ pub enum Purpose {
 impl Purpose {
     /// Others may be linked to the block and it to others.
     pub fn is_linked(self) -> bool {
-        matches!(self, Purpose::Ordinary | Purpose::Windowless)
+        matches!(self, Purpose::Ordinary | Purpose::Windowless | Purpose::Ungrouped)
     }
 }
 

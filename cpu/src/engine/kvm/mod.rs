@@ -300,6 +300,9 @@ impl Core {
         self.store_fpu();
         let state = self.state().clone();
         let budget = self.budget();
+        // SAFETY: translated code is not running.
+        let soft = unsafe { &*self.block };
+        let tsc = (soft.tsc_known, soft.tsc_at_limit, soft.tsc_per_instruction);
         let direct = self.direct();
         let mut image = state.fpu;
         if !image.upper_in_use() {
@@ -320,6 +323,8 @@ impl Core {
         block.state.seg = state.seg;
         block.state.rflags = state.rflags;
         block.flags = flags_to_slot(state.rflags);
+        (block.tsc_known, block.tsc_at_limit, block.tsc_per_instruction) = tsc;
+        (block.state.tsc_offset, block.state.tsc_aux) = (state.tsc_offset, state.tsc_aux);
         Ok(())
     }
 
