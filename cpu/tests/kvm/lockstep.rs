@@ -96,6 +96,8 @@ pub struct Lockstep {
     pushed_flags: BTreeMap<u64, u64>,
     /// The guest is a case at CPL 0, where KVM may emulate everything.
     emulated: bool,
+    /// The guest writes its code through another address than it is fetched from.
+    writes_code: bool,
     /// How often an instruction was compared, by mnemonic.
     pub executed: BTreeMap<String, u64>,
 }
@@ -197,6 +199,13 @@ fn rex_is_followed_by_prefix(bytes: &[u8]) -> bool {
     bytes[..prefixes].windows(2).any(|pair| !is_prefix(&pair[0]))
 }
 
+/// True for the bytes of a gather, even one that is #UD for the registers that it names.
+fn is_gather(bytes: &[u8]) -> bool {
+    let prefixes =
+        bytes.iter().take_while(|byte| matches!(byte, 0x26 | 0x2E | 0x36 | 0x3E | 0x64 | 0x65 | 0x67)).count();
+    matches!(bytes[prefixes..], [0xC4, map, _, 0x90..=0x93, ..] if map & 0x1F == 2)
+}
+
 impl Lockstep {
     /// Both sides, with nothing loaded.
     pub fn new(vm: Vm) -> Lockstep {
@@ -215,6 +224,7 @@ impl Lockstep {
             start: 0,
             pushed_flags: BTreeMap::new(),
             emulated: false,
+            writes_code: false,
             executed: BTreeMap::new(),
         }
     }
@@ -487,6 +497,8 @@ impl Lockstep {
             mnemonics: &mnemonics,
             rex_is_followed_by_prefix: rex_is_followed_by_prefix(&bytes),
             refused_base,
+            is_gather: is_gather(&bytes),
+            writes_code: self.writes_code,
             kvm: &kvm,
             engine: met.as_ref().unwrap_or(state),
         };
@@ -565,10 +577,11 @@ impl Lockstep {
         self.start = self.steps;
         self.pushed_flags.clear();
         self.emulated = matches!(guest, Guest::Case(_, true));
+        self.writes_code = name.contains("self_modifying");
         let mut formatter = IntelFormatter::new();
         while self.steps - self.start < BUDGET {
             let instruction = self.next_instruction();
-            let mut text = String::from("(bytes that cannot be fetched or decoded)");
+            let mut text = format!("(no instruction: {:02x?})", self.next_bytes());
             if let Some(instruction) = &instruction {
                 text.clear();
                 formatter.format(instruction, &mut text);

@@ -1,7 +1,7 @@
 //! What KVM does otherwise than a processor, each as narrow as it can be told: a guest that meets one is left there,
 //! and counted under its name. `docs/oracles.md` has the reasons.
 
-use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind};
+use iced_x86::{EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use orrery_cpu::paging::is_canonical;
 use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 
@@ -25,6 +25,10 @@ pub struct Meeting<'a> {
     pub rex_is_followed_by_prefix: bool,
     /// The engine has met a WRMSR that would load a segment base that is not canonical.
     pub refused_base: bool,
+    /// The instruction is a gather, or would be one if it named other registers.
+    pub is_gather: bool,
+    /// The guest writes its code through another address than it is fetched from.
+    pub writes_code: bool,
     /// KVM's state behind it.
     pub kvm: &'a CpuState,
     /// The engine's, at the same place if it got there.
@@ -109,6 +113,27 @@ impl Meeting<'_> {
         let (kvm, engine) = (&self.kvm.fpu.0, &self.engine.fpu.0);
         let top = (kvm[3] ^ engine[3]) & !0x38 == 0 && kvm[3] & 0x38 == 0;
         top && kvm[..3] == engine[..3] && kvm[4] == 0xFF && kvm[5..] == engine[5..] && kvm[3..5] != engine[3..5]
+    }
+
+    /// Of all general-purpose registers, only one differs, and in these bits alone.
+    fn only_differs_in(&self, register: usize, bits: u64) -> bool {
+        (0..16).all(|n| match self.kvm.gpr[n] ^ self.engine.gpr[n] {
+            0 => n != register,
+            difference => n == register && difference & !bits == 0,
+        })
+    }
+
+    /// An operand of 16 bytes of an instruction without VEX prefix, which must be aligned, is not.
+    fn has_misaligned_operand(&self) -> bool {
+        let register = |register: Register, _, _| match register {
+            segment if segment.is_segment_register() => Some(self.before.seg[segment.number()].base),
+            register => Some(self.before.gpr[register.full_register().number()]),
+        };
+        self.instruction.is_some_and(|i| {
+            i.encoding() == EncodingKind::Legacy
+                && i.memory_size().size() == 16
+                && i.virtual_address((i.op_count() - 1).min(1), 0, register).is_some_and(|address| address % 16 != 0)
+        })
     }
 
     /// Both faulted, within a page of each other.
@@ -217,8 +242,26 @@ impl Meeting<'_> {
         {
             return Some("SHLD and SHRD by a constant forget it in addresses relative to RIP");
         }
-        if mnemonic == Blsi && flags == rflags::CF {
+        if passes(&[Blsi]) && flags & rflags::CF != 0 {
             return Some("BLSI clears CF where it sets it");
+        }
+        if self.is_gather && engine == Some(6) && kvm != engine {
+            return Some("gathers may name a register twice");
+        }
+        if self.instruction.is_some_and(|i| i.is_vsib() && i.memory_base().size() == 4) {
+            return Some("gathers do not truncate addresses to 32 bits");
+        }
+        if mnemonic == Invpcid && kvm == Some(6) {
+            return Some("no INVPCID");
+        }
+        if engine == Some(13) && kvm != engine && self.has_misaligned_operand() {
+            return Some("an SSE operand need not be aligned");
+        }
+        if self.mnemonics.len() > 1 && self.writes_code && self.only_differs_in(gpr::RAX, 0xFF) {
+            return Some("code that is written through another address is executed as it was, until it is serialised");
+        }
+        if passes(&[Pushf, Pushfd, Pushfq]) && (0..16).any(|n| self.only_differs_in(n, rflags::TF)) {
+            return Some("TF shows in flags that are pushed where KVM does not stop");
         }
         if matches!(mnemonic, Bsf | Bsr) && self.only_upper_halves_differ() {
             return Some("BSF and BSR of zero clear the upper half");
