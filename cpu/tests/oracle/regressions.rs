@@ -35,6 +35,17 @@ const CASES: &[Entry] = &[
         b"\x68\x80\x1f\x02\0\x0f\xae\x14\x24\x68\x80\x1f\0\0\x0f\xae\x14\x24",
         |_| {},
     ),
+    (64, "elements at 4 GiB with a 32-bit address, of which processors differ", b"\x67\xc4\xe2\x6d\x8e\x16", |r| {
+        r.gpr[RSI] = 0xFFFF_FFF8;
+        r.fpu.0[576 + 2 * 16..][..16].fill(0x80);
+    }),
+    (64, "an image there", b"\x67\x0f\xae\x0e", |r| r.gpr[RSI] = 0xFFFF_FE10),
+    (64, "an offset that is not canonical, of FS, with alignment checks", b"\x64\x4f\x0f\xb3\x54\xfa\x55", |r| {
+        checked(r);
+        r.gpr[10] = 0xFFFF_89B1_91BC_5E06;
+        r.gpr[15] = 0x199;
+        r.fs_gs_base[0] = 0x764E_8E43_A4DB;
+    }),
     (64, "a branch to itself retires every time", b"\xe8\0\0\0\0\xc2\0\0", |_| {}),
     (64, "a shift count beyond 16 of a 16-bit double shift", b"\x66\x0f\xa4\xf7\x13", |r| {
         r.gpr[RSI] = 0x1234_5678;
