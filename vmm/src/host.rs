@@ -56,6 +56,7 @@ pub fn examine() -> Vec<Finding> {
     findings.extend(features());
     findings.push(fsgsbase());
     findings.push(kvm());
+    findings.extend(kvm_costs());
     findings.push(memory());
     findings.push(huge_pages());
     findings
@@ -116,7 +117,7 @@ fn fsgsbase() -> Finding {
 }
 
 fn kvm() -> Finding {
-    const MEANING: &str = "guests run in the translator, which needs no KVM";
+    const MEANING: &str = "guests run in software, which needs no KVM";
     let kvm = match kvm_ioctls::Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
@@ -142,8 +143,30 @@ fn kvm() -> Finding {
         (None, true) => "built in, with hardware support",
         (None, false) => "without hardware support (PVM or built in)",
     };
-    let detail = format!("API {}, {flavour}; {MEANING}", kvm.get_api_version());
+    let detail = format!("API {}, {flavour}", kvm.get_api_version());
     finding("kvm", Level::Ok, detail)
+}
+
+/// What going into a virtual machine and out of it costs, and for whom it pays.
+fn kvm_costs() -> Option<Finding> {
+    /// Instructions that the soft engine executes in a microsecond, by a rule of thumb.
+    const SOFT_PER_US: u64 = 2_000;
+    kvm_ioctls::Kvm::new().ok()?;
+    Some(match orrery_cpu::engine::measure_kvm() {
+        Ok(costs) => {
+            let us = |ns: u64| ns as f64 / 1000.0;
+            let visit_ns = costs.exit_ns + costs.registers_ns;
+            let detail = format!(
+                "an exit takes {:.1} us, a page fault {:.1} us, registers {:.1} us: --engine kvm pays off for programs that compute for much more than {} instructions between system calls; --engine auto finds out",
+                us(costs.exit_ns),
+                us(costs.fault_ns),
+                us(costs.registers_ns),
+                visit_ns * SOFT_PER_US / 1000,
+            );
+            finding("engine", Level::Ok, detail)
+        }
+        Err(error) => finding("engine", Level::Warning, format!("{error}: use --engine soft")),
+    })
 }
 
 fn memory() -> Finding {

@@ -333,6 +333,10 @@ impl Core {
 
     /// Identity of the code page at `vpage`, entered in the instruction TLB.
     fn code_page(&mut self, vpage: u64, mode: Mode) -> Result<Result<u32, Stop>, Exception> {
+        if mode.is_direct() {
+            // The soft engine finds out what is wrong, when it gets there.
+            return self.direct_page(vpage, mode).map(Ok).ok_or(Exception::GP0);
+        }
         let class = mode.class();
         let slot = vpage as usize % ITLB_ENTRIES;
         // SAFETY: translated code is not running.
@@ -703,6 +707,7 @@ impl Core {
             let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
+            self.policy_soft_ran();
             let mut attention = false;
             if was_careful {
                 if matches!(argument, exit::ABORTED | exit::FAULT) {

@@ -40,7 +40,7 @@ use crate::model::ModelFeatures;
 use crate::state::CpuState;
 
 pub use archive::Archive;
-pub use kvm::KvmError;
+pub use kvm::{KvmCosts, KvmError, available as kvm_available, measure as measure_kvm};
 pub use observe::{Accessor, Hit, Observation, Place, WATCH_BYTES_MAX, Watchpoint};
 pub use statistics::Statistics;
 pub use undefined::Undefined;
@@ -280,6 +280,11 @@ impl Engine {
     /// been reported is passed by itself.
     pub fn pass_breakpoint(&mut self) {
         self.core.pass_breakpoint();
+    }
+
+    /// Why user-mode code does not run in a virtual machine although that was asked for.
+    pub fn kvm_error(&self) -> Option<&KvmError> {
+        self.core.direct_error.as_ref()
     }
 
     /// What the engine has done so far, for tuning. It says nothing about the guest.

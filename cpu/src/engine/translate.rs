@@ -1374,6 +1374,7 @@ impl Translator {
         let mut at = POINTER;
         if let Some((_, access)) = use_of.memory {
             at = self.operand(ins, ins.memory_size().size(), reads(access), writes(access));
+            self.touch_first(ins, at);
             if needs_pointer(ins) {
                 self.pointer(at);
                 at = POINTER;

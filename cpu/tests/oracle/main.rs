@@ -28,7 +28,7 @@ use generate::codes::{self, Class};
 use guest::{Drive, Guest};
 use iced_x86::{Code, Mnemonic, OpCodeOperandKind};
 use native::Native;
-use orrery_cpu::engine::{EngineConfig, Undefined};
+use orrery_cpu::engine::{EngineConfig, EngineKind, Undefined};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -88,7 +88,7 @@ struct Part {
     run: fn(&mut Totals),
 }
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 12] = [
     Part { name: "host_agrees_with_itself", run: host_agrees_with_itself },
     Part { name: "absent_features_are_undefined", run: absent_features_are_undefined },
     Part { name: "regressions", run: regressions },
@@ -118,9 +118,28 @@ const PARTS: [Part; 10] = [
             compare_with_host(totals, chaotic, Drive::Strides(50), false, 2_000, 4_000);
         },
     },
+    Part {
+        name: "engine_agrees_with_host_in_a_virtual_machine",
+        run: |totals| virtual_machine(totals, EngineKind::Kvm),
+    },
+    Part {
+        name: "engine_agrees_with_host_in_and_out_of_a_virtual_machine",
+        run: |totals| virtual_machine(totals, EngineKind::Random),
+    },
     Part { name: "engine_agrees_with_host_in_compatibility_mode", run: compatibility_mode },
     Part { name: "undefined_flags_are_those_of_the_model", run: undefined_flags },
 ];
+
+/// With user code in a virtual machine of KVM.
+fn virtual_machine(totals: &mut Totals, engine: EngineKind) {
+    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        assert!(std::env::var_os("ORRERY_REQUIRE_KVM").is_none(), "/dev/kvm: {error}");
+        println!("  left out: /dev/kvm: {error}");
+        return;
+    }
+    let config = EngineConfig { engine, ..config() };
+    compare_with_host(totals, config, Drive::Whole, false, 10_000, 4_000);
+}
 
 /// Runs `singles` cases of one instruction and `programs` short programs.
 fn compare_with_host(

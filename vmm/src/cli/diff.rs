@@ -42,7 +42,7 @@ pub(super) fn diff(arguments: &DiffArgs) -> Result<u8, Failure> {
         return Err(Failure::new(exit::MOMENT, message));
     }
     // One image, so one place will do for both.
-    let pair = Pair { place: Place::of(runs[0].clone(), &arguments.reach), runs, arguments };
+    let pair = Pair { place: Place::of(runs[0].clone(), &arguments.reach)?, runs, arguments };
     let report = pair.compare()?;
     if arguments.json {
         say!("{}", serde_json::to_string(&report).expect("a report is plain data"));

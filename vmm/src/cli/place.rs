@@ -29,18 +29,18 @@ pub(super) fn find_run(kept: &RunsDirectoryArgs, name: &str) -> Result<RunRefere
 impl Place {
     /// Finds a run by its name or the beginning of it.
     pub fn find(name: &str, arguments: &ReachArgs) -> Result<Place, Failure> {
-        Ok(Place::of(find_run(&arguments.place.kept, name)?, arguments))
+        Place::of(find_run(&arguments.place.kept, name)?, arguments)
     }
 
     /// A run that has been found.
-    pub fn of(run: RunReference, arguments: &ReachArgs) -> Place {
-        let engine = WarmEngine::new(&arguments.engine, &run.manifest.image.hash.0);
+    pub fn of(run: RunReference, arguments: &ReachArgs) -> Result<Place, Failure> {
+        let engine = WarmEngine::new(&arguments.engine, &run.manifest.image.hash.0)?;
         let options = MomentOptions {
             image: arguments.place.image.clone(),
             engine: engine.config.clone(),
             from_power_on: arguments.from_power_on,
         };
-        Place { run, options, _engine: engine }
+        Ok(Place { run, options, _engine: engine })
     }
 
     /// The machine at an icount, or at the run's end. Says which snapshots turned out damaged.

@@ -26,7 +26,7 @@ pub(super) fn run(arguments: RunArgs) -> Result<u8, Failure> {
         None => Vec::new(),
     };
     let seed = Seed(arguments.seed);
-    let engine = WarmEngine::new(&arguments.engine, &image.hash());
+    let engine = WarmEngine::new(&arguments.engine, &image.hash())?;
     let mut machine = build_machine(&image, &arguments.machine, seed, engine.config.clone())?;
     machine.replay(replayed);
     let stem = arguments.image.file_stem().map_or("run".into(), |stem| stem.to_string_lossy().into_owned());

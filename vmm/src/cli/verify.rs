@@ -59,7 +59,7 @@ pub(super) fn verify(arguments: VerifyArgs) -> Result<u8, Failure> {
         None => Vec::new(),
     };
     let perturb_seed = arguments.perturb_seed.or_else(|| arguments.perturb.then(any_seed));
-    let warm = WarmEngine::new(&arguments.engine, &image.hash());
+    let warm = WarmEngine::new(&arguments.engine, &image.hash())?;
     let session =
         Session { arguments: &arguments, image: &image, replayed: &replayed, perturb_seed, warm: &warm.config };
     let mut report = Report {

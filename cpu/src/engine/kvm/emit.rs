@@ -9,6 +9,7 @@ use super::super::classify::Treatment;
 use super::super::registers::{HOME, gpr_number};
 use super::super::translate::{Borrowed, Cold, Flags, SiteKind, Translator, set_memory};
 use super::EXIT_DISTANCE;
+use crate::system::availability::{Unit, unit};
 use iced_x86::{Instruction, OpKind, Register};
 
 /// Emits the way out: a store that KVM reports, to the page in front of the code.
@@ -58,6 +59,20 @@ impl Translator {
         }
         let base = self.held(base, host::RCX);
         Operand { base, index: Some(self.held(index, host::RCX)), scale, disp }
+    }
+
+    /// Touches the memory operand of an x87 or MMX instruction first: a KVM without help of the processor emulates what
+    /// raises #GP, and touches x87 state when it does. Uses RAX.
+    pub fn touch_first(&mut self, ins: &Instruction, at: Operand) {
+        let mmx = (0..ins.op_count()).any(|i| ins.op_kind(i) == OpKind::Register && ins.op_register(i).is_mm());
+        if !self.mode.is_direct() || !mmx && unit(ins) != Unit::X87 {
+            return;
+        }
+        let last = ins.memory_size().size().saturating_sub(4) as i32;
+        for disp in [at.disp, at.disp.wrapping_add(last)] {
+            self.may_fault_here();
+            self.a.load(4, host::RAX, Operand { disp, ..at });
+        }
     }
 
     /// Instructions that use the stack by themselves; false if it is none of them.
@@ -140,19 +155,27 @@ impl Translator {
         if !self.mode.is_direct() || !self.writes_stack_pointer(ins) {
             return;
         }
-        // Without touching the flags: bits 63 to 47 are all zero, or all ones.
-        self.a.mov_imm(host::RAX, 47);
-        self.a.sarx_rcx_rsp_rax();
-        let low = self.a.jrcxz();
-        self.a.lea(true, host::RCX, Some(host::RCX), None, 1);
-        let high = self.a.jrcxz();
         let ip = std::mem::replace(&mut self.ip, ins.next_ip());
-        let save = self.flags == Flags::Host;
-        if save {
+        let unretired = self.unretired() - 1;
+        let site = self.site(SiteKind::Lookup, unretired);
+        let flags_in_host = self.flags != Flags::Slot;
+        let emulated = self.site(SiteKind::Fault { flags_in_host, borrowed: Borrowed::default() }, unretired);
+        self.ip = ip;
+        // Without touching the flags: bits 63 to 47 are all zero, or all ones. KVM may fail to emulate this, too.
+        self.faults.push((self.a.here() as u32, emulated));
+        self.a.mov_imm(host::RAX, 47);
+        self.faults.push((self.a.here() as u32, emulated));
+        self.a.sarx_rcx_rsp_rax();
+        self.faults.push((self.a.here() as u32, emulated));
+        let low = self.a.jrcxz();
+        self.faults.push((self.a.here() as u32, emulated));
+        self.a.lea(true, host::RCX, Some(host::RCX), None, 1);
+        self.faults.push((self.a.here() as u32, emulated));
+        let high = self.a.jrcxz();
+        if self.flags == Flags::Host {
+            self.faults.push((self.a.here() as u32, emulated));
             self.a.save_flags(field::FLAGS);
         }
-        let site = self.site(SiteKind::Lookup, self.unretired() - 1);
-        self.ip = ip;
         let patch = self.a.jmp(0);
         self.cold.push(Cold::Leave { patch, site });
         self.a.land8(low);

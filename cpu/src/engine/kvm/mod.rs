@@ -8,11 +8,13 @@
 
 mod emit;
 mod faults;
+mod measure;
 mod policy;
 mod tables;
 mod vm;
 
 pub use emit::emit_exit;
+pub use measure::{KvmCosts, available, measure};
 pub use policy::Policy;
 pub use vm::KvmError;
 
@@ -27,7 +29,6 @@ use super::{EngineKind, Stop};
 use crate::memory::PAGE_SIZE;
 use crate::paging::is_canonical;
 use crate::state::{gpr, rflags};
-use iced_x86::{Decoder, DecoderError, DecoderOptions};
 use kvm_bindings::kvm_regs;
 use tables::Arena;
 use vm::{Exit, PageFault, Vm};
@@ -60,12 +61,31 @@ enum Next {
     At(u32),
     /// In the VM, as it left.
     Again,
-    /// In the soft engine.
-    Soft,
+    /// In the soft engine, here.
+    Soft(Place),
+    /// In the soft engine, with the instruction that could not go on in the VM.
+    Fault,
+}
+
+/// What is left to do when registers have been unloaded. It names no site: those may be forgotten meanwhile.
+#[derive(Clone, Copy)]
+struct Place {
+    rip: u64,
+    /// Instructions that were counted and have not retired.
+    unretired: u32,
+    /// What was added to RSP by an instruction that is to be executed again.
+    popped: i32,
 }
 
 /// What was found in the VM cannot be: the guest has found the engine's part of it and written to it, or KVM is broken.
 struct Spoiled(String);
+
+impl Place {
+    /// Where an instruction begins that nothing has been counted of.
+    fn at(rip: u64) -> Place {
+        Place { rip, unretired: 0, popped: 0 }
+    }
+}
 
 impl Direct {
     fn new(core: &Core) -> Result<Direct, KvmError> {
@@ -189,7 +209,8 @@ impl Core {
             && is_canonical(state.gpr[gpr::RSP])
             && state.rip >> 47 == 0
             && state.rflags & (rflags::TF | rflags::AC) == 0;
-        if !fits || self.observed.is_active() {
+        // Blocks that the budget does not cover are cut short by the soft engine.
+        if !fits || self.budget() < OVERDRAFT || self.observed.is_active() {
             return false;
         }
         self.policy_wants()
@@ -212,7 +233,7 @@ impl Core {
     // Blocks ---------------------------------------------------------------------------------------------------
 
     /// Identity of the code page at `vpage`, entered in the VM's instruction TLB; None if the soft engine should look.
-    fn direct_page(&mut self, vpage: u64, mode: Mode) -> Option<u32> {
+    pub fn direct_page(&mut self, vpage: u64, mode: Mode) -> Option<u32> {
         let slot = vpage as usize % ITLB_ENTRIES;
         if self.direct().mode != mode {
             self.direct().forget_pages();
@@ -226,12 +247,26 @@ impl Core {
         {
             return Some(cached);
         }
-        let translation = self.walk(vpage << 12, false, true, Class::User).ok()?;
-        self.memory.host(translation.gpa & !(PAGE_SIZE - 1), PAGE_SIZE)?;
-        let identity = self.t.identity(vpage, (translation.gpa / PAGE_SIZE) as u32, mode);
+        let page = match self.soft_page(vpage) {
+            Some(known) => self.t.code_pages[known].page,
+            None => {
+                let translation = self.walk(vpage << 12, false, true, Class::User).ok()?;
+                self.memory.host(translation.gpa & !(PAGE_SIZE - 1), PAGE_SIZE)?;
+                (translation.gpa / PAGE_SIZE) as u32
+            }
+        };
+        let identity = self.t.identity(vpage, page, mode);
         self.direct().block().itlb[Class::User as usize][slot] = identity;
         self.direct().pages_used.push(slot as u16);
         Some(identity)
+    }
+
+    /// The soft engine's identity of the code page at `vpage`, if it has it in its instruction TLB.
+    fn soft_page(&self, vpage: u64) -> Option<u32> {
+        // SAFETY: translated code is not running.
+        let cached = unsafe { (*self.block).itlb[Class::User as usize][vpage as usize % ITLB_ENTRIES] };
+        let page = self.t.code_pages.get(cached as usize)?;
+        (cached != 0 && page.vpage == vpage && page.mode == Mode::of(self.state())).then_some(cached)
     }
 
     /// The block for the VM at RIP, translated if need be; None if there can be none.
@@ -243,33 +278,82 @@ impl Core {
         let mode = Mode::of(self.state()).direct();
         let identity = self.direct_page(rip >> 12, mode)?;
         if let Some(index) = self.t.find(start(identity, rip), Purpose::Ordinary) {
-            return Some(index);
+            let second = self.t.blocks[index].second;
+            match second {
+                None => return Some(index),
+                Some((vpage, second)) if self.direct_page(vpage, mode)? == second => return Some(index),
+                Some(_) => self.kill(index),
+            }
         }
         if !self.has_room_for_block() {
             self.clear_code();
             return None;
         }
-        if self.ends_in_next_page(identity, rip) {
-            return None;
-        }
-        let clears = self.t.clears;
+        let first_site = self.t.sites.len() as u32;
         match self.translate(identity, mode, Purpose::Ordinary) {
-            Ok(Ok(index)) if clears == self.t.clears => Some(index),
+            Ok(Ok(index)) => {
+                self.direct_ahead(first_site, index);
+                Some(index)
+            }
             _ => None,
         }
     }
 
-    /// The instruction at `rip` is in two pages: those are the soft engine's.
-    fn ends_in_next_page(&self, identity: u32, rip: u64) -> bool {
-        let offset = (rip % PAGE_SIZE) as usize;
-        let len = PAGE_SIZE as usize - offset;
-        let gpa = u64::from(self.t.code_pages[identity].page) * PAGE_SIZE;
-        let Some(host) = self.memory.host(gpa, PAGE_SIZE) else { return true };
-        // SAFETY: the page is mapped RAM; the guest does not run while it is read.
-        let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), len.min(15)) };
-        let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
-        let _ = decoder.decode();
-        len < 15 && decoder.last_error() == DecoderError::NoMoreBytes
+    /// Translates what a new block leads to, as far as the soft engine has met it: an exit for each link would cost
+    /// more. Touches no page tables: nothing of this is executed yet. The sites of the block are those from
+    /// `first_site` on.
+    fn direct_ahead(&mut self, first_site: u32, block: u32) {
+        const BLOCKS_MAX: u32 = 256;
+        let (rip, mode) = (self.state().rip, Mode::of(self.state()));
+        self.direct_seed_jump(block);
+        let mut made = 0;
+        let mut at = first_site;
+        // The sites of blocks that are translated here are appended, and looked at in turn.
+        while (at as usize) < self.t.sites.len() {
+            let site = self.t.sites[at];
+            at += 1;
+            let SiteKind::Link { target, patch, .. } = site.kind else { continue };
+            let Some(soft) = self.soft_page(target >> 12).filter(|_| target >> 47 == 0) else { continue };
+            let known = self.t.find(start(soft, target), Purpose::Ordinary);
+            if !known.is_some_and(|known| self.t.blocks[known].second.is_none()) || !self.has_room_for_block() {
+                continue;
+            }
+            let identity = self.t.identity(target >> 12, self.t.code_pages[soft].page, mode.direct());
+            let found = match self.t.find(start(identity, target), Purpose::Ordinary) {
+                Some(index) if self.t.blocks[index].second.is_none() => index,
+                None if made < BLOCKS_MAX => {
+                    made += 1;
+                    self.state_mut().rip = target;
+                    let translated = self.translate(identity, mode.direct(), Purpose::Ordinary);
+                    self.state_mut().rip = rip;
+                    let Ok(Ok(index)) = translated else { continue };
+                    self.direct_seed_jump(index);
+                    index
+                }
+                _ => continue,
+            };
+            if self.config.chaining {
+                self.direct_link(site.block, patch, found);
+            }
+        }
+    }
+
+    /// Leads a branch of `source` to a block.
+    fn direct_link(&mut self, source: u32, patch: u32, target: u32) {
+        let (source, block) = (&self.t.blocks[source], &self.t.blocks[target]);
+        let near = block.identity == source.identity && block.second.is_none() && source.second.is_none();
+        let to = if near { block.entry } else { block.checked };
+        self.t.patch_rel32(patch, to);
+    }
+
+    /// Enters a new block in the VM's jump cache, if the soft engine has it in its own.
+    fn direct_seed_jump(&mut self, index: u32) {
+        let (rip, checked) = (self.t.blocks[index].rip, self.t.blocks[index].checked);
+        // SAFETY: translated code is not running.
+        let known = unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES].rip };
+        if known == rip && rip != 0 {
+            self.direct_jump(rip, checked);
+        }
     }
 
     // Running --------------------------------------------------------------------------------------------------
@@ -279,6 +363,7 @@ impl Core {
         if !self.direct_ready() {
             return None;
         }
+        let visit = self.policy_visit();
         let index = self.direct_find()?;
         let entry = self.t.blocks[index].entry;
         if let Err(error) = self.load_direct() {
@@ -287,7 +372,10 @@ impl Core {
         }
         self.statistics.kvm_visits += 1;
         match self.stay_direct(entry) {
-            Ok(()) => None,
+            Ok(()) => {
+                self.policy_visited(visit);
+                None
+            }
             Err(Spoiled(what)) => {
                 self.load_fpu();
                 Some(Stop::Unsupported { rip: self.state().rip, bytes: Vec::new(), what })
@@ -371,7 +459,7 @@ impl Core {
                 Err(error) => {
                     // The state is that before an instruction that is known, or it is lost.
                     let untouched = self.direct().vm.regs().rip == before;
-                    left = (!untouched).then_some(Exit::Exception { page_fault: None });
+                    left = (!untouched).then_some(Next::Fault);
                     self.direct_error = Some(error);
                     break;
                 }
@@ -384,8 +472,8 @@ impl Core {
             match self.direct_exit(exit)? {
                 Next::At(offset) => self.direct().vm.regs().rip = code + u64::from(offset),
                 Next::Again => {}
-                Next::Soft => {
-                    left = Some(exit);
+                next @ (Next::Soft(_) | Next::Fault) => {
+                    left = Some(next);
                     break;
                 }
             }
@@ -399,9 +487,20 @@ impl Core {
         self.unload_direct();
         self.load_fpu();
         match left {
-            Some(exit) => self.direct_left(exit),
-            None => self.set_rip_of_entry(before - code),
+            Some(Next::Soft(place)) => {
+                let state = self.state_mut();
+                state.rip = place.rip;
+                state.gpr[gpr::RSP] = state.gpr[gpr::RSP].wrapping_sub(place.popped as u64);
+                let budget = self.budget() + i64::from(place.unretired);
+                self.set_budget(budget);
+            }
+            Some(_) => self.direct_fault()?,
+            None => self.set_rip_of_entry(before - code)?,
         }
+        if self.budget() < 0 {
+            return Err(Spoiled("a budget that was written to in the virtual machine".to_string()));
+        }
+        Ok(())
     }
 
     /// KVM failed before the VM did anything: RIP is that of the block or the site that was to be entered.
@@ -412,7 +511,7 @@ impl Core {
                 self.state_mut().rip = rip;
                 Ok(())
             }
-            None => self.direct_left(Exit::Exception { page_fault: None }),
+            None => self.direct_fault(),
         }
     }
 
@@ -422,41 +521,40 @@ impl Core {
             Exit::Site(number) => number,
             Exit::Exception { page_fault: Some(PageFault { linear, write }) } => {
                 self.statistics.kvm_faults += 1;
-                return Ok(if self.direct_page_fault(linear, write) { Next::Again } else { Next::Soft });
+                return Ok(if self.direct_page_fault(linear, write) { Next::Again } else { Next::Fault });
             }
-            Exit::Exception { page_fault: None } => return Ok(Next::Soft),
+            Exit::Exception { page_fault: None } => return Ok(Next::Fault),
         };
         let site = self.direct_site(number)?;
+        let clears = self.t.clears;
         match site.kind {
             SiteKind::Link { target, patch, .. } => {
                 self.state_mut().rip = target;
-                let clears = self.t.clears;
-                let Some(index) = self.direct_next() else { return Ok(Next::Soft) };
-                let block = &self.t.blocks[index];
-                let (checked, entry) = (block.checked, block.entry);
-                let near = block.identity == self.t.blocks[site.block].identity;
+                let Some(index) = self.direct_next() else { return Ok(Next::Soft(Place::at(target))) };
                 if clears == self.t.clears && self.config.chaining {
-                    self.t.patch_rel32(patch, if near { entry } else { checked });
+                    self.direct_link(site.block, patch, index);
                 }
-                Ok(Next::At(entry))
+                Ok(Next::At(self.t.blocks[index].entry))
             }
-            SiteKind::Indirect { .. } => {
+            SiteKind::Indirect { popped } => {
                 let target = self.direct().block().state.rip;
                 if !is_canonical(target) {
-                    return Ok(Next::Soft);
+                    // The branch itself raises it: it is executed again.
+                    return Ok(Next::Soft(Place { rip: site.rip, unretired: site.unretired, popped }));
                 }
                 self.state_mut().rip = target;
-                let Some(index) = self.direct_next() else { return Ok(Next::Soft) };
-                let (checked, entry) = (self.t.blocks[index].checked, self.t.blocks[index].entry);
-                self.direct_jump(target, checked);
-                Ok(Next::At(entry))
+                let Some(index) = self.direct_next() else { return Ok(Next::Soft(Place::at(target))) };
+                self.direct_jump(target, self.t.blocks[index].checked);
+                Ok(Next::At(self.t.blocks[index].entry))
             }
             SiteKind::Lookup => {
+                let place = Place { rip: site.rip, unretired: site.unretired, popped: 0 };
+                if !is_canonical(self.direct().vm.regs().rsp) {
+                    return Ok(Next::Soft(place));
+                }
                 self.state_mut().rip = site.rip;
                 let budget = self.budget() + i64::from(site.unretired);
-                let clears = self.t.clears;
-                let canonical = is_canonical(self.direct().vm.regs().rsp);
-                let Some(index) = self.direct_next().filter(|_| canonical) else { return Ok(Next::Soft) };
+                let Some(index) = self.direct_next() else { return Ok(Next::Soft(place)) };
                 self.set_budget(budget);
                 self.direct().vm.regs().r15 = budget as u64;
                 if clears == self.t.clears {
@@ -464,7 +562,7 @@ impl Core {
                 }
                 Ok(Next::At(self.t.blocks[index].entry))
             }
-            _ => Ok(Next::Soft),
+            _ => Ok(Next::Soft(Place { rip: site.rip, unretired: site.unretired, popped: 0 })),
         }
     }
 
@@ -503,35 +601,6 @@ impl Core {
         let page = self.t.code_pages.get(block.identity as usize).ok_or_else(spoiled)?;
         let leaves = !matches!(site.kind, SiteKind::Memory { .. } | SiteKind::Fault { .. } | SiteKind::Window { .. });
         if page.mode.is_direct() && leaves { Ok(site) } else { Err(spoiled()) }
-    }
-
-    /// Makes the state, whose registers are unloaded, that before the instruction which goes on in the soft engine.
-    fn direct_left(&mut self, exit: Exit) -> Result<(), Spoiled> {
-        match exit {
-            Exit::Site(number) => {
-                let site = self.direct_site(number)?;
-                match site.kind {
-                    SiteKind::Link { target, .. } => self.state_mut().rip = target,
-                    SiteKind::Indirect { popped } => {
-                        let target = self.direct().block().state.rip;
-                        if is_canonical(target) {
-                            self.state_mut().rip = target;
-                        } else {
-                            // The branch itself raises it: it is executed again.
-                            self.rewind(number);
-                            let rsp = &mut self.state_mut().gpr[gpr::RSP];
-                            *rsp = rsp.wrapping_sub(popped as u64);
-                        }
-                    }
-                    _ => self.rewind(number),
-                }
-            }
-            Exit::Exception { .. } => self.direct_fault()?,
-        }
-        if self.budget() < 0 {
-            return Err(Spoiled("a budget that was written to in the virtual machine".to_string()));
-        }
-        Ok(())
     }
 
     /// An instruction could not go on in the VM: the state is that before it.

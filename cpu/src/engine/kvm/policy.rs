@@ -1,25 +1,196 @@
-//! When to go into the virtual machine. Nothing that is decided here can change a state or a hash.
+//! When to go into the virtual machine. Nothing that is decided here can change a state or a hash, so it may depend on
+//! anything, the host's clock included.
+//!
+//! Going in and out costs as much as the soft engine needs for tens of thousands of instructions. So `auto` looks at
+//! user code that has run for long without coming back to Rust, and keeps for each address space what an instruction
+//! has cost lately in both ways of working, everything counted that it took.
 
 use super::super::EngineKind;
 use super::super::core::Core;
+use super::super::hash::FastMap;
+use super::ROOT_MASK;
 
-/// What is known of how the two ways of working do.
+/// A stretch of user code shorter than this is never worth a visit to the VM, in instructions.
+const STRETCH_MIN: u64 = 50_000;
+/// What is measured counts half as much after so many instructions.
+const MEMORY: u64 = 8_000_000;
+/// Visits of one trial. The first ones translate.
+const TRIAL_VISITS: u32 = 12;
+/// After a trial that has failed: instructions until the next one, doubled each time.
+const PATIENCE_MIN: u64 = 20_000_000;
+const PATIENCE_MAX: u64 = 5_000_000_000;
+/// While the VM is faster, every so many visits a stretch is left to the soft engine, to see how it does.
+const SOFT_EVERY: u32 = 200;
+/// Address spaces that are remembered.
+const SPACES_MAX: usize = 512;
+
+/// What instructions have cost lately.
+#[derive(Clone, Copy, Default)]
+struct Rate {
+    instructions: u64,
+    cycles: u64,
+}
+
+impl Rate {
+    fn add(&mut self, instructions: u64, cycles: u64) {
+        self.instructions += instructions;
+        self.cycles += cycles;
+        while self.instructions > MEMORY {
+            self.instructions /= 2;
+            self.cycles /= 2;
+        }
+    }
+
+    /// Cycles for a thousand instructions; None if nothing is known.
+    fn cost(&self) -> Option<u64> {
+        (self.instructions > 0).then(|| self.cycles.saturating_mul(1000) / self.instructions)
+    }
+}
+
+/// One address space.
+#[derive(Clone, Copy)]
+struct Space {
+    soft: Rate,
+    kvm: Rate,
+    /// Length of the last stretch of user code without an exit, in instructions.
+    stretch: u64,
+    /// Visits left of a trial.
+    trial: u32,
+    /// Of the next trial: when, and how long to wait after it fails.
+    next: u64,
+    patience: u64,
+    visits: u32,
+}
+
+impl Default for Space {
+    fn default() -> Space {
+        Space {
+            soft: Rate::default(),
+            kvm: Rate::default(),
+            stretch: 0,
+            trial: 0,
+            next: 0,
+            patience: PATIENCE_MIN,
+            visits: 0,
+        }
+    }
+}
+
+/// See the module's text.
 #[derive(Default)]
 pub struct Policy {
     random: u64,
+    spaces: FastMap<u64, Space>,
+    /// When the stretch of user code that is about to run began, in cycles and instructions.
+    began: Option<(u64, u64)>,
+}
+
+/// The host's time stamp counter.
+fn cycles() -> u64 {
+    #[allow(clippy::disallowed_methods)] // decides where code runs, never what it computes
+    // SAFETY: reads a counter.
+    unsafe {
+        core::arch::x86_64::_rdtsc()
+    }
+}
+
+impl Space {
+    fn wants(&mut self, now: u64) -> bool {
+        if self.stretch < STRETCH_MIN {
+            return false;
+        }
+        let Some(soft) = self.soft.cost() else { return false };
+        if self.trial > 0 {
+            self.trial -= 1;
+            if self.trial > 0 {
+                return true;
+            }
+            // Judged by the second half of it: the first has made the translations.
+            if self.kvm.cost().is_none_or(|kvm| kvm >= soft) {
+                self.next = now.saturating_add(self.patience);
+                self.patience = (self.patience * 2).min(PATIENCE_MAX);
+                return false;
+            }
+            self.patience = PATIENCE_MIN;
+        }
+        let faster = self.kvm.cost().is_some_and(|kvm| kvm < soft) && self.next <= now;
+        if faster {
+            self.visits = self.visits.wrapping_add(1);
+            return self.visits % SOFT_EVERY != 0;
+        }
+        // A machine that goes back to an earlier state has an earlier icount.
+        if now >= self.next || self.next - now > PATIENCE_MAX {
+            self.kvm = Rate::default();
+            self.trial = TRIAL_VISITS;
+            return true;
+        }
+        false
+    }
 }
 
 impl Core {
     /// The engine that was asked for, or the one that promises more, is the VM.
-    pub fn policy_wants(&mut self) -> bool {
+    pub(super) fn policy_wants(&mut self) -> bool {
         match self.config.engine {
             EngineKind::Soft => false,
-            EngineKind::Kvm | EngineKind::Auto => true,
+            EngineKind::Kvm => true,
             EngineKind::Random => {
-                self.policy.random =
-                    self.policy.random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                self.policy.random >> 62 == 0
+                let random = &mut self.policy.random;
+                *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                *random >> 62 == 0
             }
+            EngineKind::Auto => {
+                let now = self.now().0;
+                let space = self.state().cr3 & ROOT_MASK;
+                if self.policy.spaces.len() > SPACES_MAX {
+                    self.policy.spaces.clear();
+                }
+                let wants = self.policy.spaces.entry(space).or_default().wants(now);
+                if !wants {
+                    self.policy.began = Some((cycles(), now));
+                }
+                wants
+            }
+        }
+    }
+
+    /// Translated code has come back in the soft engine.
+    #[inline]
+    pub fn policy_soft_ran(&mut self) {
+        if let Some((start, instructions)) = self.policy.began.take() {
+            self.policy_soft_stretch(start, instructions);
+        }
+    }
+
+    fn policy_soft_stretch(&mut self, start: u64, instructions: u64) {
+        let ran = self.now().0.saturating_sub(instructions);
+        let space = self.state().cr3 & ROOT_MASK;
+        if let Some(space) = self.policy.spaces.get_mut(&space) {
+            space.stretch = ran;
+            if ran >= STRETCH_MIN {
+                space.soft.add(ran, cycles().wrapping_sub(start));
+            }
+        }
+    }
+
+    /// A visit to the VM begins.
+    pub(super) fn policy_visit(&self) -> (u64, u64) {
+        if self.config.engine == EngineKind::Auto { (cycles(), self.now().0) } else { (0, 0) }
+    }
+
+    /// A visit has ended.
+    pub(super) fn policy_visited(&mut self, (start, instructions): (u64, u64)) {
+        if self.config.engine != EngineKind::Auto {
+            return;
+        }
+        let ran = self.now().0.saturating_sub(instructions);
+        let key = self.state().cr3 & ROOT_MASK;
+        if let Some(space) = self.policy.spaces.get_mut(&key) {
+            space.stretch = ran;
+            if space.trial == TRIAL_VISITS / 2 {
+                space.kvm = Rate::default();
+            }
+            space.kvm.add(ran.max(1), cycles().wrapping_sub(start));
         }
     }
 }

@@ -18,7 +18,7 @@ pub use runs::{
     StoreGcArgs,
 };
 pub use shared::{
-    EngineArgs, LimitArgs, MachineArgs, MomentArgs, PlaceArgs, ReachArgs, RunsDirectoryArgs, SnapshotArgs,
+    EngineArgs, EngineChoice, LimitArgs, MachineArgs, MomentArgs, PlaceArgs, ReachArgs, RunsDirectoryArgs, SnapshotArgs,
 };
 
 /// A deterministic x86-64 hypervisor: State(N) = f(image, machine, seed, inputs).
