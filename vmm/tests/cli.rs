@@ -121,6 +121,8 @@ fn usage_errors_are_220() {
     orrery().args(["run", "x.img", "--seed", "1", "--epoch", "0"]).assert().code(220);
     orrery().arg("--help").assert().success().stdout(contains("orrery run hello.img --seed 1"));
     orrery().arg("--version").assert().success();
+    orrery().args(["completions", "bash"]).assert().success().stdout(contains("complete -F _orrery"));
+    orrery().args(["runs", "--runs", "/nonexistent"]).assert().success().stderr(contains("no runs in /nonexistent"));
 }
 
 #[test]

@@ -88,8 +88,10 @@ fn dispatch(cli: Cli) -> Result<u8, Failure> {
         Command::When(arguments) => when::when(arguments),
         Command::Trace(arguments) => trace::trace(arguments),
         Command::Completions(arguments) => {
-            let mut command = Cli::command();
-            clap_complete::generate(arguments.shell, &mut command, "orrery", &mut std::io::stdout());
+            // Into memory first: the generator panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(arguments.shell, &mut Cli::command(), "orrery", &mut script);
+            let _ = std::io::Write::write_all(&mut std::io::stdout(), &script);
             Ok(0)
         }
     }

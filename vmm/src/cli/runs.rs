@@ -84,8 +84,21 @@ pub(super) fn readable(line: &ConsoleLine) -> String {
     line.content().trim().chars().take(100).collect()
 }
 
+/// Says so where there are no runs: most often the directory is another one.
+pub(super) fn note_none(count: usize, arguments: &RunsArgs) {
+    if count == 0 {
+        let such = arguments.name.as_ref().map_or(String::new(), |name| format!(" that begin with {name:?}"));
+        eprintln!(
+            "orrery: there are no runs{such} in {}; --runs names another directory",
+            arguments.kept.runs.display()
+        );
+    }
+}
+
 pub(super) fn runs(arguments: &RunsArgs) -> Result<u8, Failure> {
-    for (id, path) in directories(&arguments.kept.runs, arguments.name.as_deref()) {
+    let found = directories(&arguments.kept.runs, arguments.name.as_deref());
+    note_none(found.len(), arguments);
+    for (id, path) in found {
         let (line, _) = describe(&id, &path);
         if arguments.json {
             say!("{}", serde_json::to_string(&line).expect("a line is plain data"));

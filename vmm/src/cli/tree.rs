@@ -4,33 +4,33 @@ use std::collections::BTreeMap;
 
 use super::args::RunsArgs;
 use super::exit::Failure;
-use super::runs::{RunLine, describe, directories};
+use super::runs::{RunLine, describe, directories, note_none};
 
 pub(super) fn tree(arguments: &RunsArgs) -> Result<u8, Failure> {
     let lines: BTreeMap<String, RunLine> =
         directories(&arguments.kept.runs, None).iter().map(|(id, path)| (id.clone(), describe(id, path).0)).collect();
+    note_none(lines.values().filter(|line| shown(line, arguments)).count(), arguments);
     if arguments.json {
         for line in lines.values().filter(|line| shown(line, arguments)) {
             say!("{}", serde_json::to_string(line).expect("a line is plain data"));
         }
         return Ok(0);
     }
+    // Every run below the one that it left; at the top those that left none, and without their parents those asked for.
     let mut children: BTreeMap<&str, Vec<&RunLine>> = BTreeMap::new();
     let mut roots = Vec::new();
     for line in lines.values() {
-        match line.parent.as_deref() {
-            // A run cannot be its own ancestor, unless files were changed by hand: then it is a root.
-            Some(parent) if lines.contains_key(parent) && !is_cyclic(&lines, line) => {
-                children.entry(parent).or_default().push(line);
-            }
-            _ => roots.push(line),
+        let above = ancestors(&lines, line);
+        if let Some(parent) = above.first() {
+            children.entry(&parent.run).or_default().push(line);
+        }
+        if shown(line, arguments) && !above.iter().any(|other| shown(other, arguments)) {
+            roots.push(line);
         }
     }
     children.values_mut().for_each(|list| list.sort_by_key(|line| (line.branched_at, line.run.clone())));
     for root in roots {
-        if arguments.name.as_ref().is_none_or(|name| root.run.starts_with(name.as_str())) {
-            show(root, &children, "", "");
-        }
+        show(root, &children, "", "");
     }
     Ok(0)
 }
@@ -39,15 +39,12 @@ fn shown(line: &RunLine, arguments: &RunsArgs) -> bool {
     arguments.name.as_ref().is_none_or(|name| line.run.starts_with(name.as_str()))
 }
 
-fn is_cyclic(lines: &BTreeMap<String, RunLine>, line: &RunLine) -> bool {
-    let mut at = line;
-    for _ in 0..lines.len() {
-        match at.parent.as_ref().and_then(|parent| lines.get(parent)) {
-            Some(parent) => at = parent,
-            None => return false,
-        }
-    }
-    true
+/// The runs that a run left, the nearest first. A run cannot be its own ancestor, unless files were changed by hand: then
+/// it has none.
+fn ancestors<'a>(lines: &'a BTreeMap<String, RunLine>, line: &RunLine) -> Vec<&'a RunLine> {
+    let parent = |line: &RunLine| lines.get(line.parent.as_deref()?);
+    let found: Vec<&RunLine> = std::iter::successors(parent(line), |at| parent(at)).take(lines.len()).collect();
+    if found.len() == lines.len() { Vec::new() } else { found }
 }
 
 /// Prints a run and those below it; not by recursion over hand-made depths that no stack has room for.

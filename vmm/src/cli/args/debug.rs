@@ -8,7 +8,7 @@ use crate::moment::MomentName;
 /// Arguments of `orrery replay`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery replay go-1-001 --to 1800000000
+  orrery replay go-1-001 --to 850000000
   orrery replay go-1-001 --to-console \"listening on\"
   orrery replay go-1-001 --to-end --hash --json
 
@@ -44,7 +44,7 @@ pub struct ReplayArgs {
 /// Arguments of `orrery debug`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery debug go-1-001@1800000000 --gdb
+  orrery debug go-1-001@850000000 --gdb
   orrery debug race-7-001 --gdb -- -ex \"symbol-file ./race\"
   orrery debug go-1-001@end --listen 127.0.0.1:1234     # then, in gdb: target remote :1234
 
@@ -138,8 +138,8 @@ pub struct WhenArgs {
 /// Arguments of `orrery trace`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery trace go-1-001@1800000000..1800000100
-  orrery trace go-1-001@1800000000..1801000000 --calls
+  orrery trace go-1-001@850000000..850000100
+  orrery trace go-1-001@850000000..851000000 --calls
 
 With --calls only calls, returns, system calls, and interrupts are shown, indented by their depth.")]
 pub struct TraceArgs {

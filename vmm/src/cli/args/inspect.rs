@@ -9,8 +9,8 @@ use super::shared::{MomentArgs, ReachArgs};
 /// Arguments of `orrery ps`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery ps go-1-001@1800000000
-  orrery ps go-1-001@1800000000 --threads --json
+  orrery ps go-1-001@850000000
+  orrery ps go-1-001@850000000 --threads --json
 
 The list is read from the kernel's memory; nothing runs in the guest. TIME is how long a thread has \
 run, in seconds of virtual time, CR3 the root of its page tables, * marks the one on the vCPU.")]
@@ -29,9 +29,9 @@ pub struct PsArgs {
 /// Arguments of `orrery backtrace`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery backtrace go-1-001@1800000000
-  orrery backtrace go-1-001@1800000000 --pid 1
-  orrery backtrace go-1-001@1800000000 --all
+  orrery backtrace go-1-001@850000000
+  orrery backtrace go-1-001@850000000 --pid 1
+  orrery backtrace go-1-001@850000000 --all
 
 Frames without a remark were found by the compiler's and the kernel's unwind tables. A frame marked \
 as a guess is a word on the stack that looks like a return address; it may be wrong.")]
@@ -64,9 +64,9 @@ pub struct RegistersArgs {
 /// Arguments of `orrery memory`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery memory go-1-001@1800000000 linux_banner
-  orrery memory go-1-001@1800000000 0x400000 --pid 1 --length 4096
-  orrery memory go-1-001@1800000000 0x20000 --physical
+  orrery memory go-1-001@850000000 linux_banner
+  orrery memory go-1-001@850000000 0x400000 --pid 1 --length 4096
+  orrery memory go-1-001@850000000 0x20000 --physical
 
 An address is a hexadecimal number or a symbol (NAME, OBJECT:NAME, NAME+OFFSET). It is translated by \
 the page tables that the vCPU uses at the moment, or by those of the process given with --pid.")]
@@ -96,9 +96,9 @@ pub struct MemoryArgs {
 /// Arguments of `orrery disassemble`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  orrery disassemble go-1-001@1800000000
-  orrery disassemble go-1-001@1800000000 do_sys_openat2 --count 40
-  orrery disassemble go-1-001@1800000000 main.main --pid 1")]
+  orrery disassemble go-1-001@850000000
+  orrery disassemble go-1-001@850000000 do_sys_openat2 --count 40
+  orrery disassemble go-1-001@850000000 main.main --pid 1")]
 pub struct DisassembleArgs {
     /// The moment.
     #[command(flatten)]

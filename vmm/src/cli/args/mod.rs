@@ -23,7 +23,7 @@ pub use shared::{
 
 /// A deterministic x86-64 hypervisor: State(N) = f(image, machine, seed, inputs).
 #[derive(Parser, Debug)]
-#[command(name = "orrery", version, about, max_term_width = 100, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(name = "orrery", version, max_term_width = 100, after_help = EXAMPLES, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -33,6 +33,8 @@ pub struct Cli {
 const EXAMPLES: &str = "Examples:
   orrery run hello.img --seed 1              boot an image; its console comes to standard output
   orrery verify hello.img --seed 1 --times 3 prove that three runs go through equal states
+  orrery replay hello-1 --to 500000000       stand at a moment of a run and say what is there
+  orrery debug hello-1@end --gdb             debug a run with gdb, forwards and backwards
   orrery doctor                              check this host
 
 A guest's exit code becomes the command's own. Codes from 220 up are Orrery's: see docs/exit-codes.md.";
