@@ -488,6 +488,9 @@ impl Core {
         }
         // The operand spans two pages: both are checked before anything happens.
         let second = linear.wrapping_add(in_first) & if wide { u64::MAX } else { u32::MAX as u64 };
+        if let Some(pointer) = self.resolve_known_pages(linear, second, size, intent) {
+            return Ok(Some(pointer));
+        }
         self.walk(linear, intent.write, false, intent.class)?;
         self.walk(second, intent.write, false, intent.class)?;
         let running = !careful;
@@ -515,6 +518,28 @@ impl Core {
             self.commit = Some(Commit { linear, size: size as usize, class: intent.class, start });
         }
         Ok(Some(pointer))
+    }
+
+    /// Host address of an operand in two pages that are both in the TLB: where the host has them side by side, or a copy
+    /// that is only read.
+    fn resolve_known_pages(&mut self, linear: u64, second: u64, size: u64, intent: Intent) -> Option<*mut u8> {
+        let in_first = PAGE_SIZE - (linear & PAGE_MASK);
+        let low = self.probe(linear, in_first, intent.write, intent.class)?;
+        let high = self.probe(second, size - in_first, intent.write, intent.class)?;
+        if low.wrapping_add(in_first as usize) == high {
+            return Some(low);
+        }
+        if intent.write {
+            return None;
+        }
+        let start = (linear & 63) as usize;
+        let pointer = self.bounce(false)[start..start + size as usize].as_mut_ptr();
+        // SAFETY: the TLB entries cover both pieces, and the buffer has room for them.
+        unsafe {
+            std::ptr::copy_nonoverlapping(low, pointer, in_first as usize);
+            std::ptr::copy_nonoverlapping(high, pointer.add(in_first as usize), (size - in_first) as usize);
+        }
+        Some(pointer)
     }
 
     /// Host address of the range of a group, if it lies in one ordinary page. Only the access at `offset` in it

@@ -214,6 +214,9 @@ pub(super) enum Cold {
     Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32, same_stack: bool },
     /// `patch` leads here when the stack window does not cover the block.
     Window { patch: u32 },
+    /// `patch` leads here from a call that missed the jump cache: push the return address, unless the target is not
+    /// canonical, and leave with the site and the next RIP, which is in RCX.
+    Call { patch: u32, site: u32, back: u32 },
     /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
     Indirect { patch: u32, site: u32 },
 }
@@ -378,6 +381,15 @@ impl Translator {
                 }
                 Cold::Leave { patch, site } => {
                     self.a.land(patch);
+                    self.leave(site);
+                }
+                Cold::Call { patch, site, back } => {
+                    self.a.land(patch);
+                    self.compare_canonical();
+                    let bad = self.a.jcc(cc::NE, 0);
+                    self.push_short(back);
+                    self.a.land(bad);
+                    self.a.store_gs(host::RCX, field::RIP);
                     self.leave(site);
                 }
                 Cold::Indirect { patch, site } => {
@@ -926,6 +938,9 @@ impl Translator {
             }
             Treatment::IndirectCall => {
                 self.branch_target(ins);
+                if self.call_through_window(ins.next_ip()) {
+                    return;
+                }
                 self.check_canonical();
                 self.a.store_gs(host::RCX, field::temporary(1));
                 self.push_constant(ins.next_ip());
@@ -1090,11 +1105,46 @@ impl Translator {
         }
         self.put_flags_away();
         let site = self.site(SiteKind::Indirect { popped: 0 }, self.unretired());
+        self.compare_canonical();
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Indirect { patch, site });
+    }
+
+    /// Sets ZF if RCX is canonical; uses RAX.
+    fn compare_canonical(&mut self) {
         self.a.mov(host::RAX, host::RCX);
         self.a.put(&[0x48, 0xC1, 0xE0, 16, 0x48, 0xC1, 0xF8, 16]); // shl rax, 16; sar rax, 16
         self.a.put(&[0x48, 0x39, 0xC8]); // cmp rax, rcx
+    }
+
+    /// Calls what RCX says, if the return address goes through the stack window: what is in the jump cache is canonical.
+    fn call_through_window(&mut self, back: u64) -> bool {
+        let short = back as i64 == back as i32 as i64;
+        if self.isolated || self.mode.is_direct() || !short || !self.plan.windowed(self.position, Which::Stack) {
+            return false;
+        }
+        self.put_flags_away();
+        let site = self.site(SiteKind::Indirect { popped: 0 }, self.unretired());
+        self.look_up_jump();
         let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Indirect { patch, site });
+        self.cold.push(Cold::Call { patch, site, back: back as u32 });
+        self.push_short(back as u32);
+        self.a.jmp_gs_rax(field::JUMP_HOST);
+        true
+    }
+
+    /// Pushes a constant, sign-extended, through the stack window.
+    fn push_short(&mut self, value: u32) {
+        let at = Operand { base: host::RSP, index: Some(host::R11), disp: -8, ..POINTER };
+        self.a.store_imm(8, at, value);
+        self.adjust_rsp(-8);
+    }
+
+    /// Compares RCX with its entry in the jump cache, which RAX leads to.
+    fn look_up_jump(&mut self) {
+        self.a.rorx_eax_ecx(28);
+        self.a.and32(host::RAX, (super::block::JUMP_ENTRIES as u32 - 1) << 4);
+        self.a.gs_base_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
     }
 
     /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the
@@ -1107,9 +1157,7 @@ impl Translator {
             self.cold.push(Cold::Indirect { patch, site });
             return;
         }
-        self.a.rorx_eax_ecx(28);
-        self.a.and32(host::RAX, (super::block::JUMP_ENTRIES as u32 - 1) << 4);
-        self.a.gs_base_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+        self.look_up_jump();
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Indirect { patch, site });
         self.a.jmp_gs_rax(field::JUMP_HOST);
