@@ -292,7 +292,7 @@ impl Core {
     /// A group of accesses of the block crossed a page: if that happens often, it is better translated without.
     pub fn crossing(&mut self, index: u32) {
         const OFTEN: u32 = 32;
-        const INSTRUCTIONS_BETWEEN: u64 = 20_000;
+        const INSTRUCTIONS_BETWEEN: u64 = 2_000;
         let now = self.now().0;
         let block = &mut self.t.blocks[index];
         block.crossings.0 += 1;

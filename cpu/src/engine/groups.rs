@@ -96,6 +96,7 @@ pub struct Plan {
     rsp_now: Option<i32>,
     rbp_now: Option<i32>,
     use_window: bool,
+    use_groups: bool,
     /// RSP relative to the block's beginning before each instruction, and at the end.
     depth: Vec<Option<i32>>,
     /// For every instruction: the group of its memory operand and of its stack access.
@@ -153,11 +154,17 @@ impl Plan {
     }
 
     /// Plans a block of 64-bit code.
-    pub fn make(&mut self, list: &[(Instruction, Treatment)], info: &mut InstructionInfoFactory, use_window: bool) {
+    pub fn make(
+        &mut self,
+        list: &[(Instruction, Treatment)],
+        info: &mut InstructionInfoFactory,
+        use_window: bool,
+        use_groups: bool,
+    ) {
         self.clear();
         self.rsp = 0;
         (self.rsp_now, self.rbp_now) = (Some(0), None);
-        self.use_window = use_window;
+        (self.use_window, self.use_groups) = (use_window, use_groups);
         for (i, (ins, treatment)) in list.iter().enumerate() {
             self.assigned.push([None; 2]);
             self.windowed.push([false; 2]);
@@ -249,6 +256,9 @@ impl Plan {
             && let Some(base) = registers.base
             && self.through_window(i, which, base as usize, offset, size)
         {
+            return;
+        }
+        if !self.use_groups {
             return;
         }
         let bias = if registers.base == Some(RSP as u8) { self.rsp } else { 0 };
@@ -426,7 +436,7 @@ mod tests {
             .map(|ins| (ins, classify::treatment(&ins, mode)))
             .collect();
         let mut plan = Plan::default();
-        plan.make(&list, &mut InstructionInfoFactory::new(), true);
+        plan.make(&list, &mut InstructionInfoFactory::new(), true, true);
         plan
     }
 

@@ -317,8 +317,9 @@ impl Translator {
         self.index = 0;
         self.ip = request.rip;
         self.a.start(origin as u64);
-        if request.grouping && !request.careful && request.mode.is_64bit() {
-            self.plan.make(&list, &mut self.info, request.window && !request.isolated);
+        let use_window = request.window && !request.isolated;
+        if (request.grouping || use_window) && !request.careful && request.mode.is_64bit() {
+            self.plan.make(&list, &mut self.info, use_window, request.grouping);
         } else {
             self.plan.clear();
         }
