@@ -3,11 +3,12 @@
 mod common;
 
 use common::Empty;
-use orrery_cpu::Icount;
+use orrery_cpu::bus::{MsrRefused, TscLine};
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::state::{CpuState, gpr};
+use orrery_cpu::{Bus, Icount};
 use vm_memory::{Bytes, GuestAddress};
 
 const CODE: u64 = 0x40_1000;
@@ -145,4 +146,88 @@ fn a_branch_begins_with_translations_and_keeps_its_changes_to_itself() {
     *late.state_mut() = parent.state().clone();
     late.state_replaced();
     assert_eq!(again(&mut late, CODE), 2);
+}
+
+/// A machine whose time-stamp counter starts at 1000 and counts 3 for each instruction, and which may say so.
+struct Ticking {
+    says_so: bool,
+}
+
+impl Bus for Ticking {
+    fn port_read(&mut self, now: Icount, port: u16, size: usize) -> u32 {
+        Empty.port_read(now, port, size)
+    }
+    fn port_write(&mut self, now: Icount, port: u16, size: usize, value: u32) {
+        Empty.port_write(now, port, size, value);
+    }
+    fn mmio_read(&mut self, now: Icount, gpa: u64, data: &mut [u8]) {
+        Empty.mmio_read(now, gpa, data);
+    }
+    fn mmio_write(&mut self, now: Icount, gpa: u64, data: &[u8]) {
+        Empty.mmio_write(now, gpa, data);
+    }
+    fn msr_read(&mut self, now: Icount, msr: u32) -> Result<u64, MsrRefused> {
+        Empty.msr_read(now, msr)
+    }
+    fn msr_write(&mut self, now: Icount, msr: u32, value: u64) -> Result<(), MsrRefused> {
+        Empty.msr_write(now, msr, value)
+    }
+    fn task_priority(&mut self, now: Icount) -> u8 {
+        Empty.task_priority(now)
+    }
+    fn set_task_priority(&mut self, now: Icount, value: u8) {
+        Empty.set_task_priority(now, value);
+    }
+    fn tsc(&mut self, now: Icount) -> u64 {
+        1000 + 3 * now.0
+    }
+    fn tsc_line(&self, limit: Icount) -> Option<TscLine> {
+        self.says_so.then(|| TscLine { at_limit: 1000 + 3 * limit.0, per_instruction: 3 })
+    }
+    fn random(&mut self) -> u64 {
+        Empty.random()
+    }
+    fn attention(&self) -> bool {
+        Empty.attention()
+    }
+}
+
+/// RDTSC in translated code counts what the emulation counts, wherever a run stops.
+#[test]
+fn the_counter_is_the_same_in_translated_code() {
+    #[rustfmt::skip]
+    let code = [
+        0xB9, 0x10, 0x00, 0x00, 0x00, // mov ecx, 0x10: IA32_TIME_STAMP_COUNTER
+        0xB8, 0x00, 0xFF, 0xFF, 0xFF, 0x31, 0xD2, 0x0F, 0x30, // mov eax, -256; xor edx, edx; wrmsr
+        0xBE, 0x40, 0x00, 0x00, 0x00, // mov esi, 64
+        0xF9, 0x0F, 0x31, // again: stc; rdtsc
+        0x48, 0x11, 0xC7, 0x48, 0x01, 0xD3, // adc rdi, rax; add rbx, rdx
+        0x0F, 0x01, 0xF9, // rdtscp
+        0x48, 0x01, 0xC7, 0x48, 0x01, 0xD3, 0x49, 0x01, 0xC8, // add rdi, rax; add rbx, rdx; add r8, rcx
+        0xFF, 0xCE, 0x75, 0xE7, 0xF4, // dec esi; jnz again; hlt
+    ];
+    let run = |says_so: bool, stride: u64, time_stamp_disabled: bool| {
+        let mut engine = guest(&code, 12);
+        engine.state_mut().tsc_aux = 5;
+        // At CPL 0, CR4.TSD forbids nothing.
+        engine.state_mut().cr4 |= if time_stamp_disabled { 4 } else { 0 };
+        engine.state_replaced();
+        let mut limit = 0;
+        loop {
+            limit += stride;
+            match engine.run(Icount(limit), &mut Ticking { says_so }) {
+                Stop::Limit => assert_eq!(engine.icount(), Icount(limit)),
+                Stop::Halted => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        (engine.icount(), engine.state().gpr, engine.state().rflags)
+    };
+    let expected = run(false, 10_000, false);
+    assert_eq!(expected.1[gpr::R8], 64 * 5, "RDTSCP was executed");
+    assert!((1..128).contains(&expected.1[gpr::RBX]), "the counter's upper half has changed on the way");
+    for stride in [1, 2, 7, 23, 10_000] {
+        assert_eq!(run(true, stride, false), expected, "in strides of {stride}");
+        assert_eq!(run(true, stride, true), expected, "with CR4.TSD, in strides of {stride}");
+    }
 }
