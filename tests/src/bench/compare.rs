@@ -21,6 +21,8 @@ pub enum Verdict {
     Same,
     /// One of the files has no figure.
     Missing,
+    /// The line's result is another, so its work is: it says nothing about speed.
+    OtherWork,
 }
 
 /// One line of the comparison.
@@ -50,6 +52,7 @@ impl fmt::Display for Change {
             Verdict::Slower => "SLOWER",
             Verdict::Same => "",
             Verdict::Missing => "no figure",
+            Verdict::OtherWork => "other work",
         };
         let (name, platform) = (&self.name, self.platform.name());
         let (before, after) = (seconds(self.before_s), seconds(self.after_s));
@@ -68,9 +71,9 @@ pub fn compare(before: &Figures, after: &Figures, platforms: &[Platform], thresh
     }
     let mut changes = Vec::new();
     for &platform in platforms {
-        let (before, after) = (rounds_by_name(before, platform), rounds_by_name(after, platform));
+        let (old_rounds, new_rounds) = (rounds_by_name(before, platform), rounds_by_name(after, platform));
         for &name in &names {
-            let (old, new) = (before.get(name), after.get(name));
+            let (old, new) = (old_rounds.get(name), new_rounds.get(name));
             if old.is_none() && new.is_none() {
                 continue;
             }
@@ -79,11 +82,19 @@ pub fn compare(before: &Figures, after: &Figures, platforms: &[Platform], thresh
                 platform,
                 before_s: old.and_then(|rounds| median(rounds)),
                 after_s: new.and_then(|rounds| median(rounds)),
-                verdict: old.zip(new).map_or(Verdict::Missing, |(old, new)| judge(old, new, threshold)),
+                verdict: match old.zip(new) {
+                    None => Verdict::Missing,
+                    Some(_) if result(before, name) != result(after, name) => Verdict::OtherWork,
+                    Some((old, new)) => judge(old, new, threshold),
+                },
             });
         }
     }
     changes
+}
+
+fn result<'a>(figures: &'a Figures, name: &str) -> Option<&'a str> {
+    figures.lines.iter().find(|line| line.name == name)?.result.as_deref()
 }
 
 fn rounds_by_name(figures: &Figures, platform: Platform) -> BTreeMap<&str, &[f64]> {
@@ -130,5 +141,13 @@ mod tests {
         assert_eq!(verdict(&[10.0], &[10.5]), Verdict::Same);
         assert_eq!(verdict(&[10.0], &[11.5]), Verdict::Slower);
         assert_eq!(verdict(&[10.0], &[]), Verdict::Missing);
+    }
+
+    #[test]
+    fn other_work_is_not_faster() {
+        let (before, mut after) = (measured(&[10.0]), measured(&[1.0]));
+        after.lines[0].result = Some("7".into());
+        let changes = compare(&before, &after, &[Platform::Soft], 0.03);
+        assert_eq!(changes[0].verdict, Verdict::OtherWork);
     }
 }
