@@ -38,8 +38,8 @@ pub enum Pending {
     None,
     /// The instruction must be executed by itself, with every access through Rust.
     Careful,
-    /// The range of a group crosses a page: the block must go on without groups.
-    Crossing,
+    /// The block must go on without groups.
+    Groupless,
     /// The access raises this.
     Exception(Exception),
 }
@@ -289,7 +289,7 @@ impl Core {
         }
     }
 
-    /// A group of accesses of the block crossed a page: if that happens often, it is better translated without.
+    /// A group of accesses of the block had no one translation: if that happens often, it is better translated without.
     pub fn crossing(&mut self, index: u32) {
         const OFTEN: u32 = 32;
         const INSTRUCTIONS_BETWEEN: u64 = 2_000;
@@ -737,7 +737,7 @@ impl Core {
                             self.statistics.careful += 1;
                             careful = true;
                         }
-                        Pending::Crossing => {
+                        Pending::Groupless => {
                             self.hold(shadow, held);
                             // Who goes instruction by instruction has no other way to get past it.
                             ungrouped = purpose.is_linked();

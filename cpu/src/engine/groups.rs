@@ -2,8 +2,8 @@
 //! same values but for known changes of RSP, offsets that are near each other.
 //!
 //! The first access of a group is translated for the whole range; if the range lies in one page, the others need
-//! no check of their own, because they touch a page that the first one has just touched in the same way. A group
-//! is therefore either of reads, or begins with a write.
+//! no check of their own, because they touch a page that the first one has just touched in the same way. If the first
+//! only reads and another writes, the page must be one that can be written without anything else happening.
 //!
 //! Accesses near RSP, or near RBP where it is known to be RSP and a constant, need no group: the block checks once,
 //! in front, that all of them fall into the stack window, and then adds the window's distance.
@@ -43,7 +43,10 @@ impl Registers {
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
     pub registers: Registers,
+    /// Some access writes.
     pub write: bool,
+    /// The first access writes.
+    pub first_write: bool,
     /// Lowest offset and one past the highest, relative to what the registers make when the version began.
     pub min: i32,
     max: i32,
@@ -263,8 +266,7 @@ impl Plan {
         }
         let bias = if registers.base == Some(RSP as u8) { self.rsp } else { 0 };
         let (low, high) = (offset + bias, offset + bias + size);
-        // A read may use a group that began with a write, not the other way round.
-        let fits = |group: &Group| group.open && group.registers == registers && (group.write || !write);
+        let fits = |group: &Group| group.open && group.registers == registers;
         let candidates = self.groups.iter_mut().enumerate().rev().filter(|(_, group)| fits(group));
         for (number, group) in candidates {
             let (min, max) = (group.min.min(low), group.max.max(high));
@@ -272,6 +274,7 @@ impl Plan {
                 group.min = min;
                 group.max = max;
                 group.count += 1;
+                group.write |= write;
                 self.assigned[i][which as usize] = Some(Assigned { group: number as u8, low });
                 return;
             }
@@ -283,6 +286,7 @@ impl Plan {
         self.groups.push(Group {
             registers,
             write,
+            first_write: write,
             min: low,
             max: high,
             bias,
@@ -458,5 +462,14 @@ mod tests {
         assert_eq!(plan.member(0, Which::Operand), Some(Member { group: 0, offset: 8 }));
         assert_eq!(plan.member(1, Which::Operand), Some(Member { group: 0, offset: 0 }));
         assert_eq!(plan.member(3, Which::Operand), None);
+    }
+
+    #[test]
+    fn a_write_behind_a_read_joins_its_group() {
+        // mov rax, [rbx]; inc rax; mov [rbx], rax
+        let plan = plan(&[0x48, 0x8B, 0x03, 0x48, 0xFF, 0xC0, 0x48, 0x89, 0x03]);
+        assert_eq!(plan.groups.len(), 1);
+        assert!(plan.groups[0].write && !plan.groups[0].first_write);
+        assert_eq!(plan.member(2, Which::Operand), Some(Member { group: 0, offset: 0 }));
     }
 }

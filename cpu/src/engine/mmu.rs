@@ -9,7 +9,7 @@ use super::block::{Bounce, Class, ITLB_ENTRIES, SPARE_WINDOWS, SpareWindow, WIND
 use super::core::{Core, Pending};
 use super::mode::class;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
-use super::translate::SiteKind;
+use super::translate::{First, SiteKind};
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::paging::{self, Access, Translation, is_canonical};
@@ -431,7 +431,7 @@ impl Core {
         let watched = self.watched;
         let mut found = match first {
             None => self.resolve(linear, size, intent, careful),
-            Some((offset, len)) => self.resolve_group(linear, size, offset as u64, len as u64, intent, site.block),
+            Some(first) => self.resolve_group(linear, size, first, intent, site.block),
         };
         if watched != self.watched && !careful && found.is_ok() {
             // A page is watched from now on that the running block may hold a translation of.
@@ -444,10 +444,9 @@ impl Core {
         match found {
             Ok(Some(pointer)) => Some(pointer),
             Ok(None) => {
-                self.pending = match first {
-                    Some(_) if self.crosses(linear, size) => Pending::Crossing,
-                    _ => Pending::Careful,
-                };
+                if !matches!(self.pending, Pending::Groupless) {
+                    self.pending = Pending::Careful;
+                }
                 None
             }
             Err(exception) => {
@@ -548,35 +547,48 @@ impl Core {
         &mut self,
         linear: u64,
         span: u64,
-        offset: u64,
-        len: u64,
+        first: First,
         intent: Intent,
         block: u32,
     ) -> Result<Option<*mut u8>, Exception> {
-        let first = linear.wrapping_add(offset);
-        if self.crosses(linear, span) {
-            self.crossing(block);
+        let First { offset, size, others_write } = first;
+        let at = linear.wrapping_add(offset.into());
+        if (linear & PAGE_MASK) + span > PAGE_SIZE {
+            self.ungroup(block);
             return Ok(None);
         }
-        if !is_canonical(first) {
+        if !is_canonical(at) {
             return Err(Exception::GP0);
         }
-        match self.page_target(first, len, intent, true)? {
+        match self.page_target(at, size.into(), intent, true)? {
             Target::Ram(pointer) => {
-                let gpa = self.walk(first, intent.write, false, intent.class)?.gpa;
-                if intent.write && self.t.pages.records[(gpa / PAGE_SIZE) as u32].flags != 0
-                    || self.observes_range(linear, gpa.wrapping_sub(offset), span)
-                {
+                let translation = self.walk(at, intent.write, false, intent.class)?;
+                let (gpa, page) = (translation.gpa, translation.gpa / PAGE_SIZE);
+                let watched = self.t.pages.records[page as u32].flags != 0;
+                if intent.write && watched || self.observes_range(linear, gpa.wrapping_sub(offset.into()), span) {
                     return Ok(None);
                 }
-                Ok(Some(pointer.wrapping_sub(offset as usize)))
+                if others_write {
+                    // The write that may follow must not be the one that sets the dirty flag, nor be looked at.
+                    let quiet = translation.writable && translation.dirty && !watched;
+                    if !quiet || self.observes_page(at, gpa & !PAGE_MASK, true) {
+                        self.ungroup(block);
+                        return Ok(None);
+                    }
+                    self.t.pages.mark_dirty(page);
+                    let host_page = pointer.wrapping_sub((at & PAGE_MASK) as usize);
+                    self.fill(at, page, host_page as u64, translation.global, intent.class, true);
+                }
+                Ok(Some(pointer.wrapping_sub(offset.into())))
             }
             Target::Mmio(_) | Target::Disturbs => Ok(None),
         }
     }
 
-    fn crosses(&self, linear: u64, span: u64) -> bool {
-        (linear & PAGE_MASK) + span > PAGE_SIZE
+    /// The running block must go on without groups; one to which that happens often is translated without.
+    fn ungroup(&mut self, block: u32) {
+        self.crossing(block);
+        self.pending = Pending::Groupless;
     }
 
     fn bounce(&mut self, write: bool) -> &mut [u8; 128] {

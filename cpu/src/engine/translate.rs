@@ -38,12 +38,22 @@ pub const MAX_RECORDS: usize = 1024;
 /// Host registers whose guest values are in the vCPU block's temporaries from 4 on.
 pub type Borrowed = [Option<u8>; 3];
 
+/// The first access of a group.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct First {
+    /// Where in the group's range it begins.
+    pub offset: u16,
+    pub size: u8,
+    /// Another access of the group writes.
+    pub others_write: bool,
+}
+
 /// Why and from where translated code leaves to Rust.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
-    /// For a group, `first` is the access that happens now: its offset in the range, and its size.
-    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<(u16, u8)>, resume: u32 },
+    /// For a group, `first` is the access that happens now, which `read` and `write` are about.
+    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<First>, resume: u32 },
     /// A direct branch whose rel32 at `patch` may be led to the target's translation. `same_stack` says that RSP is
     /// what it was when the block began.
     Link { target: u64, patch: u32, same_stack: bool },
@@ -741,7 +751,7 @@ impl Translator {
         self.lookup_range(size, read, write, None);
     }
 
-    fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<(u16, u8)>) {
+    fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<First>) {
         if self.mode.is_direct() {
             return;
         }
@@ -754,7 +764,7 @@ impl Translator {
             self.site_in_rax(site);
             self.jump_away(self.thunks.memory);
         } else {
-            let tlb = field::tlb(class, write);
+            let tlb = field::tlb(class, write || first.is_some_and(|first| first.others_write));
             self.a.rorx_eax_ecx(8);
             self.a.and32(host::RAX, self.tlb_mask << 4);
             self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
@@ -777,12 +787,9 @@ impl Translator {
             self.clobber_flags();
             let Registers { base, index: scaled, scale } = group.registers;
             self.effective_address(host::RCX, base, scaled.map(|index| (index, scale)), group.start(), true);
-            self.lookup_range(
-                group.span(),
-                group.first_read,
-                group.write,
-                Some((group.first_offset(), group.first_size)),
-            );
+            let others_write = group.write && !group.first_write;
+            let first = First { offset: group.first_offset(), size: group.first_size, others_write };
+            self.lookup_range(group.span(), group.first_read, group.first_write, Some(first));
             self.a.store_gs(host::RCX, field::group(index));
             self.plan.groups[index].ready = true;
         } else if self.scratch.rcx != Some(Holds::Group(index)) {
