@@ -248,6 +248,9 @@ impl Meeting<'_> {
         if self.is_gather && engine == Some(6) && kvm != engine {
             return Some("gathers may name a register twice");
         }
+        if self.instruction.is_some_and(|i| i.is_vsib() && i.memory_index().number() == 4) {
+            return Some("gathers take index register 4 for none");
+        }
         if self.instruction.is_some_and(|i| i.is_vsib() && i.memory_base().size() == 4) {
             return Some("gathers do not truncate addresses to 32 bits");
         }
