@@ -11,7 +11,7 @@ pub const TLB_BITS_MAX: u32 = 16;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 /// Entries of the jump cache, a power of two.
-pub const JUMP_ENTRIES: usize = 1 << 14;
+pub const JUMP_ENTRIES: usize = 1 << 16;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
 
