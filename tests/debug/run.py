@@ -190,7 +190,7 @@ def debug_race(bench, name, function):
     counter = "counter" if name == "race" else "'main.counter'"
     words = bench.gdb(runs, moment, [
         f"symbol-file {program}", f"break {function}", "reverse-continue", 'printf "failed %lu\\n", $icount',
-        "delete", f'printf "address %lu\\n", &{counter}', f"watch {counter}",
+        "delete", f"watch {counter}",
         "reverse-continue", 'printf "second %lu\\n", $icount', "info symbol $rip",
         'printf "base2 %lu\\n", $fs_base',
         "reverse-continue", 'printf "first %lu\\n", $icount', "info symbol $rip",
@@ -202,8 +202,8 @@ def debug_race(bench, name, function):
     check(number(words, "base1") != number(words, "base2"), f"one thread wrote twice:\n{words}")
     check(len(re.findall(r"increment", words)) >= 2, f"not the writers:\n{words}")
     # The command finds the same write.
-    found = bench.tool(bench.orrery, "last-write", f"{name}-{seed}-001@{failed}", f"{number(words, 'address')}:8",
-                       "--runs", runs, "--json")
+    place = "counter:8" if name == "race" else "main.counter:8"
+    found = bench.tool(bench.orrery, "last-write", f"{name}-{seed}-001@{failed}", place, "--runs", runs, "--json")
     check(json.loads(found)["icount"] == second, f"last-write disagrees: {found}")
     print(f"  seed {seed}: written at {first} and {second}, failed at {failed}")
 

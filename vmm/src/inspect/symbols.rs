@@ -105,17 +105,19 @@ impl Inspector<'_> {
     fn locate(&self, task: &Task, address: u64) -> Option<(Arc<Object>, String, u64)> {
         let mappings = self.mappings(task);
         let after = mappings.partition_point(|mapping| mapping.start <= address);
-        let mapping = mappings.get(after.checked_sub(1)?).filter(|mapping| address < mapping.end)?;
-        if let Some(file) = &mapping.file {
-            let object = self.object(task, mapping)?;
-            let own = object.address_of_offset((address - mapping.start).wrapping_add(mapping.offset))?;
-            return Some((object, file.path.clone(), own));
+        mappings.get(after.checked_sub(1)?).filter(|mapping| address < mapping.end)?;
+        // Variables without a value in the file are in anonymous memory behind it, or on its last page.
+        let mapping = mappings[..after].iter().rev().find(|mapping| mapping.file.is_some())?;
+        let path = mapping.file.as_ref()?.path.clone();
+        if let Some((object, bias)) = self.loaded(task, &mappings, mapping) {
+            let own = address.wrapping_sub(bias);
+            return object.has_address(own).then_some((object, path, own));
         }
-        // Variables without a value in the file are in anonymous memory behind it.
-        let before = mappings[..after].iter().rev().find(|mapping| mapping.file.is_some())?;
-        let (object, bias) = self.loaded(task, &mappings, before)?;
-        let own = address.wrapping_sub(bias);
-        object.has_address(own).then(|| (object, before.file.as_ref().expect("it has one").path.clone(), own))
+        // A file of which a part alone is mapped.
+        let inside = (address < mapping.end).then(|| address - mapping.start)?;
+        let object = self.object(task, mapping)?;
+        let own = object.address_of_offset(inside.wrapping_add(mapping.offset))?;
+        Some((object, path, own))
     }
 
     /// The object of which this is a mapping, and what is to be added to its own addresses.
