@@ -234,8 +234,8 @@ impl Meeting<'_> {
         if engine == Some(13) && passes(&[Ldmxcsr, Vldmxcsr]) {
             return Some("LDMXCSR takes reserved bits");
         }
-        if self.refused_base {
-            return Some("WRMSR takes segment bases that are not canonical");
+        if self.refused_base || matches!(mnemonic, Wrfsbase | Wrgsbase) && engine == Some(13) {
+            return Some("WRMSR and WRFSBASE take segment bases that are not canonical");
         }
         if matches!(mnemonic, Shld | Shrd)
             && self.instruction.is_some_and(|i| i.is_ip_rel_memory_operand() && i.op2_kind() == OpKind::Immediate8)
@@ -254,13 +254,22 @@ impl Meeting<'_> {
         if self.instruction.is_some_and(|i| i.is_vsib() && i.memory_base().size() == 4) {
             return Some("gathers do not truncate addresses to 32 bits");
         }
+        if engine == Some(16) && kvm != engine {
+            return Some("a pending x87 error does not come first");
+        }
+        if engine == Some(14) && kvm == engine && self.only_x87_tags_differ() {
+            return Some("an MMX instruction that faults has made MMX registers of the x87 registers");
+        }
+        if matches!(mnemonic, Fxrstor | Fxrstor64 | Xrstor | Xrstor64) && engine == Some(13) && kvm != engine {
+            return Some("an image with reserved bits is loaded");
+        }
         if mnemonic == Invpcid && kvm == Some(6) {
             return Some("no INVPCID");
         }
         if engine == Some(13) && kvm != engine && self.has_misaligned_operand() {
             return Some("an SSE operand need not be aligned");
         }
-        if self.mnemonics.len() > 1 && self.writes_code && self.only_differs_in(gpr::RAX, 0xFF) {
+        if self.mnemonics.len() > 1 && self.writes_code {
             return Some("code that is written through another address is executed as it was, until it is serialised");
         }
         if passes(&[Pushf, Pushfd, Pushfq]) && (0..16).any(|n| self.only_differs_in(n, rflags::TF)) {

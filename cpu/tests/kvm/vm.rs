@@ -374,6 +374,8 @@ impl Vm {
         }
         self.parked = false;
         let start = processor_time();
+        // QEMU's time goes on while the host does something else.
+        let patience = if self.emulated_processor { 100 * PATIENCE } else { PATIENCE };
         loop {
             return match self.vcpu.run() {
                 // The port's handler is stepped, too.
@@ -387,7 +389,7 @@ impl Vm {
                 Ok(VcpuExit::Shutdown) => Step::Shutdown,
                 Ok(VcpuExit::InternalError) => Step::Refused("emulation failure".to_string()),
                 Ok(other) => Step::Refused(format!("exit {other:?}")),
-                Err(error) if error.errno() == libc::EINTR && processor_time() - start < PATIENCE => continue,
+                Err(error) if error.errno() == libc::EINTR && processor_time() - start < patience => continue,
                 Err(error) if error.errno() == libc::EINTR => Step::Refused("no end in sight".to_string()),
                 Err(error) => Step::Refused(format!("KVM_RUN: {error}")),
             };
