@@ -258,7 +258,7 @@ mod tests {
             assert_eq!((stages[0].from, stages[0].entry), (0, Entry::NewEngine));
             assert!(stages.windows(2).all(|pair| pair[0].from < pair[1].from));
             for stage in &stages {
-                assert!((1..=14).contains(&stage.engine.tlb_bits), "{stage}");
+                assert!((1..=EngineConfig::default().tlb_bits).contains(&stage.engine.tlb_bits), "{stage}");
                 assert!((1..=64).contains(&stage.engine.max_block_instructions), "{stage}");
                 assert!(stage.engine.code_cache_bytes >= 2 << 20, "{stage}");
                 assert!(stage.slicing.icount_max >= 1, "{stage}");
