@@ -39,6 +39,8 @@ const CASES: &[Entry] = &[
         r.gpr[RSI] = 0xFFFF_FFF8;
         r.fpu.0[576 + 2 * 16..][..16].fill(0x80);
     }),
+    (64, "MASKMOVDQU that selects nothing, where nothing is", b"\x66\x0f\xf7\xc1", |r| r.gpr[RDI] = END),
+    (64, "MASKMOVQ likewise", b"\x0f\xf7\xc1", |r| r.gpr[RDI] = END),
     (64, "an image there", b"\x67\x0f\xae\x0e", |r| r.gpr[RSI] = 0xFFFF_FE10),
     (64, "an offset that is not canonical, of FS, with alignment checks", b"\x64\x4f\x0f\xb3\x54\xfa\x55", |r| {
         checked(r);
