@@ -315,7 +315,7 @@ impl Core {
             let SiteKind::Link { target, patch, .. } = site.kind else { continue };
             let Some(soft) = self.soft_page(target >> 12).filter(|_| target >> 47 == 0) else { continue };
             let known = self.t.find(start(soft, target), Purpose::Ordinary);
-            if !known.is_some_and(|known| self.t.blocks[known].second.is_none()) || !self.has_room_for_block() {
+            if known.is_none_or(|known| self.t.blocks[known].second.is_some()) || !self.has_room_for_block() {
                 continue;
             }
             let identity = self.t.identity(target >> 12, self.t.code_pages[soft].page, mode.direct());

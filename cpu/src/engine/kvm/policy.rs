@@ -116,7 +116,7 @@ impl Space {
         let faster = self.kvm.cost().is_some_and(|kvm| kvm < soft) && self.next <= now;
         if faster {
             self.visits = self.visits.wrapping_add(1);
-            return self.visits % SOFT_EVERY != 0;
+            return !self.visits.is_multiple_of(SOFT_EVERY);
         }
         // A machine that goes back to an earlier state has an earlier icount.
         if now >= self.next || self.next - now > PATIENCE_MAX {

@@ -1,0 +1,204 @@
+//! Every engine computes the same: hash chains of a guest with user code, whose calls to KVM fail one by one as well.
+//! Without a usable /dev/kvm only what happens then is tested.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use common::*;
+use iced_x86::code_asm::*;
+use orrery_guest_image::Image;
+use predicates::str::contains;
+use serde_json::Value;
+
+const GDT: u64 = 0x2F_0000;
+const USER_STACK: u64 = 0x2E_0000;
+
+/// Goes to user mode, with I/O ports permitted, and computes there for about 20 million instructions: memory all over
+/// a megabyte, calls, x87, SSE, string instructions, and now and then something that the VM cannot do.
+fn user() -> Image {
+    guest(|a| {
+        enter_user_mode(a);
+        let (mut outer, mut inner, mut function) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(ebp, 40).unwrap();
+        a.set_label(&mut outer).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.cpuid().unwrap();
+        a.mov(ecx, 30_000).unwrap();
+        a.mov(rdi, DATA).unwrap();
+        a.set_label(&mut inner).unwrap();
+        a.imul_3(rax, rax, 1_103_515_245).unwrap();
+        a.add(rax, 12_345).unwrap();
+        a.mov(rdx, rax).unwrap();
+        a.and(edx, 0xF_FFF8).unwrap();
+        a.add(qword_ptr(rdi + rdx), rax).unwrap();
+        a.mov(r11, qword_ptr(rdi + rdx)).unwrap();
+        a.xor(r12, r11).unwrap();
+        a.push(r12).unwrap();
+        a.pop(r13).unwrap();
+        a.call(function).unwrap();
+        a.cvtsi2sd(xmm0, rcx).unwrap();
+        a.addsd(xmm1, xmm0).unwrap();
+        a.dec(ecx).unwrap();
+        a.jne(inner).unwrap();
+        a.fild(qword_ptr(rdi)).unwrap();
+        a.fistp(qword_ptr(rdi + 8)).unwrap();
+        a.lea(rsi, qword_ptr(rdi + 0x100)).unwrap();
+        a.mov(ecx, 100).unwrap();
+        a.rep().movsq().unwrap();
+        a.dec(ebp).unwrap();
+        a.jne(outer).unwrap();
+        a.mov(rax, r15).unwrap();
+        a.xor(rax, r13).unwrap();
+        a.and(al, 15).unwrap();
+        a.add(al, i32::from(b'A')).unwrap();
+        a.mov(dx, SERIAL).unwrap();
+        a.out(dx, al).unwrap();
+        exit(a, 0);
+        a.set_label(&mut function).unwrap();
+        a.lea(r15, qword_ptr(r15 + rax * 2 + 1)).unwrap();
+        a.ret().unwrap();
+    })
+}
+
+fn enter_user_mode(a: &mut CodeAssembler) {
+    let (mut again, mut large, mut user) = (a.create_label(), a.create_label(), a.create_label());
+    a.mov(rax, cr4).unwrap();
+    a.or(eax, 0x600).unwrap();
+    a.mov(cr4, rax).unwrap();
+    // The boot tables map low memory for the kernel only.
+    a.mov(rax, cr3).unwrap();
+    a.and(rax, -4096).unwrap();
+    a.or(qword_ptr(rax), 4).unwrap();
+    a.mov(rbx, qword_ptr(rax)).unwrap();
+    a.and(rbx, -4096).unwrap();
+    a.or(qword_ptr(rbx), 4).unwrap();
+    a.mov(rcx, qword_ptr(rbx)).unwrap();
+    a.test(cl, 0x80).unwrap();
+    a.jne(large).unwrap();
+    a.and(rcx, -4096).unwrap();
+    a.mov(edx, 512).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.or(qword_ptr(rcx), 4).unwrap();
+    a.add(rcx, 8).unwrap();
+    a.dec(edx).unwrap();
+    a.jne(again).unwrap();
+    a.set_label(&mut large).unwrap();
+    a.mov(cr3, rax).unwrap();
+    let descriptors = [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF];
+    a.mov(rbx, GDT).unwrap();
+    for (at, descriptor) in (0..).step_by(8).zip(descriptors) {
+        a.mov(rax, descriptor as u64).unwrap();
+        a.mov(qword_ptr(rbx + at), rax).unwrap();
+    }
+    a.mov(word_ptr(rbx + 64), 39).unwrap();
+    a.mov(qword_ptr(rbx + 66), rbx).unwrap();
+    a.lgdt(ptr(rbx + 64)).unwrap();
+    a.mov(rsp, USER_STACK).unwrap();
+    a.push(0x1B).unwrap();
+    a.mov(rax, USER_STACK).unwrap();
+    a.push(rax).unwrap();
+    a.push(0x3002).unwrap();
+    a.push(0x23).unwrap();
+    a.lea(rax, ptr(user)).unwrap();
+    a.push(rax).unwrap();
+    a.iretq().unwrap();
+    a.set_label(&mut user).unwrap();
+}
+
+fn has_kvm() -> bool {
+    let there = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    assert!(there || std::env::var_os("ORRERY_REQUIRE_KVM").is_none(), "no /dev/kvm");
+    there
+}
+
+fn run(directory: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("orrery").unwrap();
+    command.current_dir(directory).env("XDG_CACHE_HOME", directory);
+    command.args(["run", "guest.img", "--memory", "32", "--epoch", "3000000", "--json"]).args(arguments);
+    command
+}
+
+/// Chain and output of a run.
+fn result(directory: &Path, arguments: &[&str]) -> (String, String) {
+    let output = run(directory, arguments).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{arguments:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    let (console, report) = text.trim_end().rsplit_once('\n').unwrap_or(("", text.trim_end()));
+    // The guest's letter may stand in front of the report.
+    let at = report.find('{').unwrap();
+    let value: Value = serde_json::from_str(&report[at..]).unwrap();
+    (value["chain"].as_str().unwrap().to_owned(), format!("{console}{}", &report[..at]))
+}
+
+#[test]
+fn every_engine_has_the_same_hash_chain() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    image_file(directory.path(), "guest.img", &user());
+    for seed in ["1", "2", "3"] {
+        let soft = result(directory.path(), &["--seed", seed, "--engine", "soft"]);
+        for engine in ["kvm", "auto", "random"] {
+            let other = result(directory.path(), &["--seed", seed, "--engine", engine]);
+            assert_eq!(soft, other, "{engine} with seed {seed}");
+        }
+        let chaos = result(directory.path(), &["--seed", seed, "--engine", "kvm", "--engine-chaos", seed]);
+        assert_eq!(soft, chaos, "kvm in chaos with seed {seed}");
+        // Code is forgotten all the time.
+        let cleared = result(directory.path(), &["--seed", seed, "--engine", "kvm", "--engine-cache", "1"]);
+        assert_eq!(soft, cleared, "kvm with little room with seed {seed}");
+    }
+}
+
+#[test]
+fn snapshots_are_the_same_in_every_engine() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    image_file(directory.path(), "guest.img", &user());
+    let soft = result(directory.path(), &["--seed", "1", "--engine", "soft", "--no-snapshots"]);
+    let kvm = result(directory.path(), &["--seed", "1", "--engine", "kvm", "--snapshot-every", "2000000"]);
+    assert_eq!(soft, kvm);
+}
+
+#[test]
+fn a_call_to_kvm_that_fails_is_told_or_makes_no_difference() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    image_file(directory.path(), "guest.img", &user());
+    let soft = result(directory.path(), &["--seed", "1", "--engine", "soft"]);
+    let mut told = 0;
+    for call in 0..60 {
+        let call = call.to_string();
+        let arguments = ["--seed", "1", "--engine", "kvm", "--engine-kvm-fails", &call];
+        let output = run(directory.path(), &arguments).output().unwrap();
+        if output.status.success() {
+            assert_eq!(soft, result(directory.path(), &arguments), "call {call}");
+        } else {
+            // The guest's registers were lost with it.
+            assert_eq!(output.status.code(), Some(226), "call {call}");
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(text.contains("KVM_GET_XSAVE"), "call {call}: {text}");
+            told += 1;
+        }
+    }
+    assert!(told > 0, "KVM_GET_XSAVE is among the calls");
+}
+
+#[test]
+fn without_kvm_the_engine_says_so() {
+    if has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    image_file(directory.path(), "guest.img", &user());
+    run(directory.path(), &["--seed", "1", "--engine", "kvm"]).assert().code(231).stderr(contains("--engine soft"));
+    run(directory.path(), &["--seed", "1", "--engine", "auto"]).assert().success().stderr(contains("runs in software"));
+}
