@@ -87,10 +87,11 @@ fn enter_user_mode(a: &mut CodeAssembler) {
     a.jne(again).unwrap();
     a.set_label(&mut large).unwrap();
     a.mov(cr3, rax).unwrap();
-    let descriptors = [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF];
+    let descriptors: [u64; 5] =
+        [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_F300_0000_FFFF, 0x00AF_FB00_0000_FFFF];
     a.mov(rbx, GDT).unwrap();
     for (at, descriptor) in (0..).step_by(8).zip(descriptors) {
-        a.mov(rax, descriptor as u64).unwrap();
+        a.mov(rax, descriptor).unwrap();
         a.mov(qword_ptr(rbx + at), rax).unwrap();
     }
     a.mov(word_ptr(rbx + 64), 39).unwrap();
