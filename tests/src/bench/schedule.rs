@@ -26,8 +26,15 @@ pub struct Schedule {
     pub limit: Duration,
 }
 
-/// Runs all rounds. Sessions that fail are in [`Figures::failures`]; what they finished before counts.
-pub fn run(schedule: &Schedule, prepared: &[Prepared], hypervisors: &Hypervisors, directory: &Path) -> Result<Figures> {
+/// Runs all rounds; `keep` is given the figures after each. Sessions that fail are in [`Figures::failures`]; what they
+/// finished before counts.
+pub fn run(
+    schedule: &Schedule,
+    prepared: &[Prepared],
+    hypervisors: &Hypervisors,
+    directory: &Path,
+    keep: &dyn Fn(&Figures) -> Result<()>,
+) -> Result<Figures> {
     let bench = Bench { schedule, hypervisors, directory, cpu: session::first_cpu()? };
     // The runs of the benchmark before this one are of no use to anyone.
     workshop::empty_directory(&hypervisors.runs)?;
@@ -50,6 +57,7 @@ pub fn run(schedule: &Schedule, prepared: &[Prepared], hypervisors: &Hypervisors
                 record(&mut figures, schedule, prepared, platform, &session);
             }
         }
+        keep(&figures)?;
     }
     Ok(figures)
 }

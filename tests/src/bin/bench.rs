@@ -91,8 +91,7 @@ fn main() -> Result<ExitCode> {
         limit: Duration::from_secs(arguments.timeout),
     };
     hypervisors.check(&schedule.platforms)?;
-    let figures = schedule::run(&schedule, &prepared, &hypervisors, &directory)?;
-    figures.write(&output)?;
+    let figures = schedule::run(&schedule, &prepared, &hypervisors, &directory, &|figures| figures.write(&output))?;
     print!("{}", table::table(&figures, Style::Plain));
     println!("raw figures: {}", output.display());
     for failure in &figures.failures {
