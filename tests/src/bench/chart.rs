@@ -129,7 +129,7 @@ impl Axis {
 /// The drawing of all lines that have figures.
 pub fn chart(figures: &Figures, title: &str) -> String {
     let mut drawing = Drawing { text: String::new(), y: 0.0 };
-    drawing.legend(title);
+    drawing.legend(figures, title);
     for unit in [Unit::Native, Unit::Seconds] {
         let is_shown = |line: &&LineFigures| {
             let has_unit = (unit == Unit::Native) == line.native_s.is_some();
@@ -168,11 +168,13 @@ impl Drawing {
         self.add(format_args!("<text class=\"{class}\" x=\"{x:.1}\" y=\"{:.1}\">{words}</text>", y + 4.0));
     }
 
-    fn legend(&mut self, title: &str) {
+    fn legend(&mut self, figures: &Figures, title: &str) {
         self.y += ROW;
         self.words(20.0, self.y, "head", title);
         self.y += 1.4 * ROW;
-        for (place, (platform, name)) in MARKED.into_iter().enumerate() {
+        let has_figures = |platform| figures.lines.iter().any(|line| line.of(platform).is_some());
+        let marked = MARKED.into_iter().filter(|(platform, _)| has_figures(*platform));
+        for (place, (platform, name)) in marked.enumerate() {
             let x = 26.0 + 170.0 * place as f64;
             self.mark(platform, x, self.y);
             self.words(x + 12.0, self.y, "", name);
@@ -207,7 +209,7 @@ impl Drawing {
         let rows = self.text.split_off(grid);
         let has_figures = |platform: &Platform| lines.iter().any(|line| line.of(*platform).is_some());
         let orrery = [Platform::Soft, Platform::Auto].into_iter().filter(has_figures).map(Platform::name);
-        self.words(RIGHT + 16.0, top, "faint", &orrery.collect::<Vec<_>>().join(", "));
+        self.words(RIGHT + 26.0, top, "faint", &orrery.collect::<Vec<_>>().join(", "));
         self.grid(axis, top);
         self.text += &rows;
     }
@@ -241,7 +243,7 @@ impl Drawing {
                 numbers.push(axis.unit.text(value));
             }
         }
-        self.words(RIGHT + 16.0, y, "faint", &numbers.join(", "));
+        self.words(RIGHT + 26.0, y, "faint", &numbers.join(", "));
     }
 
     fn mark(&mut self, platform: Platform, x: f64, y: f64) {
