@@ -263,6 +263,12 @@ impl Meeting<'_> {
         if matches!(mnemonic, Fxrstor | Fxrstor64 | Xrstor | Xrstor64) && engine == Some(13) && kvm != engine {
             return Some("an image with reserved bits is loaded");
         }
+        if self
+            .instruction
+            .is_some_and(|i| matches!(mnemonic, Ret | Retf) && i.op_count() == 1 && i.immediate16() >> 15 != 0)
+        {
+            return Some("RET takes its constant for signed");
+        }
         if mnemonic == Invpcid && kvm == Some(6) {
             return Some("no INVPCID");
         }
