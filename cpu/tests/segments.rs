@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 #[derive(Default)]
 struct Ports {
     attention: bool,
+    mmio_writes: u32,
 }
 
 impl Bus for Ports {
@@ -24,7 +25,9 @@ impl Bus for Ports {
     fn mmio_read(&mut self, _: Icount, _: u64, data: &mut [u8]) {
         data.fill(0xFF);
     }
-    fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {}
+    fn mmio_write(&mut self, _: Icount, _: u64, _: &[u8]) {
+        self.mmio_writes += 1;
+    }
     fn msr_read(&mut self, _: Icount, _: u32) -> Result<u64, MsrRefused> {
         Err(MsrRefused)
     }
@@ -106,6 +109,29 @@ fn offsets_in_a_segment_are_relative_to_its_base() {
     }
     assert_eq!(stepped.run(Icount(1000), &mut Ports::default()), Stop::Halted);
     assert!(stepped.state() == engine.state());
+}
+
+/// A store that the host refuses to execute must not happen with the next instruction that is executed alone.
+#[test]
+fn a_store_that_faults_in_the_host_is_forgotten() {
+    let control_word = ((BASE + START) as u32 + 20).to_le_bytes();
+    // FNINIT; FLDCW [control word]; FLD1; FLDZ; FDIVP; FSTP DWORD [0x30000000]
+    let mut code = vec![0xDB, 0xE3, 0xD9, 0x2D];
+    code.extend(control_word);
+    code.extend([0xD9, 0xE8, 0xD9, 0xEE, 0xDE, 0xF9, 0xD9, 0x1D, 0, 0, 0, 0x30]);
+    // Division by zero is not masked.
+    code.extend([0x7B, 0x03]);
+    let (mut engine, memory) = segmented(&code, 0xFFF, true);
+    let state = engine.state_mut();
+    state.cr0 |= 1 << 5; // NE: errors are exceptions
+    engine.state_replaced();
+    // The handler: MOV EAX, [0x30000000]; HLT
+    let handler = [0x8B, 0x04, 0x25, 0, 0, 0, 0x30, 0xF4];
+    memory.write_slice(&handler, GuestAddress(HANDLERS + 16 * 16)).expect("inside RAM");
+    let mut ports = Ports::default();
+    assert_eq!(engine.run(Icount(100), &mut ports), Stop::Halted);
+    assert_eq!(engine.state().rip, HANDLERS + 16 * 16 + 8, "the x87 error is reported");
+    assert_eq!((engine.icount(), ports.mmio_writes), (Icount(5 + 2), 0));
 }
 
 #[test]
