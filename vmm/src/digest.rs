@@ -126,8 +126,14 @@ impl MemoryDigest {
                 hashed
             };
             let parts = pages.chunks(pages.len().div_ceil(workers));
-            let threads: Vec<_> = parts.map(|part| scope.spawn(move || hash(part))).collect();
-            threads.into_iter().map(|thread| thread.join().expect("hashing does not panic")).collect()
+            let start = |part| std::thread::Builder::new().spawn_scoped(scope, move || hash(part));
+            let threads: Vec<_> = parts.map(|part| (part, start(part))).collect();
+            let finish = |(part, thread): (_, std::io::Result<std::thread::ScopedJoinHandle<_>>)| match thread {
+                Ok(thread) => thread.join().expect("hashing does not panic"),
+                // The host gives no more threads.
+                Err(_) => hash(part),
+            };
+            threads.into_iter().map(finish).collect()
         });
         for (page, hash) in hashed.into_iter().flatten() {
             self.set(page, hash);

@@ -928,6 +928,8 @@ impl Core {
 
     /// The exception that a host signal in translated code stands for; RIP and registers are the instruction's.
     pub fn host_fault(&mut self) -> Exception {
+        // What the instruction would have stored is not to be stored with the next one.
+        self.commit = None;
         // SAFETY: translated code is not running.
         let (vector, rip, flags, address) = unsafe {
             let b = &*self.block;

@@ -77,11 +77,7 @@ impl Core {
         let budget = self.budget();
         let argument = self.enter(placed.entry);
         let exception = match argument {
-            exit::FAULT => {
-                // What it would have stored is not to be stored with the next instruction.
-                self.commit = None;
-                Some(self.host_fault())
-            }
+            exit::FAULT => Some(self.host_fault()),
             exit::ABORTED => {
                 self.commit = None;
                 match std::mem::replace(&mut self.pending, Pending::None) {
