@@ -25,6 +25,7 @@ struct Key {
     mode: u16,
     grouping: bool,
     window: bool,
+    resident_uses: u8,
     undefined: Undefined,
     max_instructions: u32,
     tlb_mask: u32,
@@ -37,6 +38,7 @@ impl Key {
             mode: request.mode.0,
             grouping: request.grouping,
             window: request.window,
+            resident_uses: request.resident_uses,
             undefined: request.undefined,
             max_instructions: request.max_instructions,
             tlb_mask: request.tlb_mask,
@@ -48,6 +50,7 @@ impl Key {
             ^ u64::from(self.max_instructions) << 40
             ^ u64::from(self.tlb_mask) << 8
             ^ u64::from(self.undefined.number()) << 24
+            ^ u64::from(self.resident_uses) << 2
             ^ u64::from(self.grouping) << 1
             ^ u64::from(self.window);
         self.rip ^ settings.wrapping_mul(0x9E37_79B9_7F4A_7C15)
@@ -262,6 +265,7 @@ impl Site {
 #[cfg(test)]
 mod tests {
     use super::super::assembler::Assembler;
+    use super::super::residents;
     use super::super::thunks;
     use super::*;
     use crate::state::CpuState;
@@ -280,6 +284,7 @@ mod tests {
             max_instructions: 64,
             careful: false,
             grouping: true,
+            resident_uses: residents::WORTH_IT,
             window: true,
             isolated: false,
             undefined: Undefined::NONE,

@@ -14,6 +14,7 @@ pub mod host {
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
     pub const R11: u8 = 11;
+    pub const R12: u8 = 12;
     pub const R13: u8 = 13;
     pub const R15: u8 = 15;
 }

@@ -3,6 +3,7 @@
 
 #![allow(missing_docs)]
 
+use super::residents::RESIDENTS_MAX;
 use crate::state::CpuState;
 use std::mem::offset_of;
 
@@ -120,6 +121,10 @@ pub struct VcpuBlock {
     pub tsc_at_limit: u64,
     pub tsc_per_instruction: u64,
     pub temporary: [u64; 8],
+    /// What was in host registers that residents of the running block live in.
+    pub evicted: [u64; RESIDENTS_MAX],
+    /// R11 at the last host fault.
+    pub fault_r11: u64,
     /// Host addresses of the ranges of the running block's groups.
     pub groups: [u64; super::groups::GROUPS_MAX],
     pub fault_rip: u64,
@@ -185,6 +190,7 @@ pub mod field {
     pub const MEMORY_SLOW: u32 = offset!(memory_slow);
     pub const SLOW_ADDRESS: u32 = offset!(slow_address);
     pub const SLOW_SITE: u32 = offset!(slow_site);
+    pub const FAULT_R11: u32 = offset!(fault_r11);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
     pub const JUMP_RIP: u32 = offset!(jumps);
     pub const JUMP_HOST: u32 = offset!(jumps) + 8;
@@ -207,6 +213,10 @@ pub mod field {
     }
     pub const fn temporary(index: u32) -> u32 {
         offset!(temporary) + 8 * index
+    }
+
+    pub const fn evicted(index: usize) -> u32 {
+        offset!(evicted) + 8 * index as u32
     }
     pub const fn group(index: usize) -> u32 {
         offset!(groups) + 8 * index as u32

@@ -1,6 +1,6 @@
 //! The soft engine's heart: finds or makes translations, enters them, and acts on why they come back.
 
-use super::assembler::Assembler;
+use super::assembler::{Assembler, host};
 use super::block::{
     CLASSES, Class, ITLB_ENTRIES, JUMP_ENTRIES, JumpEntry, VcpuBlock, empty_tag, flags_from_slot, flags_to_slot,
     window_of,
@@ -413,9 +413,13 @@ impl Core {
         let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE).expect("code pages are RAM");
         // SAFETY: the page is mapped RAM; the guest does not run while it is read.
         let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), PAGE_SIZE as usize - offset) };
-        let (longest, grouping) = match &mut self.chaos {
-            Some(chaos) => (chaos.below(self.config.max_block_instructions as u64) as u32 + 1, chaos.below(2) == 0),
-            None => (self.config.max_block_instructions, true),
+        let (longest, grouping, resident_uses) = match &mut self.chaos {
+            Some(chaos) => (
+                chaos.below(self.config.max_block_instructions as u64) as u32 + 1,
+                chaos.below(2) == 0,
+                1 + chaos.below(8) as u8,
+            ),
+            None => (self.config.max_block_instructions, true, self.config.resident_uses),
         };
         let index = self.t.blocks.len() as u32;
         let cuts = self.observed.cuts();
@@ -435,6 +439,7 @@ impl Core {
                 && purpose != Purpose::Ungrouped
                 && self.config.grouping
                 && !self.t.is_ungrouped(start(identity, rip)),
+            resident_uses,
             isolated: !purpose.is_linked(),
             undefined: self.config.undefined,
             block: index,
@@ -942,7 +947,7 @@ impl Core {
         };
         let index = faults[at as u32].1;
         let site = self.t.sites[index];
-        let SiteKind::Fault { flags_in_host, borrowed } = site.kind else { unreachable!("a fault site") };
+        let SiteKind::Fault { flags_in_host, borrowed, residents } = site.kind else { unreachable!("a fault site") };
         if flags_in_host {
             let state = self.state_mut();
             state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
@@ -952,6 +957,20 @@ impl Core {
             // SAFETY: translated code is not running.
             let value = unsafe { (*self.block).temporary[4 + i] };
             self.state_mut().gpr[guest] = value;
+        }
+        for (number, resident) in residents.into_iter().flatten().enumerate() {
+            // SAFETY: translated code is not running.
+            let (evicted, r11) = unsafe { ((*self.block).evicted[number], (*self.block).fault_r11) };
+            let value = match (resident.owner(), resident.host) {
+                (Some(owner), _) => std::mem::replace(&mut self.state_mut().gpr[owner], evicted),
+                (None, host::R15) => {
+                    let value = self.budget() as u64;
+                    self.set_budget(evicted as i64);
+                    value
+                }
+                (None, _) => r11,
+            };
+            self.state_mut().gpr[resident.guest as usize] = value;
         }
         self.rewind(index);
         match vector {

@@ -4,7 +4,7 @@
 //! saves a load, and for a 64-bit destination a store. 32-bit destinations are left alone: they clear the upper half.
 
 use super::block::field;
-use super::registers::{HOME, gpr_number};
+use super::registers::{Homes, gpr_number};
 use iced_x86::{Code, Instruction, OpAccess, OpKind, Register};
 
 /// What the instruction forms that are worth it have in common.
@@ -60,11 +60,11 @@ fn form(code: Code) -> Option<Form> {
 /// Replaces a register operand that lives in the vCPU block by its place there, where the instruction has a form for
 /// it. `out` is the instruction to be emitted, without a memory operand; `access` says how operands are used. Returns
 /// the operand that was replaced.
-pub fn use_place(out: &mut Instruction, access: &[OpAccess; 5]) -> Option<u32> {
+pub fn use_place(out: &mut Instruction, access: &[OpAccess; 5], homes: &Homes) -> Option<u32> {
     let form = form(out.code())?;
     let place = |operand: u32| {
         let guest = (out.op_kind(operand) == OpKind::Register).then(|| gpr_number(out.op_register(operand)))??;
-        HOME[guest as usize].is_none().then_some(guest)
+        homes[guest as usize].is_none().then_some(guest)
     };
     let uses = |guest: u8| {
         let is_used = |operand: &u32| {

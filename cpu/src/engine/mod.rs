@@ -25,6 +25,7 @@ mod observe;
 mod pages;
 mod region;
 mod registers;
+mod residents;
 mod segmented;
 mod signals;
 mod statistics;
@@ -68,6 +69,8 @@ pub struct EngineConfig {
     pub chaining: bool,
     /// Translate nearby accesses of a block together.
     pub grouping: bool,
+    /// Uses in a block, 1 or more, from which a guest register that lives in memory gets a host register for it.
+    pub resident_uses: u8,
     /// Longest block, 1..=64 instructions.
     pub max_block_instructions: u32,
     /// Host memory reserved for translated code, in bytes.
@@ -91,6 +94,7 @@ impl Default for EngineConfig {
             tlb_bits: 16,
             chaining: true,
             grouping: true,
+            resident_uses: residents::WORTH_IT,
             max_block_instructions: 64,
             code_cache_bytes: 512 << 20,
             undefined: Undefined::measured(),

@@ -6,6 +6,7 @@
 
 use super::core::{Core, Pending};
 use super::mode::Mode;
+use super::residents;
 use super::thunks::exit;
 use super::translate::{Request, SiteKind};
 use super::translations::Purpose;
@@ -59,6 +60,7 @@ impl Core {
             careful: true,
             window: false,
             grouping: false,
+            resident_uses: residents::WORTH_IT,
             isolated: true,
             // The emulation has all that leave something undefined.
             undefined: Undefined::NONE,

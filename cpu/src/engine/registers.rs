@@ -7,7 +7,10 @@
 use iced_x86::Register;
 
 /// The host register of each guest register, in encoding order; None for those that stay in memory.
-pub const HOME: [Option<u8>; 16] = [
+pub type Homes = [Option<u8>; 16];
+
+/// Where guest registers are at the boundaries of blocks.
+pub const HOME: Homes = [
     Some(12),
     Some(13),
     Some(2),

@@ -105,6 +105,7 @@ pub fn emit(a: &mut Assembler) -> Thunks {
     super::kvm::emit_exit(a);
 
     thunks.exit_fault = a.here();
+    a.store_gs(host::R11, field::FAULT_R11);
     a.store_gs_imm32(field::EXIT_ARGUMENT, exit::FAULT);
     a.jmp(leave);
 

@@ -13,7 +13,8 @@ use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
 use super::homeless;
 use super::mode::Mode;
-use super::registers::{BORROWABLE, HOME, gpr_number, is_high_byte, sized};
+use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized};
+use super::residents::{self, Residents};
 use super::thunks::Thunks;
 use super::undefined::{self, Undefined};
 use crate::state::{rflags, seg};
@@ -68,7 +69,7 @@ pub enum SiteKind {
     /// An instruction for the emulation, kept decoded.
     Emulate { instruction: u32 },
     /// The host processor faulted on the guest's instruction.
-    Fault { flags_in_host: bool, borrowed: Borrowed },
+    Fault { flags_in_host: bool, borrowed: Borrowed, residents: Residents },
 }
 
 /// A place in translated code from which it can leave.
@@ -97,6 +98,8 @@ pub struct Request<'a> {
     pub grouping: bool,
     /// Accesses near RSP go through the stack window.
     pub window: bool,
+    /// Uses from which a register without a home gets one for the block.
+    pub resident_uses: u8,
     /// The block goes nowhere but back to Rust.
     pub isolated: bool,
     /// Kinds of instructions whose undefined flags and results are not the host's, if they can be seen.
@@ -254,6 +257,11 @@ pub struct Translator {
     source: Option<Source>,
     needs: Vec<Need>,
     scratch: ScratchRegisters,
+    /// Where guest registers are at this point.
+    pub(super) home: Homes,
+    residents: Residents,
+    /// Out-of-line code whose way out begins where the residents are in.
+    inhabited: std::ops::Range<usize>,
     pub(super) mode: Mode,
     careful: bool,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
@@ -290,6 +298,9 @@ impl Translator {
             source: None,
             needs: Vec::new(),
             scratch: ScratchRegisters::default(),
+            home: HOME,
+            residents: Residents::default(),
+            inhabited: 0..0,
             mode: Mode(0),
             careful: false,
             mends_flags: false,
@@ -322,6 +333,7 @@ impl Translator {
         self.cold.clear();
         (self.flags, self.source) = (Flags::Slot, None);
         self.scratch = ScratchRegisters::default();
+        (self.home, self.inhabited) = (HOME, 0..0);
         let list = std::mem::take(&mut self.instructions);
         self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
         self.index = 0;
@@ -336,6 +348,13 @@ impl Translator {
         let plan = &self.plan;
         let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
         flags::needs(&list, stays, &mut self.needs);
+
+        let settles = !request.careful && !request.isolated && !request.mode.is_direct();
+        self.residents = if settles && request.mode.is_64bit() {
+            residents::choose(&list, &mut self.info, self.plan.window.is_some(), request.resident_uses)
+        } else {
+            Residents::default()
+        };
 
         let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
@@ -355,17 +374,22 @@ impl Translator {
             // Room for the jump that invalidation writes over the entry.
             self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
         }
+        self.settle_in();
 
         self.length = list.len();
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
+            if treatment.ends_block() && position + 1 == list.len() {
+                self.move_out();
+            }
             self.keep_source(ins);
             self.instruction(ins, *treatment);
             self.index += 1;
         }
         if !list.last().is_some_and(|(_, t)| t.ends_block()) {
+            self.move_out();
             self.save_flags();
             self.link(request.rip.wrapping_add(guest_len as u64));
         }
@@ -374,24 +398,26 @@ impl Translator {
 
         placed.lookup_stub = self.a.here() as u32;
         self.leave(lookup);
-        for cold in std::mem::take(&mut self.cold) {
+        for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
+            let inhabited = self.inhabited.contains(&number);
             match cold {
                 Cold::Memory { patch, site, tlb, source } => {
                     self.a.land(patch);
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
                     self.settle(source);
-                    self.site_in_rax(site);
-                    self.jump_away(self.thunks.memory);
+                    self.slow_access(site, inhabited);
                 }
                 Cold::Constant { patch, site, address, source } => {
                     self.a.land(patch);
                     self.settle(source);
                     self.a.mov_imm(host::RCX, address);
-                    self.site_in_rax(site);
-                    self.jump_away(self.thunks.memory);
+                    self.slow_access(site, inhabited);
                 }
                 Cold::Leave { patch, site } => {
                     self.a.land(patch);
+                    if inhabited {
+                        self.emit_move_out();
+                    }
                     self.leave(site);
                 }
                 Cold::Call { patch, site, back } => {
@@ -428,6 +454,9 @@ impl Translator {
                     if save_flags {
                         self.a.save_flags(field::FLAGS);
                     }
+                    if inhabited {
+                        self.emit_move_out();
+                    }
                     self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
                     let jump = self.a.jmp(0);
                     self.ip = ip;
@@ -439,6 +468,24 @@ impl Translator {
             }
         }
         Ok(placed)
+    }
+
+    /// The slow path of a memory access, whose address is in RCX.
+    fn slow_access(&mut self, site: u32, inhabited: bool) {
+        if inhabited {
+            self.emit_move_out();
+        }
+        self.site_in_rax(site);
+        self.jump_away(self.thunks.memory);
+        if !inhabited || self.residents == Residents::default() {
+            return;
+        }
+        let here = self.a.here() as u32;
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            let behind = std::mem::replace(resume, here);
+            self.emit_settle_in();
+            self.a.jmp(u64::from(behind));
+        }
     }
 
     /// Jumps to one of the doors.
@@ -659,14 +706,68 @@ impl Translator {
     /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
     fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
         self.flags = Flags::Host;
-        self.source = if self.mode.is_direct() { None } else { source(ins, out) };
+        self.source = if self.mode.is_direct() { None } else { source(ins, out, &self.home) };
     }
 
     // Registers ------------------------------------------------------------------------------------------------
 
+    /// Gives the block's residents their homes.
+    fn settle_in(&mut self) {
+        self.emit_settle_in();
+        for resident in self.residents.into_iter().flatten() {
+            if let Some(owner) = resident.owner() {
+                self.home[owner] = None;
+            }
+            self.home[resident.guest as usize] = Some(resident.host);
+        }
+        self.inhabited = self.cold.len()..usize::MAX;
+    }
+
+    fn emit_settle_in(&mut self) {
+        for (number, resident) in self.residents.into_iter().flatten().enumerate() {
+            if resident.host != host::R11 {
+                self.a.store_gs(resident.host, field::evicted(number));
+            }
+            self.a.load_gs(resident.host, field::gpr(resident.guest));
+        }
+    }
+
+    /// Before the block ends: all registers go back to where they always are.
+    fn move_out(&mut self) {
+        let moving = self.residents.iter().flatten().fold(0, |mask, resident| mask | 1 << resident.guest);
+        if self.source.is_some_and(|source| source.reads & moving != 0) {
+            if self.flags == Flags::Source {
+                self.save_flags();
+            }
+            self.source = None;
+        }
+        self.emit_move_out();
+        self.home = HOME;
+        self.inhabited.end = self.cold.len();
+    }
+
+    /// Leaves the flags alone.
+    fn emit_move_out(&mut self) {
+        for (number, resident) in self.residents.into_iter().flatten().enumerate() {
+            self.a.store_gs(resident.host, field::gpr(resident.guest));
+            let owner = if resident.host == host::R11 { field::WINDOW_DISTANCE } else { field::evicted(number) };
+            self.a.load_gs(resident.host, owner);
+        }
+    }
+
+    /// The residents that are in at this point.
+    pub(super) fn residents_here(&self) -> Residents {
+        if self.inhabited.end == usize::MAX { self.residents } else { Residents::default() }
+    }
+
+    /// Host registers that residents live in at this point, as a bit mask.
+    fn inhabited_here(&self) -> u32 {
+        self.residents_here().iter().flatten().fold(0, |mask, resident| mask | 1 << resident.host)
+    }
+
     /// Loads a guest register, whole, into a host register.
     fn fetch(&mut self, dst: u8, guest: u8) {
-        match HOME[guest as usize] {
+        match self.home[guest as usize] {
             Some(home) => self.a.mov(dst, home),
             None => self.a.load_gs(dst, field::gpr(guest)),
         }
@@ -674,7 +775,7 @@ impl Translator {
 
     /// A host register that holds the guest register: its home, or `scratch` after loading it.
     pub(super) fn held(&mut self, guest: u8, scratch: u8) -> u8 {
-        if let Some(home) = HOME[guest as usize] {
+        if let Some(home) = self.home[guest as usize] {
             return home;
         }
         match self.scratch.find(guest) {
@@ -841,7 +942,7 @@ impl Translator {
             return self.direct_operand(ins);
         }
         if self.plan.windowed(self.position, Which::Operand) {
-            let base = gpr_number(ins.memory_base()).and_then(|base| HOME[base as usize]);
+            let base = gpr_number(ins.memory_base()).and_then(|base| self.home[base as usize]);
             let base = base.expect("RSP and RBP have homes");
             return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32, ..POINTER };
         }
@@ -978,7 +1079,7 @@ impl Translator {
             Treatment::ReadSelector => {
                 self.a.load_gs16_eax(field::selector(ins.op1_register().number()));
                 let guest = gpr_number(ins.op0_register()).expect("a general register");
-                match HOME[guest as usize] {
+                match self.home[guest as usize] {
                     Some(home) => self.a.mov(home, host::RAX),
                     None => self.a.store_gs(host::RAX, field::gpr(guest)),
                 }
@@ -1174,7 +1275,7 @@ impl Translator {
     fn load_effective_address(&mut self, ins: &Instruction) {
         let dst = ins.op0_register();
         let guest = gpr_number(dst).expect("LEA writes a general register");
-        let home = HOME[guest as usize];
+        let home = self.home[guest as usize];
         if dst.size() == 2 {
             self.offset(ins, host::RCX, 0, false);
             self.scratch = ScratchRegisters::default();
@@ -1273,7 +1374,7 @@ impl Translator {
         let at = self.stack(0, word, false);
         if ins.op0_kind() == OpKind::Register {
             let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
-            match HOME[guest as usize] {
+            match self.home[guest as usize] {
                 Some(host::RSP) => {
                     self.a.load(word, host::RSP, at);
                     return;
@@ -1452,7 +1553,7 @@ impl Translator {
         let mut scratch = Scratch {
             rax: !pin_rax,
             rcx: !pin_rcx && use_of.memory.is_none(),
-            taken: use_of.gprs,
+            taken: use_of.gprs | self.inhabited_here(),
             borrowed: [0; 3],
             borrowed_count: 0,
         };
@@ -1476,7 +1577,7 @@ impl Translator {
             guest.is_some_and(|guest| self.scratch.find(guest).is_some())
         });
         let in_place = match use_of.memory {
-            None if !pin_rax && !pin_rcx && !near => homeless::use_place(&mut out, &use_of.access),
+            None if !pin_rax && !pin_rcx && !near => homeless::use_place(&mut out, &use_of.access, &self.home),
             _ => None,
         };
         if let Some(guest) = in_place.and_then(|i| gpr_number(ins.op_register(i))) {
@@ -1494,7 +1595,7 @@ impl Translator {
             if pin_rax && guest == 0 || pin_rcx && guest == 1 {
                 continue;
             }
-            let host_register = match HOME[guest as usize] {
+            let host_register = match self.home[guest as usize] {
                 Some(home) => home,
                 None => {
                     let access = use_of.access[i as usize];
@@ -1529,6 +1630,7 @@ impl Translator {
             let kind = SiteKind::Fault {
                 flags_in_host,
                 borrowed: std::array::from_fn(|i| (i < scratch.borrowed_count).then_some(scratch.borrowed[i])),
+                residents: self.residents_here(),
             };
             self.site(kind, self.unretired())
         });
@@ -1575,7 +1677,7 @@ impl Translator {
             return false;
         };
         let wide = ins.op0_register().size() == 8;
-        match (HOME[dst as usize], HOME[src as usize]) {
+        match (self.home[dst as usize], self.home[src as usize]) {
             (Some(to), Some(from)) if wide => self.a.mov(to, from),
             (Some(to), Some(from)) => self.a.mov32(to, from),
             (Some(to), None) => match self.scratch.find(src) {
@@ -1606,7 +1708,9 @@ impl Translator {
         if !matches!(ins.code(), Code::Xchg_rm32_r32 | Code::Xchg_rm64_r64) || ins.op0_kind() != OpKind::Memory {
             return false;
         }
-        let Some(home) = gpr_number(ins.op1_register()).and_then(|guest| HOME[guest as usize]) else { return false };
+        let Some(home) = gpr_number(ins.op1_register()).and_then(|guest| self.home[guest as usize]) else {
+            return false;
+        };
         self.scratch = ScratchRegisters::default();
         let size = ins.memory_size().size();
         let at = self.operand(ins, size, true, true);
@@ -1693,7 +1797,8 @@ impl Translator {
         let accesses = self.mode.is_direct() && memory.is_some();
         let fault = (classify::may_fault(ins) || accesses).then(|| {
             let flags_in_host = self.flags != Flags::Slot;
-            self.site(SiteKind::Fault { flags_in_host, borrowed: Borrowed::default() }, self.unretired())
+            let residents = self.residents_here();
+            self.site(SiteKind::Fault { flags_in_host, borrowed: Borrowed::default(), residents }, self.unretired())
         });
         self.encode(ins, &out);
         if let Some(site) = fault {
@@ -1801,7 +1906,7 @@ impl Use {
 }
 
 /// What gives the flags that `out` gives, the renamed form of `ins`, again behind it.
-fn source(ins: &Instruction, out: &Instruction) -> Option<Source> {
+fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Option<Source> {
     use Mnemonic::{And, Cmp, Or, Test, Xor};
     let mut repeated = *out;
     match ins.mnemonic() {
@@ -1819,11 +1924,11 @@ fn source(ins: &Instruction, out: &Instruction) -> Option<Source> {
             OpKind::Register => {
                 let home = gpr_number(repeated.op_register(i))?;
                 // RAX and RCX are the translator's own.
-                reads |= 1 << HOME.iter().position(|place| *place == Some(home))?;
+                reads |= 1 << homes.iter().position(|place| *place == Some(home))?;
             }
             // A register that lives in the vCPU block.
             OpKind::Memory if ins.op_kind(i) == OpKind::Register || repeated.segment_prefix() == Register::GS => {
-                reads |= (0..16).filter(|guest| HOME[*guest].is_none()).fold(0, |mask, guest| mask | 1 << guest);
+                reads |= (0..16).filter(|guest| homes[*guest].is_none()).fold(0, |mask, guest| mask | 1 << guest);
             }
             OpKind::Memory => return None,
             _ => {}

@@ -190,6 +190,9 @@ impl Plan {
         engine.chaining = draws.chance(80);
         engine.grouping = draws.chance(75);
         if draws.chance(50) {
+            engine.resident_uses = 1 + draws.below(8) as u8;
+        }
+        if draws.chance(50) {
             engine.max_block_instructions = draws.size((0, 6)) as u32;
         }
         if draws.chance(40) {

@@ -6,7 +6,8 @@
 use super::super::assembler::{Assembler, Operand, POINTER, host};
 use super::super::block::field;
 use super::super::classify::Treatment;
-use super::super::registers::{HOME, gpr_number};
+use super::super::registers::gpr_number;
+use super::super::residents::Residents;
 use super::super::translate::{Borrowed, Cold, Flags, SiteKind, Translator, set_memory};
 use super::EXIT_DISTANCE;
 use crate::system::availability::{Unit, unit};
@@ -27,7 +28,11 @@ impl Translator {
         if !self.mode.is_direct() {
             return;
         }
-        let kind = SiteKind::Fault { flags_in_host: self.flags != Flags::Slot, borrowed: Borrowed::default() };
+        let kind = SiteKind::Fault {
+            flags_in_host: self.flags != Flags::Slot,
+            borrowed: Borrowed::default(),
+            residents: Residents::default(),
+        };
         let site = self.site(kind, self.unretired());
         self.faults.push((self.a.here() as u32, site));
     }
@@ -53,7 +58,7 @@ impl Translator {
         let Some(index) = gpr_number(index) else {
             return Operand { base: self.held(base, host::RCX), index: None, scale: 1, disp };
         };
-        if HOME[base as usize].is_none() && HOME[index as usize].is_none() {
+        if self.home[base as usize].is_none() && self.home[index as usize].is_none() {
             self.address(ins, rsp_bias);
             return POINTER;
         }
@@ -103,7 +108,7 @@ impl Translator {
             OpKind::Register => {
                 let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
                 self.may_fault_here();
-                match HOME[guest as usize] {
+                match self.home[guest as usize] {
                     Some(home) => self.a.push(home),
                     None => self.a.push_gs(field::gpr(guest)),
                 }
@@ -135,7 +140,7 @@ impl Translator {
         if ins.op0_kind() == OpKind::Register {
             let guest = gpr_number(ins.op0_register()).expect("segment registers are emulated");
             self.may_fault_here();
-            match HOME[guest as usize] {
+            match self.home[guest as usize] {
                 Some(home) => self.a.pop(home),
                 None => self.a.pop_gs(field::gpr(guest)),
             }
@@ -159,7 +164,10 @@ impl Translator {
         let unretired = self.unretired() - 1;
         let site = self.site(SiteKind::Lookup, unretired);
         let flags_in_host = self.flags != Flags::Slot;
-        let emulated = self.site(SiteKind::Fault { flags_in_host, borrowed: Borrowed::default() }, unretired);
+        let emulated = self.site(
+            SiteKind::Fault { flags_in_host, borrowed: Borrowed::default(), residents: Residents::default() },
+            unretired,
+        );
         self.ip = ip;
         // Without touching the flags: bits 63 to 47 are all zero, or all ones. KVM may fail to emulate this, too.
         self.faults.push((self.a.here() as u32, emulated));

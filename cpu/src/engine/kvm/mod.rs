@@ -614,7 +614,7 @@ impl Core {
             return Err(Spoiled("an exception of the virtual machine that translated code does not raise".to_string()));
         };
         let number = self.t.faults[at as u32].1;
-        let SiteKind::Fault { flags_in_host, borrowed } = self.t.sites[number].kind else {
+        let SiteKind::Fault { flags_in_host, borrowed, .. } = self.t.sites[number].kind else {
             return Err(Spoiled("an exception at a place that has none".to_string()));
         };
         let state = self.state_mut();
