@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use iced_x86::code_asm::*;
 use orrery_cpu::Icount;
-use orrery_cpu::engine::EngineConfig;
+use orrery_cpu::engine::{EngineConfig, Observation};
 use orrery_guest_image::Image;
 use orrery_vmm::chain::Hash;
 use orrery_vmm::inputs::{Input, InputChannel};
@@ -239,7 +239,6 @@ fn threads_branch_from_one_template() {
                     assert_eq!(finish(&mut kept), expected[seed as usize]);
                     let mut other = branch(&template, Seed(seed));
                     assert_eq!(finish(&mut other), expected[seed as usize]);
-                    template.recycle(other);
                 }
             });
         }
@@ -266,17 +265,45 @@ fn a_branch_in_the_place_of_another_is_a_new_one() {
         if round % 4 == 0 {
             child.state_hash();
         }
-        template.recycle(child);
     }
     // A machine from elsewhere is no spare of this template.
     run_until(&mut parent, 9_000);
     let elsewhere = parent.freeze().unwrap();
-    template.recycle(branch(&elsewhere, SEED));
+    drop(branch(&elsewhere, SEED));
     assert_eq!(branch(&template, SEED).icount(), Icount(5_000));
     // The parent itself may go: it was frozen here first.
-    template.recycle(parent);
+    drop(parent);
     let mut children: Vec<_> = (0..4).map(|_| branch(&template, OTHER)).collect();
     children.iter_mut().for_each(|child| assert_eq!(finish(child), expected[1]));
+}
+
+#[test]
+fn the_engine_of_a_dropped_branch_serves_the_next_unless_it_is_another_kind() {
+    let image = wanderer(1_500, 200);
+    let template = machine_at(&image, 5_000).freeze().unwrap();
+    let entries = |machine: &Machine| machine.engine_statistics().entries;
+    let mut child = branch(&template, SEED);
+    assert_eq!(entries(&child), 0);
+    child.observe(&Observation { breakpoints: vec![child.cpu().rip], ..Default::default() });
+    assert_eq!(child.run(Limits::until(Icount(9_000))).unwrap(), Pause::Observed);
+    drop(child);
+    // Nothing of what the first one was asked to look for is left.
+    let mut second = branch(&template, SEED);
+    run_until(&mut second, 9_000);
+    assert!(entries(&second) > 0);
+    drop(second);
+    let mut third = branch(&template, OTHER);
+    assert!(entries(&third) > 0, "it is the engine of the second");
+    third.change_engine(EngineConfig { tlb_bits: 2, ..Default::default() }).unwrap();
+    run_until(&mut third, 9_000);
+    drop(third);
+    assert_eq!(entries(&branch(&template, SEED)), 0);
+    // Whoever lives on when nobody can branch off any more keeps nothing for anybody.
+    let mut last = branch(&template, SEED);
+    drop(template);
+    run_until(&mut last, 9_000);
+    last.reset().unwrap();
+    assert_eq!(last.icount(), Icount(5_000));
 }
 
 #[test]
@@ -344,8 +371,7 @@ fn a_random_family_agrees_with_machines_that_never_branched() {
                     }
                 }
                 4 if size > 6 => {
-                    let member = family.swap_remove(who);
-                    templates.iter().next_back().expect("somebody froze").0.recycle(member.machine);
+                    drop(family.swap_remove(who));
                 }
                 5 => drop(member.machine.state_hash()),
                 _ => {

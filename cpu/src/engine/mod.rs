@@ -201,6 +201,12 @@ impl Engine {
         Ok(Engine { core })
     }
 
+    /// Bytes of code that a branch's engine has translated itself; None if it has forgotten the translations with which it
+    /// began.
+    pub fn code_since_branch(&self) -> Option<usize> {
+        self.core.t.code_since_branch()
+    }
+
     /// The architectural state, complete and precise.
     pub fn state(&self) -> &CpuState {
         self.core.state()

@@ -163,6 +163,8 @@ pub struct Translations {
     code_used: usize,
     /// Bytes of code at the bottom that clearing keeps: the thunks.
     code_kept: usize,
+    /// Bytes of code with which it all began.
+    code_begun: usize,
     offsets: Offsets,
     /// Blocks killed since `frozen` was made.
     killed: Vec<u32>,
@@ -237,6 +239,7 @@ impl Translations {
             ungrouped: Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED),
             code_used: lengths.code,
             code_kept: kept,
+            code_begun: lengths.code,
             offsets,
             killed: Vec::new(),
             clears: 0,
@@ -304,6 +307,11 @@ impl Translations {
     /// Offset at which the next piece of code will stand.
     pub fn next_code(&self) -> u32 {
         self.code_used as u32
+    }
+
+    /// Bytes of code beside those that a branch began with; None if it has forgotten those.
+    pub fn code_since_branch(&self) -> Option<usize> {
+        (self.clears == 0).then(|| self.code_used - self.code_begun)
     }
 
     /// Places code that was assembled for `next_code()`.

@@ -194,7 +194,6 @@ impl Guest {
             run(&mut child, 1)?;
             micros.push(micros_since(before));
             run(&mut child, CHILD_INSTRUCTIONS)?;
-            self.template.recycle(child);
         }
         Ok(Line::of(name, micros))
     }

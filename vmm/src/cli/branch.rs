@@ -77,7 +77,7 @@ fn many(arguments: &BranchArgs, inputs: Option<&[Input]>) -> Result<u8, Failure>
             };
             match run_branch(arguments, moment, start.wrapping_add(index), inputs, &mut NoHost) {
                 Ok((summary, machine)) => {
-                    template.recycle(machine);
+                    drop(machine);
                     let _one_at_a_time = printing.lock();
                     bar.set_message(format!("{} of {} branches", index + 1, arguments.count));
                     bar.tick();

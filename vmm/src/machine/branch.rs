@@ -2,15 +2,18 @@
 //!
 //! A [`Template`] is a moment whose RAM no longer changes. Whoever branches off maps that RAM privately, copies the
 //! state beside it, and runs at once: nothing in it is proportional to the guest's memory. A machine that came from
-//! a template can go [back](Machine::reset) to it, at the cost of the pages that it has written since.
+//! a template can go [back](Machine::reset) to it, at the cost of the pages that it has written since. One that is
+//! dropped goes back by itself, and its engine and memory wait for the next branch, for which the host has then mapped
+//! and copied already what it needs.
 //!
 //! With its parent's seed a branch is bit for bit the parent's future; with another one every random stream is keyed
 //! anew at that moment.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::mem::ManuallyDrop;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use orrery_cpu::engine::{Engine, EngineError, FrozenTranslations, Observation};
-use orrery_cpu::memory::PAGE_SIZE;
+use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use orrery_cpu::{CpuState, Icount};
 
 use super::dirty::DirtyPages;
@@ -24,10 +27,12 @@ use crate::ram::{self, FrozenRam, RamError};
 
 /// Most pages that branches copy on their way out for ever, instead of having them in the file that they map.
 const PATCHES_FEW: usize = 64;
-/// Most machines that wait in a template for branches to go on in their place.
+/// Most engines with their memory that wait in a template for branches.
 pub const SPARES_MAX: usize = 16;
-/// Most pages of its own that such a machine may have: 32 MiB.
+/// Most pages of RAM that such a spare may own: 32 MiB.
 const SPARE_PAGES_MAX: usize = 8192;
+/// Most bytes of code that it may have translated itself.
+const SPARE_CODE_MAX: usize = 8 << 20;
 
 /// A branch that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +50,14 @@ pub enum BranchError {
 
 /// A moment from which machines branch off. Copies share it; it may be used by several threads at once.
 #[derive(Clone)]
-pub struct Template(Arc<Frozen>);
+pub struct Template {
+    frozen: Arc<Frozen>,
+    /// What machines that are gone have left, for branches to come.
+    stock: Arc<Stock>,
+}
+
+/// The spares of a template: there as long as somebody can branch off.
+type Stock = Mutex<Vec<Spare>>;
 
 /// What a template is made of.
 pub(super) struct Frozen {
@@ -57,8 +69,6 @@ pub(super) struct Frozen {
     translations: FrozenTranslations,
     /// What the next save of a branch builds on.
     saved: Option<Box<LastSave>>,
-    /// Machines that have gone back to this moment and are not needed.
-    spares: Mutex<Vec<Spare>>,
 }
 
 /// RAM of a template, whose form may change.
@@ -68,16 +78,20 @@ struct Ram {
     copied: u64,
 }
 
-/// A machine that waits for a branch. It has no origin and no source of digests, which would keep the template alive.
+/// An engine and the memory it works on, which holds what it did at the template's moment.
 struct Spare {
-    machine: Machine,
-    /// RAM as the machine has mapped it.
+    engine: Engine,
+    memory: GuestMemory,
+    dirty: DirtyPages,
+    /// RAM as `memory` has mapped it.
     ram: Arc<FrozenRam>,
 }
 
 /// Where a machine branched off, to go back to.
 pub(super) struct Origin {
     frozen: Arc<Frozen>,
+    /// Where its engine and memory go when it is dropped.
+    stock: Weak<Stock>,
     /// RAM as the machine has mapped it.
     ram: Arc<FrozenRam>,
     /// The state at which this machine began: the template's, with its own seed and inputs.
@@ -117,26 +131,20 @@ impl Machine {
             stale_digest: (digest, stale),
             translations: self.engine.freeze()?,
             saved: self.saved.clone(),
-            spares: Mutex::default(),
         });
-        self.digest_source = Some(Arc::clone(&frozen));
+        let template = Template { frozen, stock: Arc::default() };
+        self.digest_source = Some(Arc::clone(&template.frozen));
         if self.origin.is_none() {
             self.dirty.branch.take();
-            self.origin = Some(Origin { start: frozen.state.clone(), ram, frozen: Arc::clone(&frozen) });
+            self.origin = Some(template.origin(ram, template.frozen.state.clone()));
         }
-        Ok(Template(frozen))
+        Ok(template)
     }
 
     /// How many pages this machine has written since its branch point, or since power-on.
     pub fn pages_since_branch(&mut self) -> usize {
         self.collect_dirty();
         self.dirty.branch.len()
-    }
-
-    /// How many pages the host has provided for this machine alone, as far as it is known.
-    fn pages_owned(&mut self) -> usize {
-        self.collect_dirty();
-        self.dirty.owned.len()
     }
 
     /// Goes back to the moment at which this machine branched off (or was frozen first), with the seed and the
@@ -173,38 +181,74 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    /// Leaves engine and memory to the next branch of the same template, unless they have grown large.
+    fn drop(&mut self) {
+        let spare = self.leave();
+        // SAFETY: this is the end of the machine; nobody uses the engine after this.
+        let engine = unsafe { ManuallyDrop::take(&mut self.engine) };
+        if let Some((stock, ram)) = spare {
+            let (memory, dirty) = (self.board.memory.clone(), std::mem::take(&mut self.dirty));
+            lock(&stock).push(Spare { engine, memory, dirty, ram });
+        }
+    }
+}
+
+impl Machine {
+    /// No branch is to go on with this engine: it is not one as the template's.
+    pub(super) fn keep_engine(&mut self) {
+        if let Some(origin) = &mut self.origin {
+            origin.stock = Weak::new();
+        }
+    }
+
+    /// Goes back for the last time; to whom engine and memory are of use then, with RAM as it is mapped.
+    fn leave(&mut self) -> Option<(Arc<Stock>, Arc<FrozenRam>)> {
+        let stock = self.origin.as_ref()?.stock.upgrade()?;
+        self.collect_dirty();
+        let small = self.dirty.owned.len() <= SPARE_PAGES_MAX
+            && self.engine.code_since_branch().is_some_and(|bytes| bytes <= SPARE_CODE_MAX);
+        if !small || std::thread::panicking() || lock(&stock).len() >= SPARES_MAX {
+            return None;
+        }
+        self.reset().ok()?;
+        self.engine.observe(&Observation::default());
+        self.engine.take_hits();
+        Some((stock, self.origin.take()?.ram))
+    }
+}
+
 impl Template {
     /// A machine that goes on from here.
     ///
     /// With the template's own seed the random streams go on, with another one they are keyed anew. `inputs` are
     /// stamped with moments of this future; None means those that were waiting when the template was made.
     pub fn branch(&self, seed: Seed, inputs: Option<Vec<Input>>) -> Result<Machine, BranchError> {
-        let frozen = &self.0;
-        let start = start(&frozen.state, seed, inputs);
-        if let Some(Spare { mut machine, ram }) = lock(&frozen.spares).pop() {
-            machine.load(start.clone());
-            machine.digest_source = Some(Arc::clone(frozen));
-            machine.origin = Some(Origin { frozen: Arc::clone(frozen), ram, start });
-            return Ok(machine);
-        }
-        self.fresh(start)
+        let start = start(&self.frozen.state, seed, inputs);
+        let spare = lock(&self.stock).pop();
+        Ok(self.machine(spare.map_or_else(|| self.spare(), Ok)?, start))
     }
 
-    /// A machine in that state over RAM of its own.
-    fn fresh(&self, start: MachineState) -> Result<Machine, BranchError> {
-        let frozen = &self.0;
-        let ram = frozen.ram()?;
+    /// A new engine over RAM of its own.
+    fn spare(&self) -> Result<Spare, BranchError> {
+        let ram = self.frozen.ram()?;
         let memory = ram.map()?;
-        let mut engine = Engine::branch(&frozen.translations, memory.clone())?;
+        let engine = Engine::branch(&self.frozen.translations, memory.clone())?;
+        Ok(Spare { engine, dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE), memory, ram })
+    }
+
+    /// The machine in that state.
+    fn machine(&self, spare: Spare, start: MachineState) -> Machine {
+        let Spare { mut engine, memory, dirty, ram } = spare;
         *engine.state_mut() = start.cpu.clone();
         engine.set_icount(start.icount);
         engine.state_replaced();
-        Ok(Machine {
+        Machine {
             config: start.config.clone(),
-            dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
-            digest: frozen.stale_digest.0.clone(),
-            digest_source: Some(Arc::clone(frozen)),
-            engine,
+            dirty,
+            digest: self.frozen.stale_digest.0.clone(),
+            digest_source: Some(Arc::clone(&self.frozen)),
+            engine: ManuallyDrop::new(engine),
             board: Board::at(memory, start.board.clone()),
             inputs: start.inputs.clone(),
             entered: Vec::new(),
@@ -213,67 +257,48 @@ impl Template {
             first_moment: start.first_moment,
             seed: start.seed,
             ended: start.ended.clone(),
-            saved: frozen.saved.clone(),
-            origin: Some(Origin { frozen: Arc::clone(frozen), ram, start }),
-        })
+            saved: self.frozen.saved.clone(),
+            origin: Some(self.origin(ram, start)),
+        }
     }
 
-    /// Makes `count` machines ready for branches to come, at most [`SPARES_MAX`] with those that are: each runs the
-    /// template's own future for `instructions` and goes back. So the host has mapped what a branch needs at first, and
-    /// branches run at full speed from their first instruction on. May be called from a thread of its own.
+    fn origin(&self, ram: Arc<FrozenRam>, start: MachineState) -> Origin {
+        Origin { frozen: Arc::clone(&self.frozen), stock: Arc::downgrade(&self.stock), ram, start }
+    }
+
+    /// Makes the next `count` branches fast, at most [`SPARES_MAX`], as those are that come after others: so many machines
+    /// run the template's own future for `instructions` and are dropped. May be called from a thread of its own.
     pub fn prepare(&self, count: usize, instructions: u64) -> Result<(), BranchError> {
         let mut ready = Vec::new();
-        let waiting = lock(&self.0.spares).len();
+        let waiting = lock(&self.stock).len();
         for _ in waiting..count.min(SPARES_MAX) {
-            let mut machine = self.fresh(start(&self.0.state, self.seed(), None))?;
+            let mut machine = self.machine(self.spare()?, start(&self.frozen.state, self.seed(), None));
             let until = Icount(self.icount().0.saturating_add(instructions));
             // However it ends: it goes back.
             let _ = machine.run(Limits::until(until));
             ready.push(machine);
         }
-        ready.into_iter().for_each(|machine| self.recycle(machine));
         Ok(())
-    }
-
-    /// Gives a branch of this template back that is not needed any more: the next branch goes on in its place, which
-    /// makes it start faster, and run faster at first, since the host has mapped its memory already. Machines from
-    /// elsewhere, and those that have written a lot, are dropped.
-    pub fn recycle(&self, mut machine: Machine) {
-        let ours = machine.origin.as_ref().is_some_and(|origin| Arc::ptr_eq(&origin.frozen, &self.0));
-        if !ours || lock(&self.0.spares).len() >= SPARES_MAX || machine.pages_owned() > SPARE_PAGES_MAX {
-            return;
-        }
-        if machine.reset().is_ok() {
-            machine.observe(&Observation::default());
-            machine.take_hits();
-            machine.saved.clone_from(&self.0.saved);
-            let ram = machine.origin.take().map(|origin| origin.ram);
-            // A machine that waits must not keep its template alive.
-            machine.digest_source = None;
-            if let Some(ram) = ram {
-                lock(&self.0.spares).push(Spare { machine, ram });
-            }
-        }
     }
 
     /// Instructions retired at the template's moment.
     pub fn icount(&self) -> Icount {
-        self.0.state.icount
+        self.frozen.state.icount
     }
 
     /// Its RAM.
     pub(super) fn ram(&self) -> Arc<FrozenRam> {
-        Arc::clone(&lock(&self.0.ram).frozen)
+        Arc::clone(&lock(&self.frozen.ram).frozen)
     }
 
     /// The seed of its past.
     pub fn seed(&self) -> Seed {
-        self.0.state.seed
+        self.frozen.state.seed
     }
 
     /// Registers of the vCPU at that moment.
     pub fn cpu(&self) -> &CpuState {
-        &self.0.state.cpu
+        &self.frozen.state.cpu
     }
 }
 

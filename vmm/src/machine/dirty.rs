@@ -5,7 +5,7 @@
 
 /// A set of page numbers (guest-physical address / 4096) that costs what is in it: adding is constant, taking is
 /// proportional to what was added, and an empty set of any range allocates no memory that is touched.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct PageSet {
     /// One bit per page, allocated zeroed so that the host provides only what is used.
     bits: Vec<u64>,
@@ -60,7 +60,7 @@ impl PageSet {
 }
 
 /// The lists of one machine.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct DirtyPages {
     /// Written since the digest was brought up to date.
     pub digest: PageSet,

@@ -17,6 +17,7 @@ mod transfer;
 mod virtio;
 
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use orrery_cpu::engine::{Engine, EngineConfig, EngineError, Hit, Observation, Stop};
@@ -113,7 +114,8 @@ impl Limits {
 /// The simulated computer.
 pub struct Machine {
     config: MachineConfig,
-    engine: Engine,
+    /// Dropped with the machine, unless a branch goes on with it.
+    engine: ManuallyDrop<Engine>,
     board: Board,
     digest: MemoryDigest,
     /// Where the digest is to be taken from first, when somebody asks for it.
@@ -199,7 +201,7 @@ impl Machine {
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             seed,
             origin: None,
-            engine,
+            engine: ManuallyDrop::new(engine),
             board,
             inputs: VecDeque::new(),
             entered: Vec::new(),

@@ -277,7 +277,7 @@ impl Machine {
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             digest,
             digest_source: None,
-            engine,
+            engine: std::mem::ManuallyDrop::new(engine),
             board: Board::at(memory, state.board),
             inputs: state.inputs,
             entered: Vec::new(),

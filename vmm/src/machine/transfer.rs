@@ -14,7 +14,8 @@ impl Machine {
         *engine.state_mut() = self.engine.state().clone();
         engine.set_icount(self.engine.icount());
         engine.state_replaced();
-        self.engine = engine;
+        *self.engine = engine;
+        self.keep_engine();
         Ok(())
     }
 }
