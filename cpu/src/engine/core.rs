@@ -85,6 +85,8 @@ pub struct Core {
     pub debug_hits: u64,
     /// Pages that began to be watched; blocks must not keep translations across a change.
     pub watched: u64,
+    /// Page tables were walked since all address translations were forgotten.
+    pub walked: bool,
     pub statistics: super::Statistics,
     pub observed: super::observe::Observed,
     pub used: [[Used; 2]; CLASSES],
@@ -172,6 +174,7 @@ impl Core {
             commit: None,
             debug_hits: 0,
             watched: 0,
+            walked: false,
             statistics: Default::default(),
             observed: Default::default(),
             used: Default::default(),
@@ -291,19 +294,8 @@ impl Core {
 
     /// A group of accesses of the block had no one translation: if that happens often, it is better translated without.
     pub fn crossing(&mut self, index: u32) {
-        const OFTEN: u32 = 32;
-        const INSTRUCTIONS_BETWEEN: u64 = 2_000;
-        let now = self.now().0;
-        let block = &mut self.t.blocks[index];
-        block.crossings.0 += 1;
-        if block.crossings.0 < OFTEN {
-            return;
-        }
-        // A machine that goes back to an earlier state has an earlier icount.
-        let rare = now.wrapping_sub(block.crossings.1) > u64::from(OFTEN) * INSTRUCTIONS_BETWEEN;
-        block.crossings = (0, now);
-        if !rare {
-            let start = block.start();
+        if self.t.crossing(index, self.now().0) {
+            let start = self.t.blocks[index].start();
             self.t.remember_ungrouped(start);
             self.kill(index);
         }
@@ -523,8 +515,7 @@ impl Core {
         self.translator.sites.drain(..).for_each(|site| self.t.sites.push(site));
         self.translator.emulated.drain(..).for_each(|instruction| self.t.emulated.push(instruction));
         self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
-        let now = self.now().0;
-        self.t.add_block(rip, identity, second, purpose, placed, now);
+        self.t.add_block(rip, identity, second, purpose, placed);
     }
 
     // Running --------------------------------------------------------------------------------------------------
@@ -875,7 +866,7 @@ impl Core {
                     (true, false) => target.entry,
                     (true, true) => target.inner,
                 };
-                self.t.patch_rel32(patch, to);
+                self.t.link(patch, to);
             }
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
@@ -885,7 +876,7 @@ impl Core {
             }
             Follow::Windowless { patch } => {
                 let entry = target.entry;
-                self.t.patch_rel32(patch, entry);
+                self.t.link(patch, entry);
             }
             Follow::Forward { old } => {
                 // The jump cache may have led here: what is at this address now is another page or mode.

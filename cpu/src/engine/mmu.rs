@@ -79,7 +79,7 @@ impl Core {
         self.statistics.flushes += 1;
         if global {
             self.root = self.state().cr3 & ROOT_MASK;
-            self.t.flushes += 1;
+            self.t.flushes += u64::from(std::mem::take(&mut self.walked));
         }
         self.direct_flush(global);
         for c in 0..super::block::CLASSES {
@@ -273,6 +273,7 @@ impl Core {
         let state = unsafe { &mut (*self.block).state };
         let access = Access { write, fetch, user: class == Class::User, smap_active: class == Class::Kernel };
         let translation = paging::walk(state, &self.memory, linear, access)?;
+        self.walked = true;
         let levels = translation.levels as usize;
         for (i, entry) in translation.table_entries[..levels].iter().enumerate() {
             let level = if levels == 0 { 0 } else { 4 - i as u64 };
@@ -290,8 +291,11 @@ impl Core {
             }
             let flushes = self.t.flushes;
             let record = &mut self.t.pages.records[page as u32];
-            record.table_writes = 0;
-            let used = std::mem::replace(&mut record.table_used, flushes);
+            let used = record.table_used;
+            // Written only where that changes something: a branch shares these records with others.
+            if record.table_writes != 0 || used != flushes {
+                (record.table_writes, record.table_used) = (0, flushes);
+            }
             if record.flags & IS_TABLE == 0 {
                 record.flags |= IS_TABLE;
                 record.table_base = base;

@@ -23,6 +23,7 @@ mod mode;
 mod native;
 mod observe;
 mod pages;
+mod recent;
 mod region;
 mod registers;
 mod residents;

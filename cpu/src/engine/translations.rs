@@ -6,6 +6,7 @@
 
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
+use super::recent::{Crossings, Patience, Recent};
 use super::region::{Array, Layout, MemoryFile, Region};
 use super::translate::{MAX_RECORDS, Site};
 use iced_x86::Instruction;
@@ -65,8 +66,6 @@ pub struct Block {
     next: u32,
     pub valid: bool,
     pub purpose: Purpose,
-    /// How often a group of accesses crossed a page, and the icount when that count began.
-    pub crossings: (u32, u64),
 }
 
 impl Block {
@@ -157,6 +156,9 @@ pub struct Translations {
     pub code_pages: Array<CodePage>,
     pub pages: Pages,
     block_lists: Array<u32>,
+    recent: Recent,
+    patience: Patience,
+    crossings: Crossings,
     page_lists: Array<u32>,
     /// Blocks whose groups crossed pages too often: their starts + 1, by hash. Some may be forgotten.
     ungrouped: Array<u64>,
@@ -191,7 +193,8 @@ pub struct Shared {
     kept: usize,
 }
 
-fn hash(value: u64, size: usize) -> u32 {
+/// One of `size` lists; `size` is a power of two.
+pub fn hash(value: u64, size: usize) -> u32 {
     debug_assert!(size.is_power_of_two());
     (value.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> (64 - size.trailing_zeros())) as u32
 }
@@ -235,6 +238,9 @@ impl Translations {
                 Layout::array(&region, o.covers, 2 * o.code_capacity / CODE_PER_BLOCK, lengths.covers),
             ),
             block_lists: Layout::array(&region, o.block_lists, BLOCK_LISTS, BLOCK_LISTS),
+            recent: Recent::new(lengths.blocks),
+            patience: Patience::new(lengths.code),
+            crossings: Crossings::new(),
             page_lists: Layout::array(&region, o.page_lists, PAGE_LISTS, PAGE_LISTS),
             ungrouped: Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED),
             code_used: lengths.code,
@@ -243,8 +249,7 @@ impl Translations {
             offsets,
             killed: Vec::new(),
             clears: 0,
-            // Whatever the records say of address translations, there are none yet.
-            flushes: lengths.flushes + 1,
+            flushes: lengths.flushes,
             frozen: None,
             region,
         })
@@ -264,6 +269,8 @@ impl Translations {
         self.emulated.clear();
         self.faults.clear();
         self.code_pages.clear();
+        self.recent = Recent::none();
+        self.patience = Patience::new(0);
         self.block_lists.fill(0);
         self.page_lists.fill(0);
         self.ungrouped.fill(0);
@@ -328,9 +335,17 @@ impl Translations {
         self.code_kept = self.code_used;
     }
 
+    /// Leads the branch whose rel32 is at offset `at` to offset `target`, or does not yet: its exit does as well.
+    pub fn link(&mut self, at: u32, target: u32) {
+        if !self.patience.waits(at) {
+            self.patch_rel32(at, target);
+        }
+    }
+
     /// Overwrites the rel32 at offset `at` so that it leads to offset `target`.
     pub fn patch_rel32(&mut self, at: u32, target: u32) {
         assert!(at as usize + 4 <= self.offsets.code_capacity, "patches stay inside the code memory");
+        self.patience.written(at);
         let displacement = target.wrapping_sub(at + 4);
         // SAFETY: inside the mapping, checked above; this thread executes nothing there right now.
         unsafe { (self.address(at) as *mut u32).write_unaligned(displacement) };
@@ -348,19 +363,20 @@ impl Translations {
 
     /// The block with this start and purpose.
     pub fn find(&self, start: u64, purpose: Purpose) -> Option<u32> {
-        let mut next = self.block_lists[hash(start, BLOCK_LISTS)];
-        while next != 0 {
-            let block = &self.blocks[next - 1];
-            if block.start() == start && block.purpose == purpose {
-                return Some(next - 1);
+        for list in [self.recent.list(start), self.block_lists[hash(start, BLOCK_LISTS)]] {
+            let mut next = list;
+            while next != 0 {
+                let block = &self.blocks[next - 1];
+                if block.start() == start && block.purpose == purpose {
+                    return Some(next - 1);
+                }
+                next = block.next;
             }
-            next = block.next;
         }
         None
     }
 
     /// Adds a block, to be found from now on. Its `next` is set here.
-    #[allow(clippy::too_many_arguments)]
     pub fn add_block(
         &mut self,
         rip: u64,
@@ -368,10 +384,13 @@ impl Translations {
         second: Option<(u64, u32)>,
         purpose: Purpose,
         placed: &super::translate::Placed,
-        now: u64,
     ) {
-        let list = hash(start(identity, rip), BLOCK_LISTS);
         let index = self.blocks.len() as u32;
+        if self.recent.is_full(index) {
+            self.settle_recent();
+        }
+        let list = self.list_of(index, start(identity, rip));
+        let next = std::mem::replace(list, index + 1);
         self.blocks.push(Block {
             rip,
             identity,
@@ -381,12 +400,28 @@ impl Translations {
             inner: placed.inner,
             window: placed.window,
             lookup_stub: placed.lookup_stub,
-            next: self.block_lists[list],
+            next,
             valid: true,
             purpose,
-            crossings: (0, now),
         });
-        self.block_lists[list] = index + 1;
+    }
+
+    /// The list to which the block belongs that has this index and start.
+    fn list_of(&mut self, index: u32, start: u64) -> &mut u32 {
+        let list = &mut self.block_lists[hash(start, BLOCK_LISTS)];
+        self.recent.list_of(index, start).unwrap_or(list)
+    }
+
+    /// Moves recent blocks to the lists that all have.
+    fn settle_recent(&mut self) {
+        let first = std::mem::replace(&mut self.recent, Recent::none()).first();
+        for index in first..self.blocks.len() as u32 {
+            let block = &mut self.blocks[index];
+            if block.valid {
+                let list = &mut self.block_lists[hash(block.start(), BLOCK_LISTS)];
+                block.next = std::mem::replace(list, index + 1);
+            }
+        }
     }
 
     /// Makes a block unreachable: whoever enters it looks it up again. False if it was so already.
@@ -404,10 +439,10 @@ impl Translations {
         if block.inner != block.entry {
             self.patch_jmp(block.inner, block.lookup_stub);
         }
-        let list = hash(block.start(), BLOCK_LISTS);
-        let mut at = self.block_lists[list];
+        let list = self.list_of(index, block.start());
+        let mut at = *list;
         if at == index + 1 {
-            self.block_lists[list] = block.next;
+            *list = block.next;
             return true;
         }
         while at != 0 {
@@ -419,6 +454,11 @@ impl Translations {
             at = next;
         }
         true
+    }
+
+    /// A group of accesses of the block had no one translation, at this icount: true if that was often.
+    pub fn crossing(&mut self, index: u32, now: u64) -> bool {
+        self.crossings.count(index, now)
     }
 
     /// The block at `start` is better translated without groups.
@@ -466,7 +506,7 @@ impl Translations {
     /// Translations for branches, and the blocks of them that are not valid at present. Copies all of them, unless
     /// what was copied before is still almost the same.
     pub fn freeze(&mut self) -> io::Result<(std::sync::Arc<Shared>, Vec<u32>)> {
-        const KILLED_MAX: usize = 256;
+        const KILLED_MAX: usize = 32;
         if let Some(frozen) = &self.frozen
             && frozen.clears == self.clears
             && self.killed.len() <= KILLED_MAX
@@ -476,6 +516,7 @@ impl Translations {
             let since = self.killed.iter().copied().filter(known).collect();
             return Ok((frozen.shared.clone(), since));
         }
+        self.settle_recent();
         let shared = std::sync::Arc::new(self.copy()?);
         self.frozen = Some(Frozen { shared: shared.clone(), clears: self.clears });
         self.killed.clear();

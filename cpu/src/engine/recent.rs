@@ -1,0 +1,144 @@
+//! What an engine keeps beside its translations so that it seldom writes into them. A branch shares the pages of its
+//! translations with others, and the first write to each costs a fault of the host: some microseconds.
+
+use super::translations::hash;
+
+/// Lists of recent blocks with the same hash; a power of two.
+const LISTS: usize = 1 << 12;
+/// Recent blocks that these lists hold at most.
+const BLOCKS_MAX: u32 = 1 << 13;
+/// Size of the host's pages.
+const PAGE: usize = 4096;
+/// How often branches in a shared page of code leave by their exits before they are led to their targets.
+const PATIENCE: u8 = 16;
+/// Blocks whose crossings are counted at a time; a power of two.
+const CROSSINGS: usize = 512;
+
+/// The lists of the blocks that a branch has made itself.
+pub struct Recent {
+    /// Index of the first of these blocks; above all if there are none and never will be.
+    first: u32,
+    lists: Vec<u32>,
+}
+
+impl Recent {
+    /// For a branch that begins with so many blocks.
+    pub fn new(blocks: usize) -> Recent {
+        if blocks == 0 { Recent::none() } else { Recent { first: blocks as u32, lists: vec![0; LISTS] } }
+    }
+
+    /// No blocks are recent.
+    pub fn none() -> Recent {
+        Recent { first: u32::MAX, lists: Vec::new() }
+    }
+
+    /// Index of the first recent block.
+    pub fn first(&self) -> u32 {
+        self.first
+    }
+
+    /// The lists cannot hold the block with this index.
+    pub fn is_full(&self, index: u32) -> bool {
+        index.checked_sub(self.first).is_some_and(|count| count >= BLOCKS_MAX)
+    }
+
+    /// Index + 1 of the first recent block in the list of those that start there; 0 if there is none.
+    pub fn list(&self, start: u64) -> u32 {
+        if self.lists.is_empty() { 0 } else { self.lists[hash(start, LISTS) as usize] }
+    }
+
+    /// The list to which the block belongs that has this index and start, if it is recent.
+    pub fn list_of(&mut self, index: u32, start: u64) -> Option<&mut u32> {
+        if index >= self.first { self.lists.get_mut(hash(start, LISTS) as usize) } else { None }
+    }
+}
+
+/// How much longer exits serve instead of branches, for each page of the code that a branch shares.
+pub struct Patience(Vec<u8>);
+
+impl Patience {
+    /// For a branch that begins with so many bytes of code.
+    pub fn new(code: usize) -> Patience {
+        Patience(vec![PATIENCE; code.div_ceil(PAGE)])
+    }
+
+    /// A branch at this offset in the code could be led to its target: true if it is to wait.
+    pub fn waits(&mut self, at: u32) -> bool {
+        let left = self.0.get_mut(at as usize / PAGE).filter(|left| **left > 0);
+        left.map(|left| *left -= 1).is_some()
+    }
+
+    /// The page with this offset has been written.
+    pub fn written(&mut self, at: u32) {
+        if let Some(left) = self.0.get_mut(at as usize / PAGE) {
+            *left = 0;
+        }
+    }
+}
+
+/// How often groups of accesses have crossed a page lately, for some blocks.
+pub struct Crossings(Vec<(u32, u32, u64)>);
+
+impl Crossings {
+    /// Nothing counted yet.
+    pub fn new() -> Crossings {
+        Crossings(vec![(0, 0, 0); CROSSINGS])
+    }
+
+    /// It has happened in the block at this icount: true if that was often.
+    pub fn count(&mut self, block: u32, now: u64) -> bool {
+        const OFTEN: u32 = 32;
+        const INSTRUCTIONS_BETWEEN: u64 = 2_000;
+        let (counted, count, since) = &mut self.0[block as usize % CROSSINGS];
+        if *counted != block || *count == 0 {
+            (*counted, *count, *since) = (block, 0, now);
+        }
+        *count += 1;
+        if *count < OFTEN {
+            return false;
+        }
+        *count = 0;
+        // A machine that goes back to an earlier state has an earlier icount.
+        now.wrapping_sub(*since) <= u64::from(OFTEN) * INSTRUCTIONS_BETWEEN
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_a_branch_began_with_are_not_recent() {
+        let mut recent = Recent::new(7);
+        assert!(recent.list_of(6, 0x1234).is_none());
+        *recent.list_of(7, 0x1234).unwrap() = 8;
+        assert_eq!(recent.list(0x1234), 8);
+        assert!(!recent.is_full(7 + BLOCKS_MAX - 1) && recent.is_full(7 + BLOCKS_MAX));
+        let mut none = Recent::none();
+        assert!(none.list_of(u32::MAX - 1, 5).is_none() && !none.is_full(u32::MAX - 1));
+        assert_eq!(none.list(5), 0);
+    }
+
+    #[test]
+    fn exits_serve_for_a_while_in_shared_code_alone() {
+        let mut patience = Patience::new(PAGE + 1);
+        for _ in 0..PATIENCE {
+            assert!(patience.waits(PAGE as u32 - 1));
+        }
+        assert!(!patience.waits(0));
+        assert!(patience.waits(PAGE as u32));
+        patience.written(2 * PAGE as u32 - 1);
+        assert!(!patience.waits(PAGE as u32) && !patience.waits(2 * PAGE as u32));
+    }
+
+    #[test]
+    fn crossings_are_often_when_they_come_close() {
+        let mut crossings = Crossings::new();
+        assert!((0..31).all(|now| !crossings.count(3, now)));
+        assert!(crossings.count(3, 31));
+        assert!((0..100).all(|turn| !crossings.count(3, turn * 10_000)));
+        // Another block in its place.
+        assert!((0..31).all(|now| !crossings.count(3, now)));
+        assert!(!crossings.count(3 + CROSSINGS as u32, 40) && !crossings.count(3, 41));
+    }
+}
