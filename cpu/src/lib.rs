@@ -11,6 +11,7 @@ pub mod engine;
 pub mod exception;
 pub mod memory;
 pub mod model;
+mod page_set;
 pub mod paging;
 pub mod state;
 pub mod system;
@@ -18,6 +19,7 @@ pub mod system;
 pub use bus::Bus;
 pub use exception::Exception;
 pub use memory::PhysMemory;
+pub use page_set::PageSet;
 pub use state::CpuState;
 
 /// Instructions the vCPU has retired since power-on: the only clock.

@@ -36,7 +36,8 @@ type Chunk = Option<Arc<[Hash; CHUNK_PAGES]>>;
 /// Content hashes of all pages and the sum of their digests.
 #[derive(Clone)]
 pub struct MemoryDigest {
-    regions: Vec<RegionDigest>,
+    /// Shared by clones, like their chunks.
+    regions: Arc<Vec<RegionDigest>>,
     sum: Lanes,
 }
 
@@ -102,7 +103,7 @@ impl MemoryDigest {
                 RegionDigest { first: region.start_addr().0 / PAGE_SIZE, pages, chunks }
             })
             .collect();
-        MemoryDigest { regions, sum: [0; 4] }
+        MemoryDigest { regions: Arc::new(regions), sum: [0; 4] }
     }
 
     /// Hashes the given pages again, many of them on several processors. Pages outside RAM are ignored.
@@ -142,13 +143,13 @@ impl MemoryDigest {
 
     /// Notes the content hash of a page; false if it is outside RAM.
     pub fn set(&mut self, page: u64, fresh: Hash) -> bool {
-        let Some((region, index)) = self.regions.iter_mut().find_map(|region| {
+        let Some((region, index)) = self.regions.iter().enumerate().find_map(|(number, region)| {
             let index = page.checked_sub(region.first).filter(|index| *index < region.pages)?;
-            Some((region, index as usize))
+            Some((number, index as usize))
         }) else {
             return false;
         };
-        let chunk = &mut region.chunks[index / CHUNK_PAGES];
+        let chunk = &mut Arc::make_mut(&mut self.regions)[region].chunks[index / CHUNK_PAGES];
         let old = chunk.as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]);
         if old != fresh {
             let chunk = chunk.get_or_insert_with(|| Arc::new([ZERO_PAGE; CHUNK_PAGES]));
@@ -176,7 +177,7 @@ impl MemoryDigest {
     /// two share their past.
     pub fn differing_pages(&self, other: &MemoryDigest) -> Vec<u64> {
         let mut pages = Vec::new();
-        for (mine, theirs) in self.regions.iter().zip(&other.regions) {
+        for (mine, theirs) in self.regions.iter().zip(other.regions.iter()) {
             for (number, (a, b)) in mine.chunks.iter().zip(&theirs.chunks).enumerate() {
                 let first = mine.first + (number * CHUNK_PAGES) as u64;
                 let mut compare = |a: &[Hash], b: &[Hash]| {

@@ -2,6 +2,7 @@
 //! serves as a page table, whether it was written.
 
 use super::region::Array;
+use crate::PageSet;
 use crate::memory::PAGE_SIZE;
 
 /// Code was translated from this page: writes take the slow path.
@@ -44,7 +45,7 @@ pub struct Cover {
 pub struct Pages {
     pub records: Array<PageRecord>,
     covers: Array<Cover>,
-    dirty: Vec<u64>,
+    dirty: PageSet,
 }
 
 fn line_bits(first: u32, len: u32) -> u64 {
@@ -56,27 +57,19 @@ fn line_bits(first: u32, len: u32) -> u64 {
 impl Pages {
     /// Records and covers in their arrays.
     pub fn new(records: Array<PageRecord>, covers: Array<Cover>) -> Pages {
-        let dirty = vec![0; records.len().div_ceil(64)];
+        let dirty = PageSet::new(records.len() as u64);
         Pages { records, covers, dirty }
     }
 
     /// Remembers that the guest may have written to the page.
     #[inline]
     pub fn mark_dirty(&mut self, page: u64) {
-        self.dirty[(page / 64) as usize] |= 1 << (page % 64);
+        self.dirty.insert(page);
     }
 
     /// Pages written since the last call, ascending.
     pub fn take_dirty(&mut self) -> Vec<u64> {
-        let mut pages = Vec::new();
-        for (i, word) in self.dirty.iter_mut().enumerate() {
-            let mut bits = std::mem::take(word);
-            while bits != 0 {
-                pages.push(i as u64 * 64 + bits.trailing_zeros() as u64);
-                bits &= bits - 1;
-            }
-        }
-        pages
+        self.dirty.take()
     }
 
     /// True if another block can be registered.

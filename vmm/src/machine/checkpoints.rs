@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use orrery_cpu::Icount;
 use orrery_cpu::memory::PAGE_SIZE;
+use orrery_cpu::{Icount, PageSet};
 
+use super::Machine;
 use super::branch::BranchError;
 use super::state::MachineState;
-use super::{Machine, dirty::PageSet};
 use crate::ram::{FrozenRam, Page};
 
 /// The moments of one machine. Only to be used with the machine that made it.
