@@ -75,6 +75,11 @@ const DEVICE: u64 = 0x100_0000;
 
 /// Supervisor code in 64-bit mode over 16 MiB of RAM, with a handler that halts for every vector.
 fn guest(code: &[u8]) -> Engine {
+    guest_with(code, EngineConfig::default().string_runs)
+}
+
+/// The same, with an engine that leaves string instructions after so many runs.
+fn guest_with(code: &[u8], string_runs: u32) -> Engine {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
     write(0x1000, 0x2003);
@@ -94,7 +99,7 @@ fn guest(code: &[u8]) -> Engine {
     memory.write_slice(code, GuestAddress(CODE)).expect("inside RAM");
     memory.write_slice(&[0x48, 0x8B, 0x07], GuestAddress(PEEK)).expect("inside RAM"); // mov rax, [rdi]
     memory.write_slice(&[0x88, 0x07], GuestAddress(POKE)).expect("inside RAM"); // mov [rdi], al
-    let config = EngineConfig { code_cache_bytes: 1 << 20, ..EngineConfig::default() };
+    let config = EngineConfig { code_cache_bytes: 1 << 20, string_runs, ..EngineConfig::default() };
     let mut engine = Engine::new(memory, ModelFeatures::default(), config).expect("an engine");
     let mut state = CpuState::long_mode_boot(CODE, 0, STACK, 0x1000, GDT, 0x1F);
     state.idtr = TableRegister { base: IDT, limit: 0x1FF };
@@ -242,5 +247,85 @@ fn a_stack_in_page_0_is_written_like_any_other() {
         let dirty = engine.take_dirty();
 
         assert!(dirty.contains(&0) && dirty.contains(&(STACK / 4096 + 5)), "round {round}: {dirty:x?}");
+    }
+}
+
+/// Runs to the end of the string instruction in front, however often it is left; gives how often that was, and the
+/// first other stop.
+fn finish(engine: &mut Engine, bus: &mut Eager) -> (u32, Stop) {
+    let mut parts = 0;
+    loop {
+        match engine.run(Icount(1000), bus) {
+            Stop::Unfinished => parts += 1,
+            stop => return (parts, stop),
+        }
+        assert!(engine.is_unfinished() && !engine.can_interrupt());
+        assert_eq!(engine.icount(), Icount(0));
+    }
+}
+
+#[test]
+fn a_string_instruction_without_end_gives_the_host_its_turn() {
+    // rep stosb, rep insb, rep outsb, rep lodsb, rep movsb, repe cmpsb, repe scasb
+    for code in [[0xF3, 0xAA], [0xF3, 0x6C], [0xF3, 0x6E], [0xF3, 0xAC], [0xF3, 0xA4], [0xF3, 0xA6], [0xF3, 0xAE]] {
+        let mut engine = guest(&code);
+        let state = engine.state_mut();
+        state.gpr[gpr::RCX] = u64::MAX;
+        (state.gpr[gpr::RSI], state.gpr[gpr::RDI]) = (DEVICE, DEVICE);
+        state.rflags |= rflags::IF;
+        let mut bus = Eager::new(0);
+        assert_eq!(engine.run(Icount(1000), &mut bus), Stop::Unfinished, "{code:02x?}");
+        let runs = u64::from(EngineConfig::default().string_runs);
+        assert_eq!(engine.state().gpr[gpr::RCX], u64::MAX - runs, "{code:02x?}");
+        assert_eq!((engine.state().rip, engine.icount()), (CODE, Icount(0)));
+        assert!(!engine.can_interrupt());
+    }
+}
+
+#[test]
+fn the_parts_of_a_string_instruction_are_one() {
+    // Two runs, in two pages each. The second of these takes away what the code itself was fetched through.
+    let tables = |state: &mut CpuState| (state.gpr[gpr::RDI], state.gpr[gpr::RCX]) = (0x3000 - 16, 16 + 9 * 8);
+    let own_bytes = |state: &mut CpuState| {
+        state.gpr[gpr::RAX] = 0xF4;
+        (state.gpr[gpr::RDI], state.gpr[gpr::RCX]) = (CODE - 20, 40);
+    };
+    let to_a_device = |state: &mut CpuState| {
+        (state.gpr[gpr::RAX], state.gpr[gpr::RCX]) = (0x88, 50);
+        (state.gpr[gpr::RSI], state.gpr[gpr::RDI]) = (CODE, DEVICE);
+    };
+    // The last page that is mapped ends 18 MiB from the start.
+    let to_a_fault = |state: &mut CpuState| {
+        (state.gpr[gpr::RSI], state.gpr[gpr::RDI], state.gpr[gpr::RCX]) = (DEVICE, (18 << 20) - 30, 50);
+    };
+    let past_a_breakpoint = |state: &mut CpuState| {
+        (state.gpr[gpr::RSI], state.gpr[gpr::RDI], state.gpr[gpr::RCX]) = (DEVICE, 0x60_0000, 50);
+        (state.dr[0], state.dr[7]) = (0x60_0007, 1 | 1 << 16);
+    };
+    type Start<'a> = &'a dyn Fn(&mut CpuState);
+    let cases: [(&[u8], Start); 10] = [
+        (&[0xF3, 0xAA], &tables),
+        (&[0xF3, 0xAA], &own_bytes),
+        (&[0xF3, 0xAA], &to_a_device),
+        (&[0xF3, 0xA4, 0xF4], &to_a_device),
+        (&[0xF3, 0xA6, 0xF4], &to_a_fault),
+        (&[0xF3, 0xAE, 0xF4], &to_a_device),
+        (&[0xF3, 0x6C, 0xF4], &to_a_fault),
+        (&[0xF3, 0x6E, 0xF4], &to_a_device),
+        (&[0xF3, 0xA4, 0xF4], &to_a_fault),
+        (&[0xF3, 0xA4, 0xF4], &past_a_breakpoint),
+    ];
+    for (index, (code, start)) in cases.into_iter().enumerate() {
+        let [whole, parts] = [u32::MAX, 1].map(|string_runs| {
+            let mut engine = guest_with(code, string_runs);
+            start(engine.state_mut());
+            let mut bus = Eager::new(0x1122_3344_5566_7788);
+            let (parts, stop) = finish(&mut engine, &mut bus);
+            (parts, stop, engine.state().clone(), engine.icount(), bus.written)
+        });
+        assert_eq!(whole.0, 0);
+        assert!(parts.0 > 0, "case {index}");
+        assert_eq!((&whole.1, whole.3, &whole.4), (&parts.1, parts.3, &parts.4), "case {index}");
+        assert!(whole.2 == parts.2, "case {index}");
     }
 }

@@ -145,6 +145,7 @@ impl Agent {
             // A moment to be reached is a reason to skip idle time.
             pause_when_idle: until.is_none(),
             pause_on_output: true,
+            pause_when_long: true,
         };
         let pause = self.machine.run(limits)?;
         for output in self.machine.take_output() {

@@ -298,7 +298,43 @@ fn a_signal_ends_the_run_in_order() {
     unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
     assert_eq!(child.wait().unwrap().code(), Some(143));
     let manifest = read_manifest(&directory.path().join("runs/guest-1-001")).unwrap();
-    assert_eq!(manifest.outcome.unwrap().ended, Ended::Interrupted { signal: libc::SIGTERM });
+    assert_eq!(manifest.outcome.unwrap().ended, Ended::Interrupted { signal: libc::SIGTERM, unfinished: false });
+}
+
+#[test]
+fn a_signal_ends_a_string_instruction_that_takes_long() {
+    use iced_x86::code_asm::{esi, rcx};
+    use std::process::{Command, Stdio};
+    // The boot page tables map 4 GiB. That is minutes, byte by byte.
+    let image = guest(|a| {
+        a.xor(esi, esi).unwrap();
+        a.mov(rcx, -1i64).unwrap();
+        a.rep().lodsb().unwrap();
+    });
+    let directory = with_guest(&image);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_orrery"))
+        .current_dir(directory.path())
+        .args(["run", "guest.img", "--seed", "1", "--memory", "32"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    // SAFETY: the child has not been waited for, so the process id is its own.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    let ended = (0..100).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        child.try_wait().unwrap()
+    });
+    child.kill().unwrap();
+    assert_eq!(ended.expect("a signal ends it").code(), Some(143));
+    let outcome = read_manifest(&directory.path().join("runs/guest-1-001")).unwrap().outcome.unwrap();
+    assert_eq!(outcome.ended, Ended::Interrupted { signal: libc::SIGTERM, unfinished: true });
+    assert_eq!(outcome.icount, 2);
+    // The moment that the run was at is the one before the instruction.
+    let mut replay = orrery();
+    replay.current_dir(directory.path()).args(["replay", "guest-1-001@2", "--hash"]).assert().success();
 }
 
 #[test]

@@ -43,12 +43,18 @@ fn a_guest_prints_and_powers_off() {
 }
 
 /// Sends itself an NMI, and another from its handler; exits with 16 * (how many came) + how many had come when the
-/// handler was about to return for the first time.
-fn nmi_guest() -> Image {
+/// handler was about to return for the first time. `repeated`: sent by the first element of a string instruction.
+fn nmi_guest(repeated: bool) -> Image {
     guest(|a| {
         const COMMAND: u32 = 0xFEE0_0300;
         let (mut start, mut handler, mut done) = (a.create_label(), a.create_label(), a.create_label());
         let send = |a: &mut CodeAssembler| {
+            if repeated {
+                a.mov(edi, COMMAND).unwrap();
+                a.mov(ecx, 4).unwrap();
+                a.mov(eax, 0x400).unwrap();
+                return a.rep().stosd().unwrap();
+            }
             a.mov(ebx, COMMAND).unwrap();
             a.mov(dword_ptr(rbx), 0x400u32).unwrap();
         };
@@ -88,21 +94,39 @@ fn nmi_guest() -> Image {
 
 #[test]
 fn an_nmi_to_itself_is_taken_at_once_and_one_at_a_time() {
-    let mut machine = machine(&nmi_guest());
+    let mut machine = machine(&nmi_guest(false));
     assert_eq!(run_to_end(&mut machine), Ended::PowerOff { code: 0x21 });
 }
 
 #[test]
 fn stopping_does_not_matter_to_nmis() {
-    let mut whole = machine(&nmi_guest());
+    let mut whole = machine(&nmi_guest(false));
     run_to_end(&mut whole);
-    let mut stepped = machine(&nmi_guest());
+    let mut stepped = machine(&nmi_guest(false));
     while stepped.ended().is_none() {
         let limit = Icount(stepped.icount().0 + 1);
         stepped.run(Limits::until(limit)).expect("no inputs");
     }
     assert_eq!(stepped.icount(), whole.icount());
     assert_eq!(stepped.state_hash(), whole.state_hash());
+}
+
+#[test]
+fn nothing_comes_in_the_middle_of_a_string_instruction() {
+    let image = nmi_guest(true);
+    let mut whole = machine(&image);
+    assert_eq!(run_to_end(&mut whole), Ended::PowerOff { code: 0x21 });
+    let engine = EngineConfig { string_runs: 1, ..EngineConfig::default() };
+    let mut parts = Machine::new(&image, &small(), SEED, engine).expect("the machine is built");
+    let limits = Limits { pause_when_long: true, ..Limits::NONE };
+    let mut pauses = 0;
+    while parts.run(limits).expect("no inputs") == Pause::Unfinished {
+        assert!(parts.is_unfinished() && !parts.at_moment());
+        pauses += 1;
+    }
+    assert_eq!(pauses, 6, "three between the four elements of each of two");
+    assert_eq!(parts.icount(), whole.icount());
+    assert_eq!(parts.state_hash(), whole.state_hash());
 }
 
 #[test]

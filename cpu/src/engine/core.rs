@@ -102,6 +102,9 @@ pub struct Core {
     tsc_line: Option<TscLine>,
     /// Instructions of the running block that are counted in the budget but have not retired.
     pub unretired_now: u64,
+    /// A string instruction that has not retired yet, see [`Stop::Unfinished`]. It is kept decoded: what it has
+    /// written so far may be its own bytes, or the page tables that it was fetched through.
+    pub unfinished: Option<Instruction>,
     bus: Option<*mut (dyn Bus + 'static)>,
     /// Where signal handlers run while translated code does.
     signal_memory: Vec<u8>,
@@ -187,6 +190,7 @@ impl Core {
             limit: 0,
             tsc_line: None,
             unretired_now: 0,
+            unfinished: None,
             bus: None,
             signal_memory: vec![0; SignalStack::SIZE],
             config,
@@ -251,7 +255,7 @@ impl Core {
 
     pub fn can_interrupt(&self) -> bool {
         let state = self.state();
-        state.rflags & rflags::IF != 0 && !state.interrupt_shadow
+        state.rflags & rflags::IF != 0 && !state.interrupt_shadow && self.unfinished.is_none()
     }
 
     pub fn request_interrupt_window(&mut self, wanted: bool) {
@@ -534,10 +538,12 @@ impl Core {
         let previous = signals::gs_base();
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
-        self.debug_hits = 0;
+        if self.unfinished.is_none() {
+            self.debug_hits = 0;
+        }
         let limit = Icount(self.limit);
         self.tsc_line = self.bus().tsc_line(limit);
-        let stop = self.dispatch();
+        let stop = self.finish_instruction().unwrap_or_else(|| self.dispatch());
         self.observe_retirement();
         self.store_fpu();
         fpu::reset_host();
@@ -803,6 +809,10 @@ impl Core {
                         self.statistics.emulate(instruction.mnemonic());
                         // The shadow covers the instruction just before this one, unless this is the first.
                         stop = self.emulate(&instruction);
+                        if stop == Some(Stop::Unfinished) {
+                            self.state_mut().dr[PENDING] = held;
+                            return Stop::Unfinished;
+                        }
                         if self.now() > before {
                             traps = Some(self.traps_behind(&instruction, trap, held));
                         }
@@ -818,6 +828,24 @@ impl Core {
                 return stop;
             }
         }
+    }
+
+    /// Does the rest of an instruction that was left unfinished, or the next part of it; Some if the run stops there.
+    fn finish_instruction(&mut self) -> Option<Stop> {
+        let instruction = self.unfinished?;
+        if self.budget() == 0 {
+            return Some(Stop::Limit);
+        }
+        let before = self.now();
+        let held = std::mem::take(&mut self.state_mut().dr[PENDING]);
+        let stop = self.emulate(&instruction);
+        if stop == Some(Stop::Unfinished) {
+            self.state_mut().dr[PENDING] = held;
+            return stop;
+        }
+        // With TF set it would have been left by a trap.
+        let traps = if self.now() > before { self.traps_behind(&instruction, false, held) } else { 0 };
+        self.behind(stop, traps)
     }
 
     /// The instruction has not retired: what covered it still does.
@@ -1113,6 +1141,7 @@ impl Core {
         }
         let nmi_blocked = self.state().nmi_blocked;
         let state: *mut CpuState = self.state_mut();
+        self.unfinished = None;
         // SAFETY: as in `raise`.
         let result = system::execute(unsafe { &mut *state }, instruction, self);
         if touches_fpu {
@@ -1129,6 +1158,10 @@ impl Core {
                 self.set_budget(budget);
                 self.state_mut().halted = true;
                 Some(Stop::Halted)
+            }
+            Ok(Outcome::Unfinished) => {
+                self.unfinished = Some(*instruction);
+                Some(Stop::Unfinished)
             }
             Err(ExecError::Exception(exception)) => self.raise(exception),
             Err(ExecError::Unsupported(what)) => match self.execute_natively(instruction) {

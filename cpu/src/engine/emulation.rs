@@ -85,4 +85,8 @@ impl System for Core {
     fn features(&self) -> &ModelFeatures {
         &self.features
     }
+
+    fn string_runs(&self) -> u32 {
+        self.config.string_runs.max(1)
+    }
 }

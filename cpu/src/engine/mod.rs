@@ -74,6 +74,8 @@ pub struct EngineConfig {
     pub resident_uses: u8,
     /// Longest block, 1..=64 instructions.
     pub max_block_instructions: u32,
+    /// Runs of elements (at most a page each) after which a repeated string instruction stops the run, done or not.
+    pub string_runs: u32,
     /// Host memory reserved for translated code, in bytes.
     pub code_cache_bytes: usize,
     /// Kinds of instructions whose undefined flags and results are not left to the host's processor. By default those
@@ -97,6 +99,7 @@ impl Default for EngineConfig {
             grouping: true,
             resident_uses: residents::WORTH_IT,
             max_block_instructions: 64,
+            string_runs: 1 << 16,
             code_cache_bytes: 512 << 20,
             undefined: Undefined::measured(),
             chaos_seed: None,
@@ -120,7 +123,7 @@ pub enum EngineError {
     Processor(&'static str),
 }
 
-/// Why `run` returned. The state is that between two instructions.
+/// Why `run` returned. The state is that between two instructions, but for [`Stop::Unfinished`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// The icount is the limit.
@@ -133,6 +136,9 @@ pub enum Stop {
     Observed,
     /// HLT has retired.
     Halted,
+    /// A repeated string instruction has been at work for a while and is not done. This is no state between two
+    /// instructions: nothing may happen to the guest before the next `run`, which goes on with it.
+    Unfinished,
     /// An exception could not be delivered: the processor shuts down.
     TripleFault,
     /// The guest needs something that is not implemented; nothing was executed in its place.
@@ -221,7 +227,13 @@ impl Engine {
 
     /// Forgets all cached address translations.
     pub fn state_replaced(&mut self) {
+        self.core.unfinished = None;
         self.core.flush_tlbs(true);
+    }
+
+    /// The last `run` stopped in the middle of an instruction, with [`Stop::Unfinished`].
+    pub fn is_unfinished(&self) -> bool {
+        self.core.unfinished.is_some()
     }
 
     /// Instructions retired since power-on.

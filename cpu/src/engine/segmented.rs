@@ -50,6 +50,10 @@ impl Core {
         };
         self.statistics.emulate(instruction.mnemonic());
         let stop = self.emulate(&instruction);
+        if stop == Some(Stop::Unfinished) {
+            self.state_mut().dr[PENDING] = held;
+            return stop;
+        }
         let traps = if self.now() > before { self.traps_behind(&instruction, trap, held) } else { 0 };
         self.behind(stop, traps)
     }

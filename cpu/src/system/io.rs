@@ -2,8 +2,8 @@
 
 use super::operand::{linear, read_memory, write_gpr, write_memory};
 use super::privileged::iopl;
-use super::strings::StringOp;
-use super::{ExecError, Executed, GP0, Privilege, System, retire};
+use super::strings::{Patience, StringOp};
+use super::{ExecError, Executed, GP0, Outcome, Privilege, System, retire};
 use crate::state::{CpuState, control, gpr, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -70,6 +70,7 @@ pub(super) fn string(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
     let port = state.gpr[gpr::RDX] as u16;
     check_permission(state, sys, port, size)?;
     let now = sys.now();
+    let mut patience = Patience::new(sys);
     while op.count(state) > 0 {
         if input {
             let at = linear(state, seg::ES, op.offset(state, gpr::RDI), size, true)?;
@@ -89,6 +90,9 @@ pub(super) fn string(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
         op.consume(state, 1);
         if !op.repeated {
             break;
+        }
+        if patience.ends() && op.count(state) > 0 {
+            return Ok(Outcome::Unfinished);
         }
     }
     retire(state, instr)

@@ -119,6 +119,11 @@ pub trait System {
     fn now(&self) -> Icount;
     /// What this machine's CPU model has.
     fn features(&self) -> &ModelFeatures;
+    /// Runs of elements after which a repeated string instruction that is not done comes back, see
+    /// [`Outcome::Unfinished`]; not zero.
+    fn string_runs(&self) -> u32 {
+        u32::MAX
+    }
 }
 
 /// How an emulated instruction ended.
@@ -128,6 +133,9 @@ pub enum Outcome {
     Next,
     /// HLT retired; `state.halted` is set.
     Halt,
+    /// A repeated string instruction has done a part of its work. It has not retired: RCX, RSI and RDI say how far it
+    /// came, and executing it again, with nothing else in between, does the rest.
+    Unfinished,
 }
 
 /// Why an instruction was not executed.

@@ -5,12 +5,30 @@
 //! the manual says. What is copied is what copying element by element would: overlapping operands repeat.
 
 use super::operand::{linear, mask, read_memory, write_gpr, write_memory};
-use super::{Executed, Privilege, System, retire};
+use super::{Executed, Outcome, Privilege, System, retire};
 use super::{alignment, arithmetic};
 use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, gpr, rflags, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind};
+
+/// How long a repeated instruction still works before it comes back, done or not: a count in RCX may keep it busy for
+/// years, and the host must be able to end that.
+pub(super) struct Patience {
+    runs: u32,
+}
+
+impl Patience {
+    pub(super) fn new(sys: &dyn System) -> Patience {
+        Patience { runs: sys.string_runs() }
+    }
+
+    /// A run of elements has been done; true if it was the last for now.
+    pub(super) fn ends(&mut self) -> bool {
+        self.runs -= 1;
+        self.runs == 0
+    }
+}
 
 /// The parts that all string instructions have in common.
 #[derive(Clone, Copy)]
@@ -147,6 +165,7 @@ fn element_size(instr: &Instruction) -> usize {
 pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn System) -> Executed {
     use Mnemonic::*;
     let op = StringOp::new(state, instr, element_size(instr));
+    let mut patience = Patience::new(sys);
     match instr.mnemonic() {
         Movsb | Movsw | Movsd | Movsq => {
             while op.count(state) > 0 {
@@ -158,6 +177,9 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 if !op.repeated {
                     break;
                 }
+                if patience.ends() && op.count(state) > 0 {
+                    return Ok(Outcome::Unfinished);
+                }
             }
         }
         Stosb | Stosw | Stosd | Stosq => {
@@ -168,6 +190,9 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 op.step(state)?;
                 if !op.repeated {
                     break;
+                }
+                if patience.ends() && op.count(state) > 0 {
+                    return Ok(Outcome::Unfinished);
                 }
             }
         }
@@ -181,6 +206,9 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 op.step(state)?;
                 if !op.repeated {
                     break;
+                }
+                if patience.ends() && op.count(state) > 0 {
+                    return Ok(Outcome::Unfinished);
                 }
             }
         }
@@ -199,6 +227,10 @@ pub(super) fn execute(state: &mut CpuState, instr: &Instruction, sys: &mut dyn S
                 flags = Some(arithmetic::sub(pair.0, pair.1, false, op.size).1);
                 if !op.repeated || op.stepping || (pair.0 == pair.1) != wanted {
                     break;
+                }
+                // The flags are those of the last pair, which is still to come.
+                if patience.ends() && op.count(state) > 0 {
+                    return Ok(Outcome::Unfinished);
                 }
             }
             if let Some(flags) = flags {

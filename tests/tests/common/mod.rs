@@ -84,7 +84,7 @@ pub fn run_until(machine: &mut Machine, icount: u64) -> Outcome {
             Pause::Ended(ended) => break Some(ended),
             Pause::Limit => break None,
             Pause::Output => {}
-            Pause::Idle { .. } | Pause::Observed => unreachable!("nobody asks for these pauses"),
+            Pause::Idle { .. } | Pause::Observed | Pause::Unfinished => unreachable!("nobody asks for these pauses"),
         }
     };
     Outcome {

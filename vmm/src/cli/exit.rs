@@ -51,7 +51,7 @@ pub fn code_of(ended: &Ended) -> u8 {
         Ended::IdleForever { .. } => IDLE,
         Ended::ConsoleClosed => CONSOLE_CLOSED,
         // As shells do: 128 + the number of the signal.
-        Ended::Interrupted { signal } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(127)),
+        Ended::Interrupted { signal, .. } => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(127)),
     }
 }
 

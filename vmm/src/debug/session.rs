@@ -312,9 +312,18 @@ impl Session {
                 }
             }
             if watcher(self.machine.icount().0) {
-                return Err(DebugError::Interrupted { icount: self.machine.icount().0 });
+                return Err(self.interrupted()?);
             }
         }
+    }
+
+    /// A movement ends here. The middle of an instruction is no place to stand at: it is left backwards.
+    fn interrupted(&mut self) -> Result<DebugError, DebugError> {
+        let icount = self.machine.icount().0;
+        if self.machine.is_unfinished() {
+            self.go_to(icount, &mut |_| false)?;
+        }
+        Ok(DebugError::Interrupted { icount })
     }
 
     /// Runs one slice towards `icount`.
@@ -323,7 +332,8 @@ impl Session {
         let now = self.machine.icount().0;
         let point = self.subject.next_branch_point(now).filter(|_| self.floor.is_none());
         let slice = ((now / SLICE + 1) * SLICE).min(point.unwrap_or(u64::MAX));
-        let pause = self.machine.run(Limits::until(Icount(icount.min(slice))))?;
+        let limits = Limits { pause_when_long: true, ..Limits::until(Icount(icount.min(slice))) };
+        let pause = self.machine.run(limits)?;
         self.machine.take_output();
         self.machine.take_inputs();
         self.about_to_execute = None;
@@ -452,6 +462,7 @@ impl Session {
                 _ => {}
             }
             if watcher(now) {
+                self.interrupted()?;
                 self.make_first_moment(watcher)?;
                 return Ok(StopReason::Interrupted);
             }
@@ -610,10 +621,10 @@ impl Session {
                 }
                 _ => {}
             }
-            if now - looked >= SLICE {
+            if now - looked >= SLICE || pause == Pause::Unfinished {
                 looked = now;
                 if watcher(now) {
-                    return Err(DebugError::Interrupted { icount: now });
+                    return Err(self.interrupted()?);
                 }
             }
         }
@@ -649,10 +660,10 @@ impl Session {
                 _ if now >= icount => return Ok(()),
                 _ => {}
             }
-            if now - looked >= SLICE {
+            if now - looked >= SLICE || pause == Pause::Unfinished {
                 looked = now;
                 if watcher(now) {
-                    return Err(DebugError::Interrupted { icount: now });
+                    return Err(self.interrupted()?);
                 }
             }
         }

@@ -83,6 +83,8 @@ pub enum Pause {
     },
     /// The observation has found something, see [`Machine::take_hits`].
     Observed,
+    /// A string instruction has been at work for a while and is not done. Only if [`Limits::pause_when_long`] is set.
+    Unfinished,
     /// The run is over.
     Ended(Ended),
 }
@@ -98,12 +100,20 @@ pub struct Limits {
     pub pause_when_idle: bool,
     /// Return as soon as a line of output is complete.
     pub pause_on_output: bool,
+    /// Return now and then in the middle of a string instruction that takes long, which no icount bounds, for callers
+    /// that may give up. It goes on with the next run. Until then the state is that of no moment.
+    pub pause_when_long: bool,
 }
 
 impl Limits {
     /// No limit at all.
-    pub const NONE: Limits =
-        Limits { icount: Icount(u64::MAX), time: VirtualNs(u64::MAX), pause_when_idle: false, pause_on_output: false };
+    pub const NONE: Limits = Limits {
+        icount: Icount(u64::MAX),
+        time: VirtualNs(u64::MAX),
+        pause_when_idle: false,
+        pause_on_output: false,
+        pause_when_long: false,
+    };
 
     /// Until an icount.
     pub fn until(icount: Icount) -> Limits {
@@ -256,6 +266,11 @@ impl Machine {
         self.first_moment
     }
 
+    /// The machine stands in the middle of an instruction, see [`Pause::Unfinished`].
+    pub fn is_unfinished(&self) -> bool {
+        self.engine.is_unfinished()
+    }
+
     /// Number of inputs that have entered since power-on.
     pub fn inputs_entered(&self) -> u64 {
         self.inputs_entered
@@ -354,6 +369,14 @@ impl Machine {
     pub fn run(&mut self, limits: Limits) -> Result<Pause, ForeignInputs> {
         loop {
             let icount = self.engine.icount();
+            if self.engine.is_unfinished() {
+                // Nothing comes before its end.
+                self.execute(Icount(icount.0 + 1));
+                if self.engine.is_unfinished() && limits.pause_when_long {
+                    return Ok(Pause::Unfinished);
+                }
+                continue;
+            }
             let now = self.board.clock.now(icount);
             if self.engine.has_hits() {
                 return Ok(Pause::Observed);
@@ -386,10 +409,20 @@ impl Machine {
                 stop_at = stop_at.min(Icount(icount.0 + 1));
             }
             self.board.begin_run(bound, limits.pause_on_output);
-            let stop = self.engine.run(stop_at, &mut self.board);
-            self.first_moment |= self.engine.icount() > icount;
-            self.stopped(stop);
+            self.execute(stop_at);
+            if self.engine.is_unfinished() && limits.pause_when_long {
+                return Ok(Pause::Unfinished);
+            }
         }
+    }
+
+    /// Lets the engine go on, up to an icount.
+    fn execute(&mut self, until: Icount) {
+        let icount = self.engine.icount();
+        let stop = self.engine.run(until, &mut self.board);
+        self.first_moment |= self.engine.icount() > icount;
+        self.first_moment &= stop != Stop::Unfinished;
+        self.stopped(stop);
     }
 
     /// Lets inputs enter and delivers events whose time has come.
@@ -473,7 +506,12 @@ impl Machine {
 
     fn stopped(&mut self, stop: Stop) {
         match stop {
-            Stop::Limit | Stop::Attention | Stop::InterruptWindow | Stop::Halted | Stop::Observed => {}
+            Stop::Limit
+            | Stop::Attention
+            | Stop::InterruptWindow
+            | Stop::Halted
+            | Stop::Observed
+            | Stop::Unfinished => {}
             Stop::TripleFault => {
                 self.ended = Some(Ended::TripleFault { registers: registers(self.engine.state()) });
             }

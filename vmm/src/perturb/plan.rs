@@ -201,6 +201,9 @@ impl Plan {
         if draws.chance(20) {
             engine.chaos_seed = Some(draws.bits());
         }
+        if draws.chance(50) {
+            engine.string_runs = draws.size((0, 6)) as u32;
+        }
         engine
     }
 

@@ -51,6 +51,9 @@ pub enum Ended {
     Interrupted {
         /// Number of the signal.
         signal: i32,
+        /// In the middle of a string instruction. Then the state is that of no moment, and has no link in the chain.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unfinished: bool,
     },
     /// Nobody reads the console any more.
     ConsoleClosed,
@@ -68,7 +71,10 @@ impl std::fmt::Display for Ended {
             }
             Ended::HaltedForever { rip } => write!(f, "halted with interrupts off before rip {rip:#x}"),
             Ended::IdleForever { rip } => write!(f, "idle with nothing left to wake it, before rip {rip:#x}"),
-            Ended::Interrupted { signal } => write!(f, "stopped by signal {signal}"),
+            Ended::Interrupted { signal, unfinished: false } => write!(f, "stopped by signal {signal}"),
+            Ended::Interrupted { signal, unfinished: true } => {
+                write!(f, "stopped by signal {signal} in the middle of a string instruction")
+            }
             Ended::ConsoleClosed => write!(f, "stopped because standard output was closed"),
         }
     }

@@ -240,13 +240,13 @@ impl Recorder {
             Pause::Idle { until } => self.wait(host, until)?,
             // Nothing is observed while a run is recorded.
             Pause::Observed => {}
-            Pause::Output => {}
+            Pause::Output | Pause::Unfinished => {}
         }
         if !open {
             return Ok(Some(Ended::ConsoleClosed));
         }
         if let Some(signal) = host.interrupted() {
-            return Ok(Some(Ended::Interrupted { signal }));
+            return Ok(Some(Ended::Interrupted { signal, unfinished: self.machine.is_unfinished() }));
         }
         if self.input_open {
             let input = host.input(Duration::ZERO);
@@ -267,6 +267,7 @@ impl Recorder {
             time: self.options.until_time.unwrap_or(Limits::NONE.time),
             pause_when_idle: self.input_open,
             pause_on_output: true,
+            pause_when_long: true,
         }
     }
 
@@ -358,14 +359,15 @@ impl Recorder {
     }
 
     fn finish(&mut self, ended: Ended, started: Instant) -> Result<Summary, RecordError> {
-        let link = self.append_link()?;
+        // In the middle of an instruction there is no state that another run could have.
+        let link = if self.machine.is_unfinished() { None } else { Some(self.append_link()?) };
         let host_seconds = started.elapsed().as_secs_f64();
         let outcome = Outcome {
             ended: ended.clone(),
-            icount: link.icount,
+            icount: self.machine.icount().0,
             virtual_ns: self.machine.time().0,
-            state_hash: link.state,
-            chain: link.link,
+            state_hash: link.map_or_else(|| self.machine.state_hash(), |link| link.state),
+            chain: self.last_link.map(|link| link.link).unwrap_or_default(),
         };
         if let Some(snapshots) = &mut self.snapshots {
             snapshots.finish()?;

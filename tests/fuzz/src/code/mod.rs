@@ -24,6 +24,9 @@ pub use start::HEADER_BYTES;
 
 /// More stops than this without an end mean that the engine makes no progress.
 const STOPS_MAX: u32 = 100_000;
+/// An input whose string instructions are not done after so many stops of the reference engine in their middle is given
+/// up: they may be at work for years.
+const UNFINISHED_MAX: u32 = 8;
 /// Cuts of the other engine's run.
 const SLICES_MAX: u32 = 12;
 /// One in this many inputs is followed by a comparison of all of RAM.
@@ -45,17 +48,25 @@ struct Outcome {
     /// Interrupts and how it ended, with their icounts.
     log: Vec<(u64, String)>,
     bus: Recorder,
+    /// It was given up in the middle of an instruction.
+    abandoned: bool,
 }
 
 impl Bench {
     fn new() -> Bench {
         let pristine = world::pristine();
-        let base = EngineConfig { code_cache_bytes: 8 << 20, ..EngineConfig::default() };
-        let small =
-            EngineConfig { tlb_bits: 1, max_block_instructions: 1, chaining: false, grouping: false, ..base.clone() };
+        let base = EngineConfig { code_cache_bytes: 8 << 20, string_runs: 1 << 12, ..EngineConfig::default() };
+        let small = EngineConfig {
+            tlb_bits: 1,
+            max_block_instructions: 1,
+            chaining: false,
+            grouping: false,
+            string_runs: 1,
+            ..base.clone()
+        };
         let others = [
             small.clone(),
-            EngineConfig { tlb_bits: 3, chaos_seed: Some(1), ..base.clone() },
+            EngineConfig { tlb_bits: 3, chaos_seed: Some(1), string_runs: 3, ..base.clone() },
             EngineConfig { code_cache_bytes: 256 << 10, max_block_instructions: 3, tlb_bits: 2, ..base.clone() },
             EngineConfig { grouping: false, chaining: true, tlb_bits: 1, ..base.clone() },
             EngineConfig { max_block_instructions: 7, chaos_seed: Some(2), ..base.clone() },
@@ -88,6 +99,10 @@ impl Bench {
         let origin = self.origin;
         self.origin += start.budget + 1;
         let first = run(&mut self.reference, &start, origin, false, verbose);
+        if first.abandoned {
+            self.reference.restore(&self.pristine);
+            return;
+        }
         let second = run(&mut self.others[other], &start, origin, true, verbose);
         if verbose {
             eprintln!("{}\nthen\n{}", describe(&start.state), describe(self.reference.engine.state()));
@@ -189,6 +204,7 @@ fn run(world: &mut World, start: &Start, origin: u64, sliced: bool, trace: bool)
         pending: None,
         slices: sliced.then_some(Slices { seed: start.slices, done: 0 }),
         stops: 0,
+        unfinished: 0,
     };
     let mut events = start.events.iter().peekable();
     let mut running = true;
@@ -232,7 +248,8 @@ fn run(world: &mut World, start: &Start, origin: u64, sliced: bool, trace: bool)
     world.collect_dirty();
     world.engine.observe(&Observation::default());
     world.engine.take_hits();
-    Outcome { icount: world.engine.icount().0 - origin, log: drive.log, bus: drive.bus }
+    let abandoned = world.engine.is_unfinished();
+    Outcome { icount: world.engine.icount().0 - origin, log: drive.log, bus: drive.bus, abandoned }
 }
 
 /// Lengths of the pieces in which a run is executed.
@@ -263,6 +280,8 @@ struct Drive {
     pending: Option<u8>,
     slices: Option<Slices>,
     stops: u32,
+    /// Stops in the middle of an instruction.
+    unfinished: u32,
 }
 
 impl Drive {
@@ -280,6 +299,14 @@ impl Drive {
             let after = world.engine.icount().0;
             assert!(after >= now && after <= limit, "{stop:?} at {after}, from {now} to {limit}");
             assert!(stop != Stop::Limit || after == limit, "the limit of {limit} was missed: {after}");
+            if stop == Stop::Unfinished {
+                self.unfinished += 1;
+                // The other engine goes to the end of what the reference has come to the end of.
+                if self.slices.is_none() && self.unfinished == UNFINISHED_MAX {
+                    return false;
+                }
+                continue;
+            }
             self.stops += 1;
             assert!(self.stops < STOPS_MAX, "no progress at {after}: {stop:?}");
             match stop {
@@ -301,6 +328,7 @@ impl Drive {
                         return false;
                     }
                 }
+                Stop::Unfinished => unreachable!("handled above"),
                 Stop::TripleFault | Stop::Unsupported { .. } => {
                     self.note(world, format!("{stop:x?}"));
                     return false;

@@ -140,7 +140,7 @@ fn run(machine: &mut Machine, slices: u16, encode: bool) -> Ending {
         let over = match pause {
             Pause::Ended(_) => true,
             Pause::Limit => machine.icount().0 >= INSTRUCTIONS || machine.time().0 >= TIME_NS,
-            Pause::Output | Pause::Idle { .. } | Pause::Observed => false,
+            Pause::Output | Pause::Idle { .. } | Pause::Observed | Pause::Unfinished => false,
         };
         if over {
             return Ending {

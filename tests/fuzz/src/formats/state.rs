@@ -70,9 +70,10 @@ pub fn machine_state(data: &[u8]) {
         let limits = Limits {
             icount: Icount(icount.0.saturating_add(step)),
             time: VirtualNs(time.0.saturating_add(step << 20)),
+            pause_when_long: true,
             ..Limits::NONE
         };
-        if machine.run(limits).is_err() {
+        if machine.run(limits).is_err() || machine.is_unfinished() {
             break;
         }
         machine.take_output();
