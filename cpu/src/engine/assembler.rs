@@ -450,7 +450,6 @@ impl Assembler {
 mod tests {
     use super::*;
     const RBX: u8 = 3;
-    const R12: u8 = 12;
     use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
     fn text(emit: impl FnOnce(&mut Assembler)) -> String {

@@ -37,12 +37,19 @@ const LENT: [u8; 8] = [14, host::R12, host::R13, host::RDX, host::RBP, BORROWABL
 /// So many of the borrowable ones are left in any case.
 const BORROWABLE_LENT: usize = 1;
 
-/// Chooses for the instructions of a block; what ends it does not count. `window` says that the block uses the stack
-/// window, whose distance is in R11; `uses_min` is what a register must be used to be worth it.
+/// Whether host registers that have a purpose can have another one in a block.
+#[derive(Clone, Copy)]
+pub struct Free {
+    pub r11: bool,
+    pub r15: bool,
+}
+
+/// Chooses for the instructions of a block; what ends it does not count. `uses_min` is what a register must be used to
+/// be worth it.
 pub fn choose(
     list: &[(Instruction, Treatment)],
     info: &mut InstructionInfoFactory,
-    window: bool,
+    free: Free,
     uses_min: u8,
 ) -> Residents {
     let mut uses = [0u32; 16];
@@ -62,7 +69,7 @@ pub fn choose(
     wanted.sort_by_key(|guest| std::cmp::Reverse(uses[*guest as usize]));
     let unused = |host: &u8| HOME.iter().position(|home| *home == Some(*host)).is_some_and(|owner| uses[owner] == 0);
     let borrowable = LENT.iter().filter(|host| BORROWABLE.contains(host) && unused(host)).take(BORROWABLE_LENT);
-    let mut free = [(!window).then_some(host::R11), (!reads_tsc).then_some(host::R15)]
+    let mut free = [free.r11.then_some(host::R11), (free.r15 && !reads_tsc).then_some(host::R15)]
         .into_iter()
         .flatten()
         .chain(LENT.iter().filter(|host| !BORROWABLE.contains(host) && unused(host)).copied())

@@ -14,7 +14,7 @@ use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes
 use super::homeless;
 use super::mode::Mode;
 use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized};
-use super::residents::{self, Residents};
+use super::residents::{self, Free, Residents};
 use super::thunks::Thunks;
 use super::undefined::{self, Undefined};
 use crate::state::{rflags, seg};
@@ -349,9 +349,10 @@ impl Translator {
         let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
         flags::needs(&list, stays, &mut self.needs);
 
-        let settles = !request.careful && !request.isolated && !request.mode.is_direct();
+        let settles = !request.careful && !request.isolated;
         self.residents = if settles && request.mode.is_64bit() {
-            residents::choose(&list, &mut self.info, self.plan.window.is_some(), request.resident_uses)
+            let free = Free { r11: self.plan.window.is_none(), r15: !request.mode.is_direct() };
+            residents::choose(&list, &mut self.info, free, request.resident_uses)
         } else {
             Residents::default()
         };

@@ -7,7 +7,6 @@ use super::super::assembler::{Assembler, Operand, POINTER, host};
 use super::super::block::field;
 use super::super::classify::Treatment;
 use super::super::registers::gpr_number;
-use super::super::residents::Residents;
 use super::super::translate::{Borrowed, Cold, Flags, SiteKind, Translator, set_memory};
 use super::EXIT_DISTANCE;
 use crate::system::availability::{Unit, unit};
@@ -31,7 +30,7 @@ impl Translator {
         let kind = SiteKind::Fault {
             flags_in_host: self.flags != Flags::Slot,
             borrowed: Borrowed::default(),
-            residents: Residents::default(),
+            residents: self.residents_here(),
         };
         let site = self.site(kind, self.unretired());
         self.faults.push((self.a.here() as u32, site));
@@ -165,7 +164,7 @@ impl Translator {
         let site = self.site(SiteKind::Lookup, unretired);
         let flags_in_host = self.flags != Flags::Slot;
         let emulated = self.site(
-            SiteKind::Fault { flags_in_host, borrowed: Borrowed::default(), residents: Residents::default() },
+            SiteKind::Fault { flags_in_host, borrowed: Borrowed::default(), residents: self.residents_here() },
             unretired,
         );
         self.ip = ip;

@@ -608,13 +608,13 @@ impl Core {
         let direct = self.direct();
         let regs = *direct.vm.regs();
         let offset = regs.rip.wrapping_sub(direct.tables.code_linear());
-        let temporaries = direct.block().temporary;
+        let (temporaries, evicted) = (direct.block().temporary, direct.block().evicted);
         let found = u32::try_from(offset).ok().and_then(|o| self.t.faults.binary_search_by_key(&o, |f| f.0).ok());
         let Some(at) = found else {
             return Err(Spoiled("an exception of the virtual machine that translated code does not raise".to_string()));
         };
         let number = self.t.faults[at as u32].1;
-        let SiteKind::Fault { flags_in_host, borrowed, .. } = self.t.sites[number].kind else {
+        let SiteKind::Fault { flags_in_host, borrowed, residents } = self.t.sites[number].kind else {
             return Err(Spoiled("an exception at a place that has none".to_string()));
         };
         let state = self.state_mut();
@@ -624,6 +624,13 @@ impl Core {
         for (i, register) in borrowed.into_iter().flatten().enumerate() {
             let guest = HOME.iter().position(|home| *home == Some(register)).expect("borrowed registers are homes");
             state.gpr[guest] = temporaries[4 + i];
+        }
+        for (number, resident) in residents.into_iter().flatten().enumerate() {
+            let value = match resident.owner() {
+                Some(owner) => std::mem::replace(&mut state.gpr[owner], evicted[number]),
+                None => regs.r11,
+            };
+            state.gpr[resident.guest as usize] = value;
         }
         self.rewind(number);
         Ok(())

@@ -21,6 +21,9 @@ const PATIENCE_MIN: u64 = 20_000_000;
 const PATIENCE_MAX: u64 = 5_000_000_000;
 /// While the VM is faster, every so many visits a stretch is left to the soft engine, to see how it does.
 const SOFT_EVERY: u32 = 200;
+/// What visits have cost more than software would have may be one in so many cycles, and this much besides.
+const LOSS_SHARE: u64 = 64;
+const LOSS_ALWAYS: u64 = 5_000_000;
 /// Address spaces that are remembered.
 const SPACES_MAX: usize = 512;
 
@@ -81,6 +84,10 @@ impl Default for Space {
 pub struct Policy {
     random: u64,
     spaces: FastMap<u64, Space>,
+    /// Cycles that visits have cost more than the soft engine would have taken, less what they have gained.
+    lost: u64,
+    /// When the first stretch began, in cycles.
+    since: Option<u64>,
     /// When the stretch of user code that is about to run began, in cycles and instructions.
     began: Option<(u64, u64)>,
 }
@@ -91,6 +98,15 @@ fn cycles() -> u64 {
     // SAFETY: reads a counter.
     unsafe {
         core::arch::x86_64::_rdtsc()
+    }
+}
+
+impl Policy {
+    /// Trials have not cost more yet than may be noise.
+    fn can_afford_it(&mut self) -> bool {
+        let now = cycles();
+        let since = *self.since.get_or_insert(now);
+        self.lost < LOSS_ALWAYS + now.wrapping_sub(since) / LOSS_SHARE
     }
 }
 
@@ -145,7 +161,7 @@ impl Core {
                 if self.policy.spaces.len() > SPACES_MAX {
                     self.policy.spaces.clear();
                 }
-                let wants = self.policy.spaces.entry(space).or_default().wants(now);
+                let wants = self.policy.can_afford_it() && self.policy.spaces.entry(space).or_default().wants(now);
                 if !wants {
                     self.policy.began = Some((cycles(), now));
                 }
@@ -187,10 +203,13 @@ impl Core {
         let key = self.state().cr3 & ROOT_MASK;
         if let Some(space) = self.policy.spaces.get_mut(&key) {
             space.stretch = ran;
+            let took = cycles().wrapping_sub(start);
+            let soft = space.soft.cost().map_or(took, |cost| ran.saturating_mul(cost) / 1000);
+            self.policy.lost = (self.policy.lost + took.saturating_sub(soft)).saturating_sub(soft.saturating_sub(took));
             if space.trial == TRIAL_VISITS / 2 {
                 space.kvm = Rate::default();
             }
-            space.kvm.add(ran.max(1), cycles().wrapping_sub(start));
+            space.kvm.add(ran.max(1), took);
         }
     }
 }
