@@ -4,8 +4,8 @@
 //! [`platform`] knows how a program is started natively, in QEMU and in Orrery, [`session`] runs it once and keeps the
 //! time, [`schedule`] interleaves the rounds, [`figures`] is the file, [`table`] and [`chart`] show it to people,
 //! [`compare`] says which lines moved between two files.
-//! [`snapshots`] is a benchmark of its own, of branches and snapshots in one process; [`debug`] is another, of going to
-//! the moments of a long run and back. Both have [`percentiles`].
+//! [`snapshots`] and [`warm`] are a benchmark of their own, of branches and snapshots in one process; [`debug`] is another,
+//! of going to the moments of a long run and back. All have [`percentiles`].
 //! `docs/benchmarks.md` explains how to read the result.
 
 pub mod chart;
@@ -21,3 +21,4 @@ pub mod schedule;
 pub mod session;
 pub mod snapshots;
 pub mod table;
+pub mod warm;

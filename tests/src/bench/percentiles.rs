@@ -53,7 +53,8 @@ impl Line {
     pub fn text(&self) -> String {
         let mut text = format!("{:<20} p50 {:>10.1} us   p99 {:>10.1} us", self.name, self.p50_us, self.p99_us);
         for (name, value) in &self.more {
-            text += &format!("   {name} {value:.1}");
+            let digits = if *value < 10.0 { 2 } else { 1 };
+            text += &format!("   {name} {value:.digits$}");
         }
         text
     }

@@ -27,20 +27,19 @@ const RESET_PAGES: usize = 50;
 const LIVE: usize = 1_000;
 
 /// What can be measured.
-pub const NAMES: [(&str, &str); 13] = [
-    ("branch-512", "a branch of a guest of 512 MiB, until its first instruction has retired"),
+pub const NAMES: [(&str, &str); 12] = [
+    ("branch-512", "a new branch of a guest of 512 MiB, until its first instruction has retired"),
     ("reset-50", "going back to the branch point after 50 pages were written"),
     ("branches-per-second", "going back and running 100,000 instructions"),
-    ("branch-recycled", "a branch in the place of one that was given back, until its first instruction has retired"),
-    ("first-million", "the first million instructions of a branch"),
-    ("prepared-million", "the same of a branch whose template was told to prepare"),
-    ("cold-million", "the same of a branch of a machine without translations"),
-    ("parent-million", "a million instructions of its parent"),
+    ("branch-recycled", "a branch after another one was dropped, until its first instruction has retired"),
     ("grandchild-512", "a branch of a branch that has written 2000 pages, until its first instruction has retired"),
     ("live-1000", "a branch while up to 1000 brothers live that have run 100,000 instructions each"),
+    ("branch-4096", "a new branch of a guest of 4 GiB, until its first instruction has retired"),
+    ("warm-go", "the first million instructions of a branch of a Go guest, and the same of its parent"),
+    ("warm-jvm", "the same of a JVM guest"),
+    ("warm-filler", "the same of a guest that writes another page every 1400 instructions"),
     ("snapshot-disk", "a snapshot of a booted Go guest on disk, after an earlier one and 10 million instructions more"),
     ("restore-disk", "that guest from its snapshot on disk, until its first instruction has retired"),
-    ("branch-4096", "a branch of a guest of 4 GiB, until its first instruction has retired"),
 ];
 
 /// Measures a line of that name so many times.
@@ -48,7 +47,6 @@ type Measure = fn(&mut Guest, &str, usize) -> Result<Line>;
 
 /// A guest that has filled its memory, frozen, and the machine that it was.
 pub struct Guest {
-    image: Image,
     parent: Machine,
     template: Template,
 }
@@ -70,7 +68,7 @@ impl Guest {
                 bail!("the guest did not fill its memory: {pause:?}\n{}", String::from_utf8_lossy(&console));
             }
         }
-        Guest::freeze(image, parent, memory_mib)
+        Guest::freeze(parent, memory_mib)
     }
 
     /// Runs the image up to a moment.
@@ -78,15 +76,15 @@ impl Guest {
         let config = MachineConfig { memory_mib, ..Default::default() };
         let mut parent = Machine::new(image, &config, Seed(1), Default::default())?;
         run(&mut parent, icount)?;
-        Guest::freeze(image, parent, memory_mib)
+        Guest::freeze(parent, memory_mib)
     }
 
-    fn freeze(image: &Image, mut parent: Machine, memory_mib: u64) -> Result<Guest> {
+    fn freeze(mut parent: Machine, memory_mib: u64) -> Result<Guest> {
         run(&mut parent, SETTLE_INSTRUCTIONS)?;
         let before = Instant::now();
         let template = parent.freeze()?;
         eprintln!("guest of {memory_mib} MiB frozen in {:.1} ms", micros_since(before) / 1e3);
-        Ok(Guest { image: image.clone(), parent, template })
+        Ok(Guest { parent, template })
     }
 
     /// Measures the lines that `wanted` names; `mib` is the guest's memory as the lines' names say it.
@@ -97,14 +95,10 @@ impl Guest {
             lines.push(self.branch(&branch, rounds)?);
         }
         if mib == 512 {
-            let each: [(&str, Measure); 9] = [
+            let each: [(&str, Measure); 5] = [
                 ("reset-50", Guest::reset),
                 ("branches-per-second", Guest::throughput),
                 ("branch-recycled", Guest::recycled),
-                ("first-million", Guest::first_million),
-                ("prepared-million", Guest::prepared_million),
-                ("cold-million", Guest::cold_million),
-                ("parent-million", Guest::parent_million),
                 ("grandchild-512", Guest::grandchild),
                 ("live-1000", Guest::live),
             ];
@@ -167,27 +161,6 @@ impl Guest {
         Ok(Line::of(name, micros).with("per_second", per_second))
     }
 
-    fn first_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
-        let mut micros = Vec::new();
-        let mut again = Vec::new();
-        let mut faults = Vec::new();
-        for _ in 0..rounds.min(200) {
-            let mut child = self.child()?;
-            let faults_before = page_faults()?;
-            let before = Instant::now();
-            run(&mut child, 1_000_000)?;
-            micros.push(micros_since(before));
-            faults.push(page_faults()? - faults_before);
-            // The same instructions, with the memory that the host has mapped meanwhile.
-            child.reset()?;
-            let before = Instant::now();
-            run(&mut child, 1_000_000)?;
-            again.push(micros_since(before));
-        }
-        let line = Line::of(name, micros).with("again_p50_us", Line::of(name, again).p50_us);
-        Ok(line.with("page_faults", Line::of(name, faults).p50_us))
-    }
-
     fn recycled(&mut self, name: &str, rounds: usize) -> Result<Line> {
         let mut micros = Vec::new();
         for round in 0..rounds {
@@ -196,45 +169,6 @@ impl Guest {
             run(&mut child, 1)?;
             micros.push(micros_since(before));
             run(&mut child, CHILD_INSTRUCTIONS)?;
-        }
-        Ok(Line::of(name, micros))
-    }
-
-    fn prepared_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
-        let mut micros = Vec::new();
-        for _ in 0..rounds.min(200) / 4 {
-            self.template.prepare(4, 1_000_000)?;
-            let children: Result<Vec<_>> = (0..4).map(|_| self.child()).collect();
-            for child in &mut children? {
-                let before = Instant::now();
-                run(child, 1_000_000)?;
-                micros.push(micros_since(before));
-            }
-        }
-        Ok(Line::of(name, micros))
-    }
-
-    fn cold_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
-        let saved = self.child()?.save();
-        let template = Machine::restore(&self.image, &saved, Default::default())?.freeze()?;
-        let mut micros = Vec::new();
-        for _ in 0..rounds.min(50) {
-            let mut child = template.branch(template.seed(), None)?;
-            let before = Instant::now();
-            run(&mut child, 1_000_000)?;
-            micros.push(micros_since(before));
-        }
-        Ok(Line::of(name, micros))
-    }
-
-    fn parent_million(&mut self, name: &str, rounds: usize) -> Result<Line> {
-        // Its pages were mapped again when it was frozen.
-        run(&mut self.parent, SETTLE_INSTRUCTIONS)?;
-        let mut micros = Vec::new();
-        for _ in 0..rounds.min(200) {
-            let before = Instant::now();
-            run(&mut self.parent, 1_000_000)?;
-            micros.push(micros_since(before));
         }
         Ok(Line::of(name, micros))
     }
@@ -322,16 +256,20 @@ pub fn disk(image: &Image, directory: &Path, wanted: &dyn Fn(&str) -> bool, roun
 /// Microseconds from asking for a branch until its first instruction has retired.
 fn first_instructions(template: &Template, rounds: usize) -> Result<Vec<f64>> {
     let mut micros = Vec::new();
+    // They live on, so that none goes on in the place of another.
+    let mut children = Vec::new();
     for _ in 0..rounds {
         let before = Instant::now();
         let mut child = template.branch(template.seed(), None)?;
         run(&mut child, 1)?;
         micros.push(micros_since(before));
+        children.push(child);
     }
     Ok(micros)
 }
 
-fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
+/// Runs so many instructions, all of them.
+pub fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
     let until = machine.icount().0 + instructions;
     match machine.run(Limits::until(Icount(until)))? {
         Pause::Limit if machine.icount().0 == until => Ok(()),
@@ -340,7 +278,7 @@ fn run(machine: &mut Machine, instructions: u64) -> Result<()> {
 }
 
 /// Page faults of this process that the host has served without a disk.
-fn page_faults() -> Result<f64> {
+pub fn page_faults() -> Result<f64> {
     let text = std::fs::read_to_string("/proc/self/stat")?;
     // proc(5): minflt is field 10; the second field may hold spaces and ends with the last parenthesis.
     let field = text.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(7));

@@ -8,6 +8,7 @@ use clap::Parser;
 use orrery_guest_image::Image;
 use orrery_tests::bench::percentiles::Figures;
 use orrery_tests::bench::snapshots::{self, Guest, NAMES};
+use orrery_tests::bench::warm::{self, Course};
 use orrery_tests::{guests, workshop};
 
 /// Times branches, going back, and snapshots.
@@ -55,14 +56,20 @@ fn main() -> Result<ExitCode> {
     let rounds = arguments.rounds as usize;
     let mut figures = Figures { lines: Vec::new() };
     if let (Some(image), Some(at)) = (&arguments.image, arguments.at) {
-        let mut guest = Guest::at(&Image::open(image)?, 512, at)?;
-        figures.lines = guest.measure(512, &wanted, rounds)?;
+        let image = Image::open(image)?;
+        let named = !arguments.only.is_empty() && arguments.only.iter().all(|name| !name.starts_with("warm-"));
+        figures.lines = Guest::at(&image, 512, at)?.measure(512, &wanted, rounds)?;
+        if !named {
+            figures.lines.push(warm::measure("warm", &image, &Course::new(at, 10_000_000, rounds))?);
+        }
         figures.lines.iter().for_each(|line| println!("{}", line.text()));
         return Ok(ExitCode::SUCCESS);
     }
     let image = Image::open(guests::image(&["filler"])?)?;
     for mib in [512, 4096] {
-        let of_this = |name: &str| !name.ends_with("-disk") && name.ends_with("-4096") == (mib == 4096);
+        let of_this = |name: &str| {
+            !name.ends_with("-disk") && !name.starts_with("warm-") && name.ends_with("-4096") == (mib == 4096)
+        };
         if NAMES.iter().any(|(name, _)| wanted(name) && of_this(name)) {
             let mut guest = Guest::boot(&image, mib)?;
             let lines = guest.measure(mib, &wanted, rounds)?;
@@ -70,9 +77,23 @@ fn main() -> Result<ExitCode> {
             figures.lines.extend(lines);
         }
     }
+    let built = |name: &str| {
+        let path = workshop::target().join("images").join(name);
+        Image::open(&path).with_context(|| format!("`make images` builds {}", path.display()))
+    };
+    let courses = [
+        ("warm-go", Some("go.img"), Course::new(200_000_000, 10_000_000, rounds)),
+        ("warm-jvm", Some("jvm.img"), Course::new(600_000_000, 20_000_000, rounds)),
+        ("warm-filler", None, Course::new(2_000_000_000, 5_000_000, rounds)),
+    ];
+    for (name, demo, course) in courses.iter().filter(|(name, ..)| wanted(name)) {
+        let image = demo.map_or_else(|| Ok(image.clone()), built)?;
+        let line = warm::measure(name, &image, course)?;
+        println!("{}", line.text());
+        figures.lines.push(line);
+    }
     if NAMES.iter().any(|(name, _)| wanted(name) && name.ends_with("-disk")) {
-        let path = workshop::target().join("images/go.img");
-        let image = Image::open(&path).with_context(|| format!("`make images` builds {}", path.display()))?;
+        let image = built("go.img")?;
         let lines = snapshots::disk(&image, &workshop::target().join("bench"), &wanted, rounds)?;
         lines.iter().for_each(|line| println!("{}", line.text()));
         figures.lines.extend(lines);
