@@ -360,10 +360,16 @@ impl Core {
 
     /// Goes on in the VM as long as that is possible. The state is complete before and after.
     pub fn run_direct(&mut self) -> Option<Stop> {
+        self.policy_visit();
+        let stop = self.visit_direct();
+        self.policy_visited();
+        stop
+    }
+
+    fn visit_direct(&mut self) -> Option<Stop> {
         if !self.direct_ready() {
             return None;
         }
-        let visit = self.policy_visit();
         let index = self.direct_find()?;
         let entry = self.t.blocks[index].entry;
         if let Err(error) = self.load_direct() {
@@ -371,16 +377,9 @@ impl Core {
             return None;
         }
         self.statistics.kvm_visits += 1;
-        match self.stay_direct(entry) {
-            Ok(()) => {
-                self.policy_visited(visit);
-                None
-            }
-            Err(Spoiled(what)) => {
-                self.load_fpu();
-                Some(Stop::Unsupported { rip: self.state().rip, bytes: Vec::new(), what })
-            }
-        }
+        let Spoiled(what) = self.stay_direct(entry).err()?;
+        self.load_fpu();
+        Some(Stop::Unsupported { rip: self.state().rip, bytes: Vec::new(), what })
     }
 
     /// Registers to the VM.
@@ -568,7 +567,7 @@ impl Core {
 
     /// The block at RIP, if the budget is not used up.
     fn direct_next(&mut self) -> Option<u32> {
-        if self.budget() <= 0 {
+        if self.budget() <= 0 || self.policy_regrets() {
             return None;
         }
         self.direct_find()

@@ -86,6 +86,8 @@ pub struct Policy {
     spaces: FastMap<u64, Space>,
     /// Cycles that visits have cost more than the soft engine would have taken, less what they have gained.
     lost: u64,
+    /// When the visit to the VM that is under way began, in cycles and instructions.
+    visit: Option<(u64, u64)>,
     /// When the first stretch began, in cycles.
     since: Option<u64>,
     /// When the stretch of user code that is about to run began, in cycles and instructions.
@@ -102,11 +104,11 @@ fn cycles() -> u64 {
 }
 
 impl Policy {
-    /// Trials have not cost more yet than may be noise.
-    fn can_afford_it(&mut self) -> bool {
+    /// Losing this as well, visits have not cost more than may be noise.
+    fn affords(&mut self, more: u64) -> bool {
         let now = cycles();
         let since = *self.since.get_or_insert(now);
-        self.lost < LOSS_ALWAYS + now.wrapping_sub(since) / LOSS_SHARE
+        self.lost.saturating_add(more) < LOSS_ALWAYS + now.wrapping_sub(since) / LOSS_SHARE
     }
 }
 
@@ -161,7 +163,7 @@ impl Core {
                 if self.policy.spaces.len() > SPACES_MAX {
                     self.policy.spaces.clear();
                 }
-                let wants = self.policy.can_afford_it() && self.policy.spaces.entry(space).or_default().wants(now);
+                let wants = self.policy.affords(0) && self.policy.spaces.entry(space).or_default().wants(now);
                 if !wants {
                     self.policy.began = Some((cycles(), now));
                 }
@@ -190,22 +192,36 @@ impl Core {
     }
 
     /// A visit to the VM begins.
-    pub(super) fn policy_visit(&self) -> (u64, u64) {
-        if self.config.engine == EngineKind::Auto { (cycles(), self.now().0) } else { (0, 0) }
+    pub(super) fn policy_visit(&mut self) {
+        if self.config.engine == EngineKind::Auto {
+            self.policy.visit = Some((cycles(), self.now().0));
+        }
+    }
+
+    /// Cycles that the visit has taken so far, and those that the soft engine would have.
+    fn policy_costs(&self, (start, instructions): (u64, u64)) -> (u64, u64) {
+        let ran = self.now().0.saturating_sub(instructions);
+        let took = cycles().wrapping_sub(start);
+        let space = self.policy.spaces.get(&(self.state().cr3 & ROOT_MASK));
+        (took, space.and_then(|space| space.soft.cost()).map_or(took, |cost| ran.saturating_mul(cost) / 1000))
+    }
+
+    /// The visit costs so much that it had better end.
+    pub(super) fn policy_regrets(&mut self) -> bool {
+        let Some(visit) = self.policy.visit else { return false };
+        let (took, soft) = self.policy_costs(visit);
+        !self.policy.affords(took.saturating_sub(soft))
     }
 
     /// A visit has ended.
-    pub(super) fn policy_visited(&mut self, (start, instructions): (u64, u64)) {
-        if self.config.engine != EngineKind::Auto {
-            return;
-        }
-        let ran = self.now().0.saturating_sub(instructions);
+    pub(super) fn policy_visited(&mut self) {
+        let Some(visit) = self.policy.visit.take() else { return };
+        let (took, soft) = self.policy_costs(visit);
+        self.policy.lost = (self.policy.lost + took.saturating_sub(soft)).saturating_sub(soft.saturating_sub(took));
+        let ran = self.now().0.saturating_sub(visit.1);
         let key = self.state().cr3 & ROOT_MASK;
         if let Some(space) = self.policy.spaces.get_mut(&key) {
             space.stretch = ran;
-            let took = cycles().wrapping_sub(start);
-            let soft = space.soft.cost().map_or(took, |cost| ran.saturating_mul(cost) / 1000);
-            self.policy.lost = (self.policy.lost + took.saturating_sub(soft)).saturating_sub(soft.saturating_sub(took));
             if space.trial == TRIAL_VISITS / 2 {
                 space.kvm = Rate::default();
             }
