@@ -1,0 +1,243 @@
+//! Memory operands: linear addresses, and the host addresses that take their place.
+
+use super::*;
+
+impl Translator {
+    /// Linear address of the memory operand into RCX; uses RAX and the flags. `rsp_bias` is added to RSP.
+    pub(in crate::engine) fn address(&mut self, ins: &Instruction, rsp_bias: i32) {
+        self.offset(ins, host::RCX, rsp_bias, true);
+        self.add_segment_base(ins);
+    }
+
+    /// Effective address (offset in the segment) of the memory operand into `dst`; leaves the flags alone.
+    /// Uses RAX and RCX. `wide_result` is false if only 32 bits of it are wanted.
+    pub(super) fn offset(&mut self, ins: &Instruction, dst: u8, rsp_bias: i32, wide_result: bool) {
+        let mask = if wide_result { u64::MAX } else { u32::MAX as u64 };
+        let base = ins.memory_base();
+        let index = ins.memory_index();
+        if ins.is_ip_rel_memory_operand() {
+            self.a.mov_imm(dst, ins.ip_rel_memory_address() & mask);
+            self.scratch.forget(dst);
+            return;
+        }
+        let disp = ins.memory_displacement64();
+        if base == Register::None && index == Register::None {
+            self.a.mov_imm(dst, disp & mask);
+            self.scratch.forget(dst);
+            return;
+        }
+        let wide = wide_result && (base.size() == 8 || index.size() == 8);
+        let bias = if base.full_register() == Register::RSP { rsp_bias } else { 0 };
+        let index = gpr_number(index).map(|guest| (guest, ins.memory_index_scale() as u8));
+        self.effective_address(dst, gpr_number(base), index, (disp as i32).wrapping_add(bias), wide);
+        if classify::has_16_bit_address(ins) {
+            self.a.movzx16(dst);
+        }
+    }
+
+    /// `base + index * scale + disp` of guest registers into `dst`; leaves the flags alone. Uses RAX and RCX.
+    pub(super) fn effective_address(
+        &mut self,
+        dst: u8,
+        base: Option<u8>,
+        index: Option<(u8, u8)>,
+        disp: i32,
+        wide: bool,
+    ) {
+        let base = base.map(|guest| self.held(guest, host::RCX));
+        let index = index.map(|(guest, scale)| (self.held(guest, host::RAX), scale));
+        self.a.lea(wide, dst, base, index, disp);
+        if dst == host::RAX || dst == host::RCX {
+            self.scratch.forget(dst);
+        }
+    }
+
+    pub(super) fn add_segment_base(&mut self, ins: &Instruction) {
+        let segment = match ins.memory_segment() {
+            Register::FS => seg::FS,
+            Register::GS => seg::GS,
+            _ => return,
+        };
+        if self.mode.is_direct() {
+            self.a.load_gs(host::RAX, field::segment_base(segment));
+            self.scratch = ScratchRegisters::default();
+            self.a.lea(true, host::RCX, Some(host::RCX), Some((host::RAX, 1)), 0);
+            return;
+        }
+        self.clobber_flags();
+        self.a.gs_op(self.mode.is_64bit(), op::ADD, host::RCX, field::segment_base(segment));
+    }
+
+    /// Turns the linear address in RCX into a host address in RCX. Uses RAX and the flags, which are in the slot.
+    pub(super) fn lookup(&mut self, size: usize, read: bool, write: bool) {
+        self.lookup_range(size, read, write, None);
+    }
+
+    pub(super) fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<First>) {
+        if self.mode.is_direct() {
+            return;
+        }
+        debug_assert!(matches!(self.flags, Flags::Slot | Flags::Source) || self.careful);
+        let class = self.mode.class();
+        self.scratch = ScratchRegisters::default();
+        let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: self.careful, first, resume: 0 };
+        let site = self.site(kind, self.unretired());
+        if self.careful {
+            self.site_in_rax(site);
+            self.jump_away(self.thunks.memory);
+        } else {
+            let tlb = field::tlb(class, write || first.is_some_and(|first| first.others_write));
+            self.a.rorx_eax_ecx(8);
+            self.a.and32(host::RAX, self.tlb_mask << 4);
+            self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+            self.a.cmp_imm(host::RCX, 4096 - size as i32);
+            let patch = self.a.jcc(cc::A, 0);
+            self.cold.push(Cold::Memory { patch, site, tlb, source: self.source_in_need() });
+            self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
+        }
+        let here = self.a.here();
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            *resume = here as u32;
+        }
+    }
+
+    /// The host address of an access by the translation of its group, whose range begins at RCX.
+    pub(super) fn grouped(&mut self, member: Member) -> Operand {
+        let index = member.group;
+        let group = self.plan.groups[index];
+        if !group.ready {
+            self.clobber_flags();
+            let Registers { base, index: scaled, scale } = group.registers;
+            self.effective_address(host::RCX, base, scaled.map(|index| (index, scale)), group.start(), true);
+            let others_write = group.write && !group.first_write;
+            let first = First { offset: group.first_offset(), size: group.first_size, others_write };
+            self.lookup_range(group.span(), group.first_read, group.first_write, Some(first));
+            self.a.store_gs(host::RCX, field::group(index));
+            self.plan.groups[index].ready = true;
+        } else if self.scratch.rcx != Some(Holds::Group(index)) {
+            self.a.load_gs(host::RCX, field::group(index));
+        }
+        self.scratch.rcx = Some(Holds::Group(index));
+        Operand { base: host::RCX, index: None, disp: member.offset, ..POINTER }
+    }
+
+    /// The linear address of the memory operand, if it is a constant of the translation.
+    pub(super) fn constant_address(&self, ins: &Instruction) -> Option<u64> {
+        if !self.mode.is_64bit() || matches!(ins.memory_segment(), Register::FS | Register::GS) {
+            return None;
+        }
+        if ins.is_ip_rel_memory_operand() {
+            return Some(ins.ip_rel_memory_address());
+        }
+        let none = ins.memory_base() == Register::None && ins.memory_index() == Register::None;
+        none.then(|| ins.memory_displacement64())
+    }
+
+    /// As `lookup`, for an address whose place in the TLB is known.
+    pub(super) fn lookup_constant(&mut self, address: u64, size: usize, read: bool, write: bool) {
+        let class = self.mode.class();
+        self.scratch = ScratchRegisters::default();
+        let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
+        let site = self.site(kind, self.unretired());
+        let entry = field::tlb(class, write) + 16 * ((address >> 12) as u32 & self.tlb_mask);
+        let tag = address & !0xFFF;
+        if tag as i64 == tag as i32 as i64 {
+            self.a.cmp_gs_imm(entry, tag as u32);
+        } else {
+            self.a.mov_imm(host::RAX, tag);
+            self.a.gs_op(true, op::CMP, host::RAX, entry);
+        }
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Constant { patch, site, address, source: self.source_in_need() });
+        self.a.load_gs(host::RCX, entry + 8);
+        self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
+        let here = self.a.here();
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            *resume = here as u32;
+        }
+    }
+
+    /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
+    pub(super) fn operand(&mut self, ins: &Instruction, size: usize, read: bool, write: bool) -> Operand {
+        if self.mode.is_direct() {
+            return self.direct_operand(ins);
+        }
+        if self.plan.windowed(self.position, Which::Operand) {
+            let base = gpr_number(ins.memory_base()).and_then(|base| self.home[base as usize]);
+            let base = base.expect("RSP and RBP have homes");
+            return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32, ..POINTER };
+        }
+        if let Some(member) = self.plan.member(self.position, Which::Operand) {
+            return self.grouped(member);
+        }
+        self.clobber_flags();
+        match self.constant_address(ins) {
+            Some(address) if !self.careful && (address & 0xFFF) as usize + size <= 4096 => {
+                self.lookup_constant(address, size, read, write);
+            }
+            _ => {
+                self.address(ins, 0);
+                self.lookup(size, read, write);
+            }
+        }
+        POINTER
+    }
+
+    /// Host address of stack memory at RSP + `offset`.
+    pub(in crate::engine) fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
+        if self.mode.is_direct() {
+            return Operand { base: host::RSP, disp: offset, ..POINTER };
+        }
+        if self.plan.windowed(self.position, Which::Stack) {
+            return Operand { base: host::RSP, index: Some(host::R11), disp: offset, ..POINTER };
+        }
+        if let Some(member) = self.plan.member(self.position, Which::Stack) {
+            return self.grouped(member);
+        }
+        self.clobber_flags();
+        self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RSP), None, offset);
+        self.lookup(size, !write, write);
+        POINTER
+    }
+
+    /// An operand as a plain pointer in RCX.
+    pub(super) fn pointer(&mut self, operand: Operand) {
+        if operand != POINTER {
+            let index = operand.index.map(|i| (i, operand.scale));
+            self.a.lea(true, host::RCX, Some(operand.base), index, operand.disp);
+            self.scratch.forget(host::RCX);
+        }
+    }
+
+    pub(in crate::engine) fn adjust_rsp(&mut self, by: i32) {
+        self.a.lea(self.mode.is_64bit(), host::RSP, Some(host::RSP), None, by);
+    }
+
+    pub(super) fn word(&self) -> usize {
+        if self.mode.is_64bit() { 8 } else { 4 }
+    }
+}
+
+/// Bytes of the addresses that the memory operand is computed in.
+pub(super) fn address_size(ins: &Instruction) -> usize {
+    let register = if ins.memory_base() != Register::None { ins.memory_base() } else { ins.memory_index() };
+    match register {
+        Register::None => ins.memory_displ_size() as usize,
+        Register::EIP => 4,
+        register => register.size(),
+    }
+}
+
+/// Makes a host address the memory operand.
+pub(in crate::engine) fn set_memory(out: &mut Instruction, at: Operand) {
+    out.set_segment_prefix(Register::None);
+    out.set_memory_base(Register::RAX + at.base as u32);
+    out.set_memory_index(at.index.map_or(Register::None, |index| Register::RAX + index as u32));
+    out.set_memory_index_scale(u32::from(at.scale));
+    out.set_memory_displacement64(at.disp as i64 as u64);
+    out.set_memory_displ_size(match at.disp {
+        0 => 0,
+        disp if disp as i8 as i32 == disp => 1,
+        _ => 8,
+    });
+}

@@ -1,0 +1,564 @@
+//! Translates one block: decodes guest instructions up to the next branch and emits the same instructions with
+//! renamed registers and replaced memory operands, an instruction budget in front and links behind.
+//!
+//! Invariants of emitted code: at every block boundary the guest's status flags are in the vCPU block's slot, RAX
+//! and RCX are free, all other guest registers are at home (`registers`). At every site that can leave in the
+//! middle of a block the state is that before the instruction, so that it can be executed again.
+
+mod branches;
+mod instructions;
+mod memory;
+mod places;
+mod plain;
+mod status;
+
+pub(super) use memory::set_memory;
+pub(super) use status::Flags;
+
+use memory::address_size;
+use places::{Holds, ScratchRegisters};
+use status::Source;
+
+use super::archive::Relocation;
+use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
+use super::block::{Class, JUMP_ENTRIES, WINDOW_SPANS, field, window_of};
+use super::classify::{self, Treatment};
+use super::flags::{self, Need, STATUS};
+use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
+use super::homeless;
+use super::mode::Mode;
+use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized};
+use super::residents::{self, Free, Residents};
+use super::thunks::Thunks;
+use super::undefined::{self, Undefined};
+use crate::state::{rflags, seg};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+};
+use serde::{Deserialize, Serialize};
+
+/// Longest block, in instructions. The budget's immediate is one byte.
+pub const MAX_INSTRUCTIONS: u32 = 64;
+
+/// Forward branches that a block goes on behind, as if they were not taken.
+const SIDE_BRANCHES_MAX: u32 = 4;
+
+/// Most bytes that the translation of one block can take.
+pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
+
+/// Most sites, emulated instructions or fault sites of one block.
+pub const MAX_RECORDS: usize = 1024;
+
+/// Host registers whose guest values are in the vCPU block's temporaries from 4 on.
+pub type Borrowed = [Option<u8>; 3];
+
+/// The first access of a group.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct First {
+    /// Where in the group's range it begins.
+    pub offset: u16,
+    pub size: u8,
+    /// Another access of the group writes.
+    pub others_write: bool,
+}
+
+/// Why and from where translated code leaves to Rust.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum SiteKind {
+    /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
+    /// For a group, `first` is the access that happens now, which `read` and `write` are about.
+    Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<First>, resume: u32 },
+    /// A direct branch whose rel32 at `patch` may be led to the target's translation. `same_stack` says that RSP is
+    /// what it was when the block began.
+    Link { target: u64, patch: u32, same_stack: bool },
+    /// An indirect branch missed the jump cache. `popped` has been added to RSP.
+    Indirect { popped: i32 },
+    /// The budget does not cover the block.
+    Budget,
+    /// The block reaches beyond the stack window. The rel32 at `patch` may be led to a translation without it.
+    Window { patch: u32 },
+    /// The block must be looked up again: its page may have changed, or it was invalidated.
+    Lookup,
+    /// An instruction for the emulation, kept decoded.
+    Emulate { instruction: u32 },
+    /// The host processor faulted on the guest's instruction.
+    Fault { flags_in_host: bool, borrowed: Borrowed, residents: Residents },
+}
+
+/// A place in translated code from which it can leave.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Site {
+    pub kind: SiteKind,
+    /// Address of the guest instruction.
+    pub rip: u64,
+    /// Instructions of the block that have been counted but have not retired.
+    pub unretired: u32,
+    /// The block it belongs to.
+    pub block: u32,
+}
+
+/// What is asked of the translator.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    pub rip: u64,
+    /// Guest code from RIP to the end of the page, or up to 15 bytes across it if `straddles`.
+    pub bytes: &'a [u8],
+    pub mode: Mode,
+    pub max_instructions: u32,
+    /// Every memory access goes to Rust first.
+    pub careful: bool,
+    /// Nearby accesses share a translation.
+    pub grouping: bool,
+    /// Accesses near RSP go through the stack window.
+    pub window: bool,
+    /// Uses from which a register without a home gets one for the block.
+    pub resident_uses: u8,
+    /// The block goes nowhere but back to Rust.
+    pub isolated: bool,
+    /// Kinds of instructions whose undefined flags and results are not the host's, if they can be seen.
+    pub undefined: Undefined,
+    pub block: u32,
+    /// Indexes that the block's first site and first instruction for the emulation will have.
+    pub first_site: u32,
+    pub first_emulated: u32,
+    /// Instruction-TLB identity of the page, checked at the checked entry.
+    pub page_identity: u32,
+    /// Linear page and identity of the second page, for an instruction that straddles two.
+    pub second_page: Option<(u64, u32)>,
+    pub tlb_mask: u32,
+    /// Addresses before which the block ends, ascending.
+    pub cuts: &'a [u64],
+}
+
+/// Where the pieces of a translated block stand: offsets in the code memory.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Placed {
+    /// Entry that checks the page first.
+    pub checked: u32,
+    /// Entry for branches within the page.
+    pub entry: u32,
+    /// Entry for branches within the page that know that the stack window covers the block's reach.
+    pub inner: u32,
+    /// Reach of the block from RSP that its check covers: lowest offset, one past the highest.
+    pub window: Option<(i16, i16)>,
+    /// Stub that looks the block up again; invalidated entries lead there.
+    pub lookup_stub: u32,
+    /// Guest bytes translated.
+    pub guest_len: u32,
+}
+
+/// The first instruction does not end within the bytes given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeedsMoreBytes;
+
+/// A piece of out-of-line code at the end of the block.
+pub(super) enum Cold {
+    /// `patch` leads here: recover the address and take the slow path.
+    Memory { patch: u32, site: u32, tlb: u32, source: Option<Instruction> },
+    /// `patch` leads here: take the slow path with an address that is known.
+    Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
+    /// `patch` leads here: leave with the site.
+    Leave { patch: u32, site: u32 },
+    /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
+    /// what the budget was charged for the rest of the block, and go to the target.
+    Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32, same_stack: bool },
+    /// `patch` leads here when the stack window does not cover the block.
+    Window { patch: u32 },
+    /// `patch` leads here from a call that missed the jump cache: push the return address, unless the target is not
+    /// canonical, and leave with the site and the next RIP, which is in RCX.
+    Call { patch: u32, site: u32, back: u32 },
+    /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
+    Indirect { patch: u32, site: u32 },
+}
+
+/// The translator: buffers that are reused from block to block.
+pub struct Translator {
+    thunks: Thunks,
+    pub a: Assembler,
+    encoder: Encoder,
+    pub(super) info: InstructionInfoFactory,
+    instructions: Vec<(Instruction, Treatment)>,
+    pub(super) cold: Vec<Cold>,
+    plan: Plan,
+    /// Records of the block translated last: its sites, instructions for the emulation, and code offsets of
+    /// instructions that may fault with their sites, ascending.
+    pub sites: Vec<Site>,
+    pub emulated: Vec<Instruction>,
+    pub faults: Vec<(u32, u32)>,
+    /// Places in the block's code that depend on where it stands.
+    pub relocations: Vec<Relocation>,
+    first_site: u32,
+    first_emulated: u32,
+    pub(super) flags: Flags,
+    /// What gives the flags that `flags` is about, if that can be repeated.
+    source: Option<Source>,
+    needs: Vec<Need>,
+    scratch: ScratchRegisters,
+    /// Where guest registers are at this point.
+    pub(super) home: Homes,
+    residents: Residents,
+    /// Out-of-line code whose way out begins where the residents are in.
+    inhabited: std::ops::Range<usize>,
+    pub(super) mode: Mode,
+    careful: bool,
+    /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
+    mends_flags: bool,
+    isolated: bool,
+    block: u32,
+    tlb_mask: u32,
+    count: u32,
+    index: u32,
+    position: usize,
+    length: usize,
+    pub(super) ip: u64,
+    /// Offset of the last guest instruction emitted.
+    last_native: u64,
+}
+
+impl Translator {
+    pub fn new(thunks: Thunks) -> Translator {
+        Translator {
+            thunks,
+            a: Assembler::default(),
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            instructions: Vec::new(),
+            cold: Vec::new(),
+            plan: Plan::default(),
+            sites: Vec::new(),
+            emulated: Vec::new(),
+            faults: Vec::new(),
+            relocations: Vec::new(),
+            first_site: 0,
+            first_emulated: 0,
+            flags: Flags::Slot,
+            source: None,
+            needs: Vec::new(),
+            scratch: ScratchRegisters::default(),
+            home: HOME,
+            residents: Residents::default(),
+            inhabited: 0..0,
+            mode: Mode(0),
+            careful: false,
+            mends_flags: false,
+            isolated: false,
+            block: 0,
+            tlb_mask: 0,
+            count: 0,
+            index: 0,
+            position: 0,
+            length: 0,
+            ip: 0,
+            last_native: 0,
+        }
+    }
+
+    /// Translates the block at `request.rip` into `self.a`, to be placed at offset `origin` of the code memory.
+    pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, NeedsMoreBytes> {
+        let guest_len = self.decode(request)?;
+        self.mode = request.mode;
+        self.careful = request.careful;
+        self.isolated = request.isolated;
+        self.block = request.block;
+        self.first_site = request.first_site;
+        self.first_emulated = request.first_emulated;
+        self.sites.clear();
+        self.emulated.clear();
+        self.faults.clear();
+        self.relocations.clear();
+        self.tlb_mask = request.tlb_mask;
+        self.cold.clear();
+        (self.flags, self.source) = (Flags::Slot, None);
+        self.scratch = ScratchRegisters::default();
+        (self.home, self.inhabited) = (HOME, 0..0);
+        let list = std::mem::take(&mut self.instructions);
+        self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
+        self.index = 0;
+        self.ip = request.rip;
+        self.a.start(origin as u64);
+        let use_window = request.window && !request.isolated;
+        if (request.grouping || use_window) && !request.careful && request.mode.is_64bit() {
+            self.plan.make(&list, &mut self.info, use_window, request.grouping);
+        } else {
+            self.plan.clear();
+        }
+        let plan = &self.plan;
+        let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
+        flags::needs(&list, stays, &mut self.needs);
+
+        let settles = !request.careful && !request.isolated;
+        self.residents = if settles && request.mode.is_64bit() {
+            let free = Free { r11: self.plan.window.is_none(), r15: !request.mode.is_direct() };
+            residents::choose(&list, &mut self.info, free, request.resident_uses)
+        } else {
+            Residents::default()
+        };
+
+        let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
+        let lookup = self.site(SiteKind::Lookup, 0);
+        self.check_page(request.rip >> 12, request.page_identity, lookup);
+        placed.entry = self.a.here() as u32;
+        if let Some((vpage, identity)) = request.second_page {
+            self.check_page(vpage, identity, lookup);
+        }
+        placed.window = self.check_window();
+        placed.inner = self.a.here() as u32;
+        if self.count > 0 {
+            self.a.sub_imm(host::R15, self.count as i32);
+            let site = self.site(SiteKind::Budget, self.count);
+            let patch = self.a.jcc(cc::S, 0);
+            self.cold.push(Cold::Leave { patch, site });
+        } else {
+            // Room for the jump that invalidation writes over the entry.
+            self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
+        }
+        self.settle_in();
+
+        self.length = list.len();
+        for (position, (ins, treatment)) in list.iter().enumerate() {
+            self.position = position;
+            self.ip = ins.ip();
+            self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
+            if treatment.ends_block() && position + 1 == list.len() {
+                self.move_out();
+            }
+            self.keep_source(ins);
+            self.instruction(ins, *treatment);
+            self.index += 1;
+        }
+        if !list.last().is_some_and(|(_, t)| t.ends_block()) {
+            self.move_out();
+            self.save_flags();
+            self.link(request.rip.wrapping_add(guest_len as u64));
+        }
+        self.instructions = list;
+        self.instructions.clear();
+
+        placed.lookup_stub = self.a.here() as u32;
+        self.leave(lookup);
+        for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
+            let inhabited = self.inhabited.contains(&number);
+            match cold {
+                Cold::Memory { patch, site, tlb, source } => {
+                    self.a.land(patch);
+                    self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+                    self.settle(source);
+                    self.slow_access(site, inhabited);
+                }
+                Cold::Constant { patch, site, address, source } => {
+                    self.a.land(patch);
+                    self.settle(source);
+                    self.a.mov_imm(host::RCX, address);
+                    self.slow_access(site, inhabited);
+                }
+                Cold::Leave { patch, site } => {
+                    self.a.land(patch);
+                    if inhabited {
+                        self.emit_move_out();
+                    }
+                    self.leave(site);
+                }
+                Cold::Call { patch, site, back } => {
+                    self.a.land(patch);
+                    self.compare_canonical();
+                    let bad = self.a.jcc(cc::NE, 0);
+                    self.push_short(back);
+                    self.a.land(bad);
+                    self.a.store_gs(host::RCX, field::RIP);
+                    self.leave(site);
+                }
+                Cold::Indirect { patch, site } => {
+                    self.a.land(patch);
+                    self.a.store_gs(host::RCX, field::RIP);
+                    self.leave(site);
+                }
+                Cold::Window { patch } => {
+                    self.a.land(patch);
+                    let after = self.a.lea_rcx_rip();
+                    self.jump_away(self.thunks.window[window_of(self.mode.class() as usize)]);
+                    self.a.land(after);
+                    self.a.jcc(cc::C, placed.entry as u64);
+                    self.a.decrement_gs32(field::WINDOW_PATIENCE);
+                    let impatient = self.a.jcc(cc::S, 0);
+                    let jump = self.a.jmp(0);
+                    self.ip = request.rip;
+                    let site = self.site(SiteKind::Window { patch: self.a.origin as u32 + jump }, 0);
+                    self.a.land(impatient);
+                    self.a.land(jump);
+                    self.leave(site);
+                }
+                Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
+                    self.a.land(patch);
+                    if save_flags {
+                        self.a.save_flags(field::FLAGS);
+                    }
+                    if inhabited {
+                        self.emit_move_out();
+                    }
+                    self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+                    let jump = self.a.jmp(0);
+                    self.ip = ip;
+                    let kind = SiteKind::Link { target, patch: self.a.origin as u32 + jump, same_stack };
+                    let site = self.site(kind, 0);
+                    self.a.land(jump);
+                    self.leave(site);
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    /// The slow path of a memory access, whose address is in RCX.
+    fn slow_access(&mut self, site: u32, inhabited: bool) {
+        if inhabited {
+            self.emit_move_out();
+        }
+        self.site_in_rax(site);
+        self.jump_away(self.thunks.memory);
+        if !inhabited || self.residents == Residents::default() {
+            return;
+        }
+        let here = self.a.here() as u32;
+        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
+            let behind = std::mem::replace(resume, here);
+            self.emit_settle_in();
+            self.a.jmp(u64::from(behind));
+        }
+    }
+
+    /// Jumps to one of the doors.
+    fn jump_away(&mut self, door: u64) {
+        let at = self.a.jmp(door);
+        self.relocations.push(Relocation::Away(at));
+    }
+
+    fn site_in_rax(&mut self, site: u32) {
+        let at = self.a.mov32_imm(host::RAX, site);
+        self.relocations.push(Relocation::Site(at));
+    }
+
+    fn leave(&mut self, site: u32) {
+        self.site_in_rax(site);
+        let direct = self.mode.is_direct();
+        self.jump_away(if direct { self.thunks.exit_direct } else { self.thunks.exit_site });
+    }
+
+    /// Decodes the block into `self.instructions`; returns its length in bytes.
+    fn decode(&mut self, request: &Request) -> Result<u32, NeedsMoreBytes> {
+        self.instructions.clear();
+        let mut decoder = Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
+        let mut len = 0;
+        let mut side_branches = 0;
+        let mut undefined = false;
+        while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
+            if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
+                break;
+            }
+            let mut ins = Instruction::default();
+            decoder.decode_out(&mut ins);
+            if ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                if self.instructions.is_empty() && request.second_page.is_none() {
+                    return Err(NeedsMoreBytes);
+                }
+                if !self.instructions.is_empty() {
+                    break;
+                }
+            }
+            let treatment = classify::treatment(&ins, request.mode);
+            if let Some((_, last)) = self.instructions.last_mut()
+                && *last == Treatment::SetInterrupt
+                && matches!(treatment, Treatment::Emulate | Treatment::ReadTsc)
+            {
+                // Between STI and this one the run may stop: STI must leave its shadow in the state.
+                *last = Treatment::Emulate;
+                break;
+            }
+            if undefined && !undefined::hides(&ins, treatment) {
+                break;
+            }
+            undefined = treatment == Treatment::Plain && request.undefined.emulates(&ins);
+            self.instructions.push((ins, treatment));
+            len = decoder.position() as u32;
+            let goes_on = treatment == Treatment::Branch
+                && request.mode.is_64bit()
+                && !request.isolated
+                && ins.near_branch_target() > ins.ip()
+                && side_branches < SIDE_BRANCHES_MAX;
+            side_branches += goes_on as u32;
+            if treatment.ends_block() && !goes_on || request.second_page.is_some() {
+                break;
+            }
+        }
+        if undefined && let [.., (before, Treatment::SetInterrupt), _] = self.instructions.as_slice() {
+            // As above, for one that is emulated because nothing followed it.
+            len = before.next_ip().wrapping_sub(request.rip) as u32;
+            self.instructions.pop();
+        }
+        if let Some((_, last)) = self.instructions.last_mut()
+            && (*last == Treatment::SetInterrupt || undefined)
+        {
+            *last = Treatment::Emulate;
+        }
+        Ok(len)
+    }
+
+    pub(super) fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
+        self.sites.push(Site { kind, rip: self.ip, unretired, block: self.block });
+        self.first_site + self.sites.len() as u32 - 1
+    }
+
+    fn emulation_site(&mut self, ins: &Instruction, unretired: u32) -> u32 {
+        let instruction = self.first_emulated + self.emulated.len() as u32;
+        self.emulated.push(*ins);
+        self.site(SiteKind::Emulate { instruction }, unretired)
+    }
+
+    /// Instructions from the current one to the end of the block.
+    pub(super) fn unretired(&self) -> u32 {
+        self.count - self.index
+    }
+
+    fn check_page(&mut self, vpage: u64, identity: u32, lookup: u32) {
+        self.a.cmp_gs_imm32(field::itlb(self.mode.class(), vpage), identity);
+        self.relocations.push(Relocation::Identity(self.a.offset() - 4));
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Leave { patch, site: lookup });
+    }
+
+    /// Leaves if the stack window does not cover all that the block reaches through it.
+    fn check_window(&mut self) -> Option<(i16, i16)> {
+        let (min, max) = self.plan.window?;
+        let span = WINDOW_SPANS.iter().position(|span| max - min <= *span).expect("the plan keeps to the widest span");
+        let class = self.mode.class();
+        self.a.lea(true, host::RCX, Some(host::RSP), None, min);
+        self.a.gs_op(true, op::SUB, host::RCX, field::window_low(class));
+        self.a.gs_op(true, op::CMP, host::RCX, field::window_places(class, span));
+        let patch = self.a.jcc(cc::AE, 0);
+        self.cold.push(Cold::Window { patch });
+        Some((min as i16, (min + WINDOW_SPANS[span]) as i16))
+    }
+
+    /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
+    /// emulation, which will say what is missing.
+    pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) {
+        if self.emit(out).is_err() {
+            self.save_flags();
+            let site = self.emulation_site(ins, self.unretired());
+            let patch = self.a.jmp(0);
+            self.cold.push(Cold::Leave { patch, site });
+        }
+    }
+
+    fn emit(&mut self, out: &Instruction) -> Result<(), iced_x86::IcedError> {
+        let start = self.a.bytes.len();
+        self.last_native = self.a.here();
+        self.encoder.set_buffer(std::mem::take(&mut self.a.bytes));
+        let result = self.encoder.encode(out, self.last_native);
+        self.a.bytes = self.encoder.take_buffer();
+        if result.is_err() {
+            self.a.bytes.truncate(start);
+        }
+        result.map(|_| ())
+    }
+}

@@ -1,0 +1,163 @@
+//! Where the guest's status flags are while a block is emitted, and how they get where they are needed.
+
+use super::*;
+
+/// Where the guest's status flags are at a point of the emitted code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Flags {
+    Slot,
+    Host,
+    Both,
+    /// Nowhere, but `Translator::source` gives them again.
+    Source,
+}
+
+/// A host instruction without memory operand that gives the flags that an earlier one gave, while the guest registers
+/// that it reads are what they were.
+#[derive(Clone, Copy)]
+pub(super) struct Source {
+    pub(super) instruction: Instruction,
+    /// Guest registers that it reads, as a bit mask.
+    pub(super) reads: u32,
+}
+
+impl Translator {
+    /// Makes sure that the slot holds the flags, and the host, too, if it did. Uses RAX.
+    pub(super) fn save_flags(&mut self) {
+        if self.flags == Flags::Source {
+            self.repeat();
+        }
+        if self.flags == Flags::Host {
+            self.a.save_flags(field::FLAGS);
+            self.scratch.forget(host::RAX);
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// Makes sure that the host's flags are the guest's. Uses RAX.
+    pub(super) fn need_flags(&mut self) {
+        match self.flags {
+            Flags::Source => self.repeat(),
+            Flags::Slot => {
+                match self.source {
+                    Some(_) => self.repeat(),
+                    None => {
+                        self.a.restore_flags(field::FLAGS);
+                        self.scratch.forget(host::RAX);
+                    }
+                }
+                self.flags = Flags::Both;
+            }
+            Flags::Host | Flags::Both => {}
+        }
+    }
+
+    /// The host's flags are about to be lost, in a place that may be left only through [`Translator::lookup_range`] or
+    /// [`Translator::lookup_constant`].
+    pub(super) fn clobber_flags(&mut self) {
+        self.flags = match self.flags {
+            Flags::Host if self.source.is_some() => Flags::Source,
+            Flags::Source => Flags::Source,
+            Flags::Host | Flags::Both | Flags::Slot => {
+                self.save_flags();
+                Flags::Slot
+            }
+        };
+    }
+
+    /// The host's flags are about to be lost; the slot holds them.
+    pub(super) fn put_flags_away(&mut self) {
+        self.save_flags();
+        self.flags = Flags::Slot;
+    }
+
+    /// Gives the host its flags once more.
+    pub(super) fn repeat(&mut self) {
+        let source = self.source.expect("flags that are nowhere have a source");
+        self.emit(&source.instruction).expect("what was encoded once can be encoded again");
+        self.flags = Flags::Host;
+    }
+
+    /// Before an instruction at which the host may fault: the flags are in the host or in the slot.
+    pub(super) fn leave_source(&mut self) {
+        if self.flags == Flags::Source {
+            self.save_flags();
+        }
+    }
+
+    /// In cold code: puts flags that are nowhere into the slot. Uses RAX.
+    pub(super) fn settle(&mut self, source: Option<Instruction>) {
+        if let Some(source) = source {
+            self.emit(&source).expect("what was encoded once can be encoded again");
+            self.a.save_flags(field::FLAGS);
+        }
+    }
+
+    /// The instruction that cold code must repeat to have the flags.
+    pub(super) fn source_in_need(&self) -> Option<Instruction> {
+        self.source.filter(|_| self.flags == Flags::Source).map(|source| source.instruction)
+    }
+
+    /// Status flags behind the current instruction that someone may look at.
+    pub(super) fn live_behind(&self) -> u32 {
+        self.needs.get(self.position + 1).map_or(STATUS, |need| need.live)
+    }
+
+    /// Before an instruction: it may change what the source of the flags reads.
+    pub(super) fn keep_source(&mut self, ins: &Instruction) {
+        let Some(source) = self.source else { return };
+        let mut written = 0;
+        for used in self.info.info(ins).used_registers() {
+            if let Some(number) = gpr_number(used.register()).filter(|_| writes(used.access())) {
+                written |= 1 << number;
+            }
+        }
+        if source.reads & written != 0 {
+            if self.needs[self.position].live != 0 {
+                self.save_flags();
+            }
+            if self.flags == Flags::Source {
+                self.flags = Flags::Slot;
+            }
+            self.source = None;
+        }
+    }
+
+    /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
+    pub(super) fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
+        self.flags = Flags::Host;
+        self.source = if self.mode.is_direct() { None } else { source(ins, out, &self.home) };
+    }
+}
+
+/// What gives the flags that `out` gives, the renamed form of `ins`, again behind it.
+pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Option<Source> {
+    use Mnemonic::{And, Cmp, Or, Test, Xor};
+    let mut repeated = *out;
+    match ins.mnemonic() {
+        Cmp | Test => {}
+        // Their results give the same flags again.
+        And | Or | Xor if out.op0_kind() == OpKind::Register && matches!(out.op0_register().size(), 4 | 8) => {
+            let code = if out.op0_register().size() == 8 { Code::Test_rm64_r64 } else { Code::Test_rm32_r32 };
+            repeated = Instruction::with2(code, out.op0_register(), out.op0_register()).ok()?;
+        }
+        _ => return None,
+    }
+    let mut reads = 0;
+    for i in 0..repeated.op_count() {
+        match repeated.op_kind(i) {
+            OpKind::Register => {
+                let home = gpr_number(repeated.op_register(i))?;
+                // RAX and RCX are the translator's own.
+                reads |= 1 << homes.iter().position(|place| *place == Some(home))?;
+            }
+            // A register that lives in the vCPU block.
+            OpKind::Memory if ins.op_kind(i) == OpKind::Register || repeated.segment_prefix() == Register::GS => {
+                reads |= (0..16).filter(|guest| homes[*guest].is_none()).fold(0, |mask, guest| mask | 1 << guest);
+            }
+            OpKind::Memory => return None,
+            _ => {}
+        }
+    }
+    Some(Source { instruction: repeated, reads })
+}
