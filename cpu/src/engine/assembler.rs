@@ -137,6 +137,13 @@ impl Assembler {
         self.imm32(value);
     }
 
+    /// `test dword gs:[disp], imm32`
+    pub fn test_gs_imm32(&mut self, disp: u32, value: u32) {
+        self.put(&[0x65, 0xF7, 0x04, 0x25]);
+        self.imm32(disp);
+        self.imm32(value);
+    }
+
     /// `cmp qword gs:[disp], imm32` (sign-extended)
     pub fn cmp_gs_imm(&mut self, disp: u32, value: u32) {
         self.put(&[0x65, 0x48, 0x81, 0x3C, 0x25]);

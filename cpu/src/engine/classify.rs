@@ -55,6 +55,8 @@ pub enum Treatment {
     ReadSelector,
     /// RDTSC or RDTSCP, where the counter is a function of the icount.
     ReadTsc,
+    /// REP MOVS or REP STOS, where guest addresses are the host's.
+    RepeatedMove,
     /// Executed by `system::execute`; ends the block.
     Emulate,
 }
@@ -63,8 +65,31 @@ impl Treatment {
     /// No instruction follows this one in its block.
     pub fn ends_block(self) -> bool {
         use Treatment::*;
-        matches!(self, AccessFlag | Jump | Branch | CountBranch | Call | IndirectJump | IndirectCall | Return | Emulate)
+        matches!(
+            self,
+            AccessFlag
+                | Jump
+                | Branch
+                | CountBranch
+                | Call
+                | IndirectJump
+                | IndirectCall
+                | Return
+                | RepeatedMove
+                | Emulate
+        )
     }
+}
+
+/// REP MOVS or REP STOS with 64-bit addresses in flat segments.
+fn is_repeated_move(ins: &Instruction) -> bool {
+    use Mnemonic::{Movsb, Movsd, Movsq, Movsw, Stosb, Stosd, Stosq, Stosw};
+    let string = matches!(ins.mnemonic(), Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq);
+    string
+        && ins.has_rep_prefix()
+        && ins.op0_kind() == OpKind::MemoryESRDI
+        && matches!(ins.op1_kind(), OpKind::MemorySegRSI | OpKind::Register)
+        && !matches!(ins.segment_prefix(), Register::FS | Register::GS)
 }
 
 /// Near branches of the operand size that the mode uses; others are left to the emulation.
@@ -154,6 +179,9 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         Mnemonic::Swapgs if mode.ring0() && mode.is_64bit() => return Treatment::SwapGs,
         Mnemonic::Clac | Mnemonic::Stac if mode.ring0() => return Treatment::AccessFlag,
         _ => {}
+    }
+    if mode.is_direct() && is_repeated_move(ins) {
+        return Treatment::RepeatedMove;
     }
     if must_emulate(ins) || !mode.is_64bit() && writes_code_segment(ins) {
         return Treatment::Emulate;

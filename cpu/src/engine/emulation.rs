@@ -19,10 +19,8 @@ impl Core {
 
     /// Pages that may have been written since the last call; later writes are seen again.
     pub fn take_dirty(&mut self) -> Vec<u64> {
-        self.direct_mark_dirty();
         let dirty = self.t.pages.take_dirty();
-        // They may be written again at any time.
-        self.direct_mark_dirty();
+        self.direct_forget_marks();
         self.flush_writes();
         dirty
     }

@@ -3,12 +3,14 @@
 //! Memory operands stay what they were, with renamed registers; every instruction that touches memory is a fault site,
 //! so that whatever the processor does not like about it leaves with the state before it.
 
-use super::super::assembler::{Assembler, Operand, POINTER, host};
+use super::super::assembler::{Assembler, Operand, POINTER, cc, host};
 use super::super::block::field;
 use super::super::classify::Treatment;
-use super::super::registers::gpr_number;
+use super::super::registers::{HOME, gpr_number};
+use super::super::residents::{Resident, Residents};
 use super::super::translate::{Borrowed, Cold, Flags, SiteKind, Translator, set_memory};
 use super::EXIT_DISTANCE;
+use crate::state::{gpr, rflags};
 use crate::system::availability::{Unit, unit};
 use iced_x86::{Instruction, OpKind, Register};
 
@@ -151,6 +153,26 @@ impl Translator {
             self.may_fault_here();
             self.encode(ins, &out);
         }
+    }
+
+    /// REP MOVS or REP STOS. Where it faults, what it has done is done: it goes on from there.
+    pub fn repeated_move(&mut self, ins: &Instruction) {
+        self.put_flags_away();
+        let unretired = self.unretired();
+        self.a.test_gs_imm32(field::RFLAGS, rflags::DF as u32);
+        let site = self.emulation_site(ins, unretired);
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Leave { patch, site });
+        self.fetch(host::RAX, gpr::RAX as u8);
+        self.fetch(host::RCX, gpr::RCX as u8);
+        let mut residents = Residents::default();
+        residents[0] = Some(Resident { guest: gpr::RCX as u8, host: host::RCX });
+        let kind = SiteKind::Fault { flags_in_host: false, borrowed: Borrowed::default(), residents };
+        let site = self.site(kind, unretired);
+        self.faults.push((self.a.here() as u32, site));
+        self.encode(ins, ins);
+        self.a.mov(HOME[gpr::RCX].expect("guest RCX has a home"), host::RCX);
+        self.link(ins.next_ip());
     }
 
     /// Leaves behind an instruction that has put an address into RSP which is none: some KVMs emulate code with such a

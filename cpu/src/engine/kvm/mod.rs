@@ -50,6 +50,8 @@ pub struct Direct {
     /// The mode that the entries of its instruction TLB stand for, and which of them are in use.
     mode: Mode,
     pages_used: Vec<u16>,
+    /// All pages that the VM can write are marked as written.
+    marked: bool,
 }
 
 // SAFETY: the block is in the region that this value owns.
@@ -94,7 +96,8 @@ impl Direct {
         let tables = Arena::new(code.1 - code.0)?;
         let vm = Vm::new(&core.memory, &tables, &room, code, core.config.kvm_fails)?;
         let block: *mut VcpuBlock = room.at(0).cast();
-        let mut direct = Direct { vm, tables, block, _room: room, mode: Mode(0), pages_used: Vec::new() };
+        let mut direct =
+            Direct { vm, tables, block, _room: room, mode: Mode(0), pages_used: Vec::new(), marked: false };
         direct.forget_jumps();
         Ok(direct)
     }
@@ -176,13 +179,24 @@ impl Core {
         }
     }
 
-    /// Marks the pages that code in the VM can write.
-    pub fn direct_mark_dirty(&mut self) {
+    /// No page is marked as written any more.
+    pub fn direct_forget_marks(&mut self) {
         if let Some(direct) = &mut self.direct {
-            for page in direct.tables.writable() {
-                self.t.pages.mark_dirty(page);
-            }
+            direct.marked = false;
         }
+    }
+
+    /// Marks the pages that code in the VM can write, before it runs: it may write them all.
+    fn direct_mark_dirty(&mut self) {
+        let direct = self.direct();
+        if std::mem::replace(&mut direct.marked, true) {
+            return;
+        }
+        let writable = direct.tables.writable();
+        for page in &writable {
+            self.t.pages.mark_dirty(*page);
+        }
+        self.policy_marked(writable.len() as u64);
     }
 
     /// The soft engine may write to the page, or read it, at this linear address.
@@ -377,6 +391,7 @@ impl Core {
             return None;
         }
         self.statistics.kvm_visits += 1;
+        self.direct_mark_dirty();
         let Spoiled(what) = self.stay_direct(entry).err()?;
         self.load_fpu();
         Some(Stop::Unsupported { rip: self.state().rip, bytes: Vec::new(), what })
@@ -605,7 +620,7 @@ impl Core {
     /// An instruction could not go on in the VM: the state is that before it.
     fn direct_fault(&mut self) -> Result<(), Spoiled> {
         let direct = self.direct();
-        let regs = *direct.vm.regs();
+        let mut regs = *direct.vm.regs();
         let offset = regs.rip.wrapping_sub(direct.tables.code_linear());
         let (temporaries, evicted) = (direct.block().temporary, direct.block().evicted);
         let found = u32::try_from(offset).ok().and_then(|o| self.t.faults.binary_search_by_key(&o, |f| f.0).ok());
@@ -627,7 +642,7 @@ impl Core {
         for (number, resident) in residents.into_iter().flatten().enumerate() {
             let value = match resident.owner() {
                 Some(owner) => std::mem::replace(&mut state.gpr[owner], evicted[number]),
-                None => regs.r11,
+                None => *register(&mut regs, resident.host),
             };
             state.gpr[resident.guest as usize] = value;
         }

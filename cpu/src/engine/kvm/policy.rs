@@ -24,6 +24,8 @@ const SOFT_EVERY: u32 = 200;
 /// What visits have cost more than software would have may be one in so many cycles, and this much besides.
 const LOSS_SHARE: u64 = 64;
 const LOSS_ALWAYS: u64 = 5_000_000;
+/// What it takes to hash a page.
+const HASH_CYCLES: u64 = 3000;
 /// Address spaces that are remembered.
 const SPACES_MAX: usize = 512;
 
@@ -204,6 +206,11 @@ impl Core {
         let took = cycles().wrapping_sub(start);
         let space = self.policy.spaces.get(&(self.state().cr3 & ROOT_MASK));
         (took, space.and_then(|space| space.soft.cost()).map_or(took, |cost| ran.saturating_mul(cost) / 1000))
+    }
+
+    /// Pages were marked as written that may not have been: they will be hashed.
+    pub(super) fn policy_marked(&mut self, pages: u64) {
+        self.policy.lost = self.policy.lost.saturating_add(pages * HASH_CYCLES);
     }
 
     /// The visit costs so much that it had better end.

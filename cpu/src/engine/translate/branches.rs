@@ -4,7 +4,7 @@ use super::*;
 
 impl Translator {
     /// Jumps to the translation of `target`, through Rust until it is linked. Flags are in the slot.
-    pub(super) fn link(&mut self, target: u64) {
+    pub(in crate::engine) fn link(&mut self, target: u64) {
         assert!(matches!(self.flags, Flags::Slot | Flags::Both), "the flags are saved before a block ends");
         let target = if self.mode.is_64bit() { target } else { target & 0xFFFF_FFFF };
         let patch = self.a.jmp(0);

@@ -80,6 +80,7 @@ impl Translator {
                 self.a.store_gs(host::RAX, field::KERNEL_GS_BASE);
             }
             Treatment::ReadTsc => self.read_tsc(ins),
+            Treatment::RepeatedMove => self.repeated_move(ins),
             Treatment::PushFlags => self.push_flags(),
             Treatment::ReadSelector => {
                 self.a.load_gs16_eax(field::selector(ins.op1_register().number()));

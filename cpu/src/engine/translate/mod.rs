@@ -508,7 +508,7 @@ impl Translator {
         self.first_site + self.sites.len() as u32 - 1
     }
 
-    fn emulation_site(&mut self, ins: &Instruction, unretired: u32) -> u32 {
+    pub(in crate::engine) fn emulation_site(&mut self, ins: &Instruction, unretired: u32) -> u32 {
         let instruction = self.first_emulated + self.emulated.len() as u32;
         self.emulated.push(*ins);
         self.site(SiteKind::Emulate { instruction }, unretired)

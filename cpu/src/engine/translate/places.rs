@@ -115,7 +115,7 @@ impl Translator {
     }
 
     /// Loads a guest register, whole, into a host register.
-    pub(super) fn fetch(&mut self, dst: u8, guest: u8) {
+    pub(in crate::engine) fn fetch(&mut self, dst: u8, guest: u8) {
         match self.home[guest as usize] {
             Some(home) => self.a.mov(dst, home),
             None => self.a.load_gs(dst, field::gpr(guest)),

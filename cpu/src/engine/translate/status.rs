@@ -66,7 +66,7 @@ impl Translator {
     }
 
     /// The host's flags are about to be lost; the slot holds them.
-    pub(super) fn put_flags_away(&mut self) {
+    pub(in crate::engine) fn put_flags_away(&mut self) {
         self.save_flags();
         self.flags = Flags::Slot;
     }
