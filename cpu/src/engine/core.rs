@@ -69,8 +69,8 @@ enum Follow {
 pub struct Core {
     /// The virtual machine, once it is wanted. Before the memory that it uses: it is dropped first.
     pub direct: Option<Box<super::kvm::Direct>>,
-    /// Why there can be none.
-    pub direct_error: Option<super::kvm::KvmError>,
+    /// There can be none, or it has failed.
+    pub direct_failed: bool,
     pub policy: super::kvm::Policy,
     pub block: *mut VcpuBlock,
     /// Where the block stands.
@@ -165,7 +165,7 @@ impl Core {
         let chaos = config.chaos_seed.map(Chaos::new);
         let mut core = Box::new(Core {
             direct: None,
-            direct_error: None,
+            direct_failed: false,
             policy: Default::default(),
             // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
             block: room.region().at(0).cast(),

@@ -85,6 +85,8 @@ pub struct EngineConfig {
     pub chaos_seed: Option<u64>,
     /// Where user-mode code runs.
     pub engine: EngineKind,
+    /// Gets to know why user-mode code does not run in a virtual machine any more although that was asked for.
+    pub kvm_failure: Option<std::sync::Arc<std::sync::OnceLock<KvmError>>>,
     /// The call to KVM that fails, for tests: its number.
     pub kvm_fails: Option<u32>,
     /// Translations to begin with, and where new ones are kept.
@@ -104,6 +106,7 @@ impl Default for EngineConfig {
             undefined: Undefined::measured(),
             chaos_seed: None,
             engine: EngineKind::Soft,
+            kvm_failure: None,
             kvm_fails: None,
             archive: None,
         }
@@ -303,11 +306,6 @@ impl Engine {
     /// been reported is passed by itself.
     pub fn pass_breakpoint(&mut self) {
         self.core.pass_breakpoint();
-    }
-
-    /// Why user-mode code does not run in a virtual machine although that was asked for.
-    pub fn kvm_error(&self) -> Option<&KvmError> {
-        self.core.direct_error.as_ref()
     }
 
     /// What the engine has done so far, for tuning. It says nothing about the guest.

@@ -1,17 +1,21 @@
 //! The engine of a command that runs guests: what its flags say, with the translations that earlier commands left.
 
-use orrery_cpu::engine::{EngineConfig, EngineKind, kvm_available};
+use std::sync::{Arc, OnceLock};
+
+use orrery_cpu::engine::{EngineConfig, EngineKind, KvmError, kvm_available};
 
 use super::args::{EngineArgs, EngineChoice};
 use super::exit::{self, Failure};
 use crate::translation_cache::TranslationCache;
 
 /// An engine's configuration, and the translation cache behind it. When a command is done with it, what was translated
-/// meanwhile is kept for the next one.
+/// meanwhile is kept for the next one, and it is said, once, if KVM has failed.
 pub(super) struct WarmEngine {
     /// For any number of machines of the image.
     pub config: EngineConfig,
     cache: Option<TranslationCache>,
+    /// Why one of the machines has gone on without a virtual machine.
+    kvm_failure: Arc<OnceLock<KvmError>>,
 }
 
 impl WarmEngine {
@@ -32,7 +36,10 @@ impl WarmEngine {
         }
         let cache = (!arguments.no_translation_cache).then(|| TranslationCache::open(image));
         let archive = cache.as_ref().map(TranslationCache::archive);
-        Ok(WarmEngine { config: EngineConfig { archive, engine, ..arguments.config() }, cache })
+        let kvm_failure = Arc::<OnceLock<KvmError>>::default();
+        let noted = Some(Arc::clone(&kvm_failure));
+        let config = EngineConfig { archive, engine, kvm_failure: noted, ..arguments.config() };
+        Ok(WarmEngine { config, cache, kvm_failure })
     }
 }
 
@@ -40,6 +47,9 @@ impl Drop for WarmEngine {
     fn drop(&mut self) {
         if let Some(cache) = &self.cache {
             cache.keep();
+        }
+        if let Some(error) = self.kvm_failure.get() {
+            eprintln!("orrery: the virtual machine for user code failed, and all went on in software: {error}");
         }
     }
 }

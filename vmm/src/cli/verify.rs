@@ -119,7 +119,7 @@ struct Session<'a> {
 impl Session<'_> {
     fn engine(&self, run: u32) -> EngineConfig {
         // Later runs make their translations themselves: kept ones must not matter either.
-        let cold = || self.arguments.engine.config();
+        let cold = || EngineConfig { archive: None, ..self.warm.clone() };
         match self.arguments.perturbation {
             _ if run == 0 => self.warm.clone(),
             Some(number) => perturbed(&cold(), number),

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use orrery_cpu::engine::EngineConfig;
+use orrery_cpu::engine::{EngineConfig, EngineKind};
 use serde::Serialize;
 
 /// What a stage may cost, in nanoseconds by the estimates below: so that slow ways of working get as much of the
@@ -114,6 +114,9 @@ impl fmt::Display for Stage {
             if off {
                 write!(f, ", {what}")?;
             }
+        }
+        if engine.engine != EngineKind::Soft {
+            write!(f, ", user code: {:?}", engine.engine)?;
         }
         if let Some(seed) = engine.chaos_seed {
             write!(f, ", chaos {seed:#x}")?;
@@ -270,6 +273,17 @@ mod tests {
                 assert!(stage.slicing.icount_max >= 1, "{stage}");
             }
         }
+    }
+
+    #[test]
+    fn a_virtual_machine_is_used_now_and_then() {
+        let base = EngineConfig { engine: EngineKind::Kvm, ..Default::default() };
+        let mut plan = Plan::new(1, &base);
+        let kinds: Vec<EngineKind> = (0..60).map(|_| plan.next_stage().engine.engine).collect();
+        for kind in [EngineKind::Soft, EngineKind::Kvm, EngineKind::Random] {
+            assert!(kinds.contains(&kind), "{kind:?}");
+        }
+        assert!(stages(1, 60).iter().all(|stage| stage.engine.engine == EngineKind::Soft));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Tiny guests: flat 64-bit code in an ELF file, entered as the Linux boot protocol enters a kernel.
 #![allow(dead_code, missing_docs)]
 
+pub mod user;
+
 use std::path::{Path, PathBuf};
 
 use iced_x86::code_asm::*;

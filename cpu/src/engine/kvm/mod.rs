@@ -214,7 +214,7 @@ impl Core {
 
     /// The state at hand can go on in the VM, and should.
     pub fn direct_wanted(&mut self) -> bool {
-        if self.config.engine == EngineKind::Soft || self.direct_error.is_some() {
+        if self.config.engine == EngineKind::Soft || self.direct_failed {
             return false;
         }
         let state = self.state();
@@ -234,10 +234,19 @@ impl Core {
         if self.direct.is_none() {
             match Direct::new(self) {
                 Ok(direct) => self.direct = Some(Box::new(direct)),
-                Err(error) => self.direct_error = Some(error),
+                Err(error) => self.direct_fails(error),
             }
         }
         self.direct.is_some()
+    }
+
+    /// From now on all code runs in the soft engine.
+    fn direct_fails(&mut self, error: KvmError) {
+        self.direct_failed = true;
+        if let Some(failure) = &self.config.kvm_failure {
+            // The first one is told.
+            let _ = failure.set(error);
+        }
     }
 
     pub(super) fn direct(&mut self) -> &mut Direct {
@@ -387,7 +396,7 @@ impl Core {
         let index = self.direct_find()?;
         let entry = self.t.blocks[index].entry;
         if let Err(error) = self.load_direct() {
-            self.direct_error = Some(error);
+            self.direct_fails(error);
             return None;
         }
         self.statistics.kvm_visits += 1;
@@ -458,7 +467,7 @@ impl Core {
             if !direct.tables.has_room() {
                 direct.tables.reset();
                 if let Err(error) = direct.vm.forget_arena(&direct.tables) {
-                    self.direct_error = Some(error);
+                    self.direct_fails(error);
                     break;
                 }
             }
@@ -474,7 +483,7 @@ impl Core {
                     // The state is that before an instruction that is known, or it is lost.
                     let untouched = self.direct().vm.regs().rip == before;
                     left = (!untouched).then_some(Next::Fault);
-                    self.direct_error = Some(error);
+                    self.direct_fails(error);
                     break;
                 }
             };
