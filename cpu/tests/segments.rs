@@ -303,3 +303,18 @@ fn what_the_emulation_lacks_is_executed_on_the_host_with_the_segments_address() 
         }
     }
 }
+
+#[test]
+fn the_second_encoding_of_arithmetic_on_bytes_is_executed() {
+    // CMP AL, 5 (82 /7); MOV [EDI], EBX; JNE to HLT; ADD AH, 0x7F; SUB BYTE [EDI], 1; HLT
+    let code = [0x82, 0xF8, 5, 0x89, 0x1F, 0x75, 0x06, 0x82, 0xC4, 0x7F, 0x82, 0x2F, 1, 0xF4];
+    let (at, data) = (0x40_2000, 0x40_3000);
+    let (mut engine, memory) = engine(at, &code);
+    let state = engine.state_mut();
+    state.seg[seg::CS] = Segment { base: 0, limit: u32::MAX, selector: 0x20, attributes: 0xC9B };
+    (state.gpr[gpr::RAX], state.gpr[gpr::RBX], state.gpr[gpr::RDI]) = (5, 7, data);
+    assert_eq!(engine.run(Icount(100), &mut Ports::default()), Stop::Halted);
+    assert_eq!((engine.state().rip, engine.icount()), (at + code.len() as u64, Icount(6)));
+    assert_eq!(engine.state().gpr[gpr::RAX], 0x7F05);
+    assert_eq!(memory.read_obj::<u32>(GuestAddress(data)).expect("inside RAM"), 6);
+}

@@ -289,8 +289,9 @@ pub fn clears_af(ins: &Instruction) -> bool {
     matches!(ins.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test)
 }
 
-/// The same instruction in a form whose accumulator operand is not fixed by the opcode, where there is one.
-pub fn free_accumulator(code: Code) -> Code {
+/// The same instruction in a form that 64-bit mode has, and whose accumulator operand is not fixed by the opcode, where
+/// there is one.
+pub fn general_form(code: Code) -> Code {
     use Code::*;
     macro_rules! alu {
         ($($al:ident $ax:ident $eax:ident $rax:ident => $r8:ident $r16:ident $r32:ident $r64:ident;)+) => {
@@ -311,6 +312,14 @@ pub fn free_accumulator(code: Code) -> Code {
                 Mov_moffs16_AX => Mov_rm16_r16,
                 Mov_moffs32_EAX => Mov_rm32_r32,
                 Mov_moffs64_RAX => Mov_rm64_r64,
+                Add_rm8_imm8_82 => Add_rm8_imm8,
+                Or_rm8_imm8_82 => Or_rm8_imm8,
+                Adc_rm8_imm8_82 => Adc_rm8_imm8,
+                Sbb_rm8_imm8_82 => Sbb_rm8_imm8,
+                And_rm8_imm8_82 => And_rm8_imm8,
+                Sub_rm8_imm8_82 => Sub_rm8_imm8,
+                Xor_rm8_imm8_82 => Xor_rm8_imm8,
+                Cmp_rm8_imm8_82 => Cmp_rm8_imm8,
                 other => other,
             }
         };

@@ -540,14 +540,16 @@ impl Translator {
     }
 
     /// Emits `out`, the renamed form of `ins`. Where the encoder has no form for it, the block leaves to the
-    /// emulation, which will say what is missing.
-    pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) {
-        if self.emit(out).is_err() {
+    /// emulation, which will say what is missing: False, and what is emitted behind it is never executed.
+    pub(super) fn encode(&mut self, ins: &Instruction, out: &Instruction) -> bool {
+        let encoded = self.emit(out).is_ok();
+        if !encoded {
             self.save_flags();
             let site = self.emulation_site(ins, self.unretired());
             let patch = self.a.jmp(0);
             self.cold.push(Cold::Leave { patch, site });
         }
+        encoded
     }
 
     fn emit(&mut self, out: &Instruction) -> Result<(), iced_x86::IcedError> {

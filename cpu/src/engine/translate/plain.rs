@@ -16,7 +16,7 @@ impl Translator {
         }
         let use_of = Use::of(self.info.info(ins), ins);
         let mut out = *ins;
-        out.set_code(classify::free_accumulator(ins.code()));
+        out.set_code(classify::general_form(ins.code()));
         out.set_has_lock_prefix(false);
 
         let mut at = POINTER;
@@ -125,7 +125,7 @@ impl Translator {
             };
             self.site(kind, self.unretired())
         });
-        self.encode(ins, &out);
+        let encoded = self.encode(ins, &out);
         if let Some(site) = fault {
             self.faults.push((self.last_native as u32, site));
         }
@@ -150,7 +150,7 @@ impl Translator {
             self.a.merge_zero_flag(field::FLAGS);
             self.scratch = ScratchRegisters::default();
             (self.flags, self.source) = (Flags::Slot, None);
-        } else if use_of.flags_out {
+        } else if use_of.flags_out && encoded {
             self.flags_from(ins, &out);
         }
     }
@@ -242,6 +242,7 @@ impl Translator {
     pub(super) fn high_byte(&mut self, ins: &Instruction) {
         let use_of = Use::of(self.info.info(ins), ins);
         let mut out = *ins;
+        out.set_code(classify::general_form(ins.code()));
         out.set_has_lock_prefix(false);
         let memory = use_of.memory;
         if let Some((_, access)) = memory {
