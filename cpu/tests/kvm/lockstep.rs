@@ -13,7 +13,7 @@ use orrery_cpu::{Bus, Icount, PhysMemory, bus::MsrRefused};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::machine::{self, Guest, RAM_BYTES};
-use crate::quirks::Meeting;
+use crate::quirks::{Meeting, operand_address};
 use crate::vm::{Step, Vm};
 
 /// Most instructions of one guest.
@@ -274,6 +274,12 @@ impl Lockstep {
         bytes
     }
 
+    /// Four bytes of the engine's memory, which lie in one page.
+    fn read_word(&self, state: &CpuState, linear: u64) -> Option<u32> {
+        let translation = paging::walk(state, &self.view, linear, paging::Access::data(state, false)).ok()?;
+        self.memory.read_obj(GuestAddress(translation.gpa)).ok()
+    }
+
     /// The processor below KVM is one that QEMU emulates.
     pub fn emulated_processor(&self) -> bool {
         self.vm.emulated_processor
@@ -499,6 +505,9 @@ impl Lockstep {
             refused_base,
             is_gather: is_gather(&bytes),
             writes_code: self.writes_code,
+            image_mxcsr: instruction
+                .and_then(|instruction| operand_address(&instruction, &before))
+                .and_then(|at| self.read_word(&before, at.wrapping_add(24))),
             kvm: &kvm,
             engine: met.as_ref().unwrap_or(state),
         };

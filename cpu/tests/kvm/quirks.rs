@@ -29,10 +29,24 @@ pub struct Meeting<'a> {
     pub is_gather: bool,
     /// The guest writes its code through another address than it is fetched from.
     pub writes_code: bool,
+    /// MXCSR in the image that the instruction's memory operand is, if it can be read.
+    pub image_mxcsr: Option<u32>,
     /// KVM's state behind it.
     pub kvm: &'a CpuState,
     /// The engine's, at the same place if it got there.
     pub engine: &'a CpuState,
+}
+
+/// Bits of MXCSR that are not reserved.
+const MXCSR_BITS: u32 = 0xFFFF;
+
+/// Linear address of an instruction's memory operand, if it has one that registers give.
+pub fn operand_address(instruction: &Instruction, state: &CpuState) -> Option<u64> {
+    let operand = (0..instruction.op_count()).find(|n| instruction.op_kind(*n) == OpKind::Memory)?;
+    instruction.virtual_address(operand, 0, |register: Register, _, _| match register {
+        segment if segment.is_segment_register() => Some(state.seg[segment.number()].base),
+        register => Some(state.gpr[register.full_register().number()]),
+    })
 }
 
 impl Meeting<'_> {
@@ -45,7 +59,12 @@ impl Meeting<'_> {
         use Mnemonic::*;
         let (kvm, engine) = (vector_at(self.kvm.rip), self.engine_vector);
         let mnemonic = self.mnemonic();
-        if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64) && engine == Some(13) && kvm != engine {
+        let misaligned = self.operand().is_some_and(|at| at % 16 != 0);
+        if matches!(mnemonic, Fxsave | Fxsave64 | Fxrstor | Fxrstor64)
+            && misaligned
+            && engine == Some(13)
+            && kvm != engine
+        {
             return Some("no #GP of a misaligned FXSAVE or FXRSTOR");
         }
         let compares = self.instruction.is_some_and(|i| i.is_string_instruction() && i.rflags_written() != 0);
@@ -62,6 +81,11 @@ impl Meeting<'_> {
             _ if self.emulated_processor => self.explain_qemu(kvm, engine),
             _ => None,
         }
+    }
+
+    /// Linear address of the memory operand.
+    fn operand(&self) -> Option<u64> {
+        operand_address(&self.instruction?, self.before)
     }
 
     /// Microcode goes through images of processor state, and through selected elements, in an order of its own.
@@ -125,15 +149,8 @@ impl Meeting<'_> {
 
     /// An operand of 16 bytes of an instruction without VEX prefix, which must be aligned, is not.
     fn has_misaligned_operand(&self) -> bool {
-        let register = |register: Register, _, _| match register {
-            segment if segment.is_segment_register() => Some(self.before.seg[segment.number()].base),
-            register => Some(self.before.gpr[register.full_register().number()]),
-        };
-        self.instruction.is_some_and(|i| {
-            i.encoding() == EncodingKind::Legacy
-                && i.memory_size().size() == 16
-                && i.virtual_address((i.op_count() - 1).min(1), 0, register).is_some_and(|address| address % 16 != 0)
-        })
+        self.instruction.is_some_and(|i| i.encoding() == EncodingKind::Legacy && i.memory_size().size() == 16)
+            && self.operand().is_some_and(|address| address % 16 != 0)
     }
 
     /// Both faulted, within a page of each other.
@@ -260,8 +277,13 @@ impl Meeting<'_> {
         if engine == Some(14) && kvm == engine && self.only_x87_tags_differ() {
             return Some("an MMX instruction that faults has made MMX registers of the x87 registers");
         }
-        if matches!(mnemonic, Fxrstor | Fxrstor64 | Xrstor | Xrstor64) && engine == Some(13) && kvm != engine {
-            return Some("an image with reserved bits is loaded");
+        let reserved = self.image_mxcsr.is_some_and(|mxcsr| mxcsr & !MXCSR_BITS != 0);
+        if matches!(mnemonic, Fxrstor | Fxrstor64 | Xrstor | Xrstor64)
+            && reserved
+            && engine == Some(13)
+            && kvm != engine
+        {
+            return Some("an image with reserved bits of MXCSR is loaded");
         }
         if self
             .instruction
@@ -275,7 +297,9 @@ impl Meeting<'_> {
         if engine == Some(13) && kvm != engine && self.has_misaligned_operand() {
             return Some("an SSE operand need not be aligned");
         }
-        if self.mnemonics.len() > 1 && self.writes_code {
+        // Sums of the immediate operands that the pieces write, which are all in AL.
+        let follows = self.mnemonics.len() > 1 && self.kvm.rip == self.engine.rip && self.kvm.cr2 == self.engine.cr2;
+        if self.writes_code && follows && flags & !rflags::STATUS == 0 && self.only_differs_in(gpr::RAX, 0xFF) {
             return Some("code that is written through another address is executed as it was, until it is serialised");
         }
         if passes(&[Pushf, Pushfd, Pushfq]) && (0..16).any(|n| self.only_differs_in(n, rflags::TF)) {
