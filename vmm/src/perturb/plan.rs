@@ -207,6 +207,9 @@ impl Plan {
         if draws.chance(50) {
             engine.string_runs = draws.size((0, 6)) as u32;
         }
+        if engine.engine != EngineKind::Soft {
+            engine.engine = [EngineKind::Soft, EngineKind::Random, engine.engine][draws.below(3) as usize];
+        }
         engine
     }
 
