@@ -11,7 +11,7 @@ use super::fpu;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
 use super::region::{Region, Reused};
-use super::registers::HOME;
+use super::residents::return_registers;
 use super::segmented::is_segmented;
 use super::signals::{self, SignalStack};
 use super::thunks::{self, Thunks, exit};
@@ -971,26 +971,19 @@ impl Core {
             let state = self.state_mut();
             state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
         }
-        for (i, register) in borrowed.into_iter().flatten().enumerate() {
-            let guest = HOME.iter().position(|h| *h == Some(register)).expect("borrowed registers are homes");
-            // SAFETY: translated code is not running.
-            let value = unsafe { (*self.block).temporary[4 + i] };
-            self.state_mut().gpr[guest] = value;
-        }
-        for (number, resident) in residents.into_iter().flatten().enumerate() {
-            // SAFETY: translated code is not running.
-            let (evicted, r11) = unsafe { ((*self.block).evicted[number], (*self.block).fault_r11) };
-            let value = match (resident.owner(), resident.host) {
-                (Some(owner), _) => std::mem::replace(&mut self.state_mut().gpr[owner], evicted),
-                (None, host::R15) => {
-                    let value = self.budget() as u64;
-                    self.set_budget(evicted as i64);
-                    value
-                }
-                (None, _) => r11,
-            };
-            self.state_mut().gpr[resident.guest as usize] = value;
-        }
+        // SAFETY: translated code is not running.
+        let (temporary, evicted, r11) = unsafe {
+            let b = &*self.block;
+            (b.temporary, b.evicted, b.fault_r11)
+        };
+        let mut budget = self.budget();
+        let elsewhere = |register, evicted: u64| match register {
+            host::R15 => std::mem::replace(&mut budget, evicted as i64) as u64,
+            _ => r11,
+        };
+        let gpr = &mut self.state_mut().gpr;
+        return_registers(gpr, (borrowed, &temporary), (residents, &evicted), elsewhere);
+        self.set_budget(budget);
         self.rewind(index);
         match vector {
             0 => Exception::DivideError,

@@ -7,6 +7,7 @@ use super::assembler::host;
 use super::classify::Treatment;
 use super::groups::{reads, writes};
 use super::registers::{BORROWABLE, HOME, gpr_number};
+use super::translate::Borrowed;
 use iced_x86::{Instruction, InstructionInfoFactory};
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,27 @@ impl Resident {
 }
 
 pub type Residents = [Option<Resident>; RESIDENTS_MAX];
+
+/// Behind a host fault, once the host's registers are in `gpr` as if all were at home: gives guest registers that were
+/// borrowed or lent for a while what is theirs. `temporary` and `evicted` are those of the vCPU block; `elsewhere` gives
+/// what a host register held that is nobody's home, and is told what was evicted from it.
+pub fn return_registers(
+    gpr: &mut [u64; 16],
+    (borrowed, temporary): (Borrowed, &[u64; 8]),
+    (residents, evicted): (Residents, &[u64; RESIDENTS_MAX]),
+    mut elsewhere: impl FnMut(u8, u64) -> u64,
+) {
+    for (register, value) in borrowed.into_iter().flatten().zip(&temporary[4..]) {
+        let guest = HOME.iter().position(|home| *home == Some(register)).expect("borrowed registers are homes");
+        gpr[guest] = *value;
+    }
+    for (resident, evicted) in residents.into_iter().flatten().zip(evicted) {
+        gpr[resident.guest as usize] = match resident.owner() {
+            Some(owner) => std::mem::replace(&mut gpr[owner], *evicted),
+            None => elsewhere(resident.host, *evicted),
+        };
+    }
+}
 
 /// Homes in the order in which they are given away. Borrowable ones come last: an instruction may need them.
 const LENT: [u8; 8] = [14, host::R12, host::R13, host::RDX, host::RBP, BORROWABLE[5], BORROWABLE[4], BORROWABLE[3]];

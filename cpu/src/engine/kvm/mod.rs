@@ -23,6 +23,7 @@ use super::core::Core;
 use super::mode::Mode;
 use super::region::Region;
 use super::registers::HOME;
+use super::residents::return_registers;
 use super::translate::SiteKind;
 use super::translations::{Purpose, start};
 use super::{EngineKind, Stop};
@@ -644,17 +645,8 @@ impl Core {
         if flags_in_host {
             state.rflags = state.rflags & !rflags::STATUS | regs.rflags & rflags::STATUS;
         }
-        for (i, register) in borrowed.into_iter().flatten().enumerate() {
-            let guest = HOME.iter().position(|home| *home == Some(register)).expect("borrowed registers are homes");
-            state.gpr[guest] = temporaries[4 + i];
-        }
-        for (number, resident) in residents.into_iter().flatten().enumerate() {
-            let value = match resident.owner() {
-                Some(owner) => std::mem::replace(&mut state.gpr[owner], evicted[number]),
-                None => *register(&mut regs, resident.host),
-            };
-            state.gpr[resident.guest as usize] = value;
-        }
+        let elsewhere = |host, _| *register(&mut regs, host);
+        return_registers(&mut state.gpr, (borrowed, &temporaries), (residents, &evicted), elsewhere);
         self.rewind(number);
         Ok(())
     }
