@@ -9,7 +9,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use common::*;
 use orrery_vmm::run::directory::read_manifest;
-use orrery_vmm::run::manifest::Ended;
+use orrery_vmm::run::manifest::{Ended, Outcome};
 use predicates::prelude::*;
 use predicates::str::contains;
 
@@ -276,44 +276,11 @@ fn a_closed_stdout_ends_the_run() {
     assert_eq!(child.wait().unwrap().code(), Some(230));
 }
 
-#[test]
-fn a_signal_ends_the_run_in_order() {
+/// Runs `guest.img` in the directory, ends it by SIGTERM after a second, and gives what the manifest says of that.
+fn ended_by_a_signal(directory: &Path) -> Outcome {
     use std::process::{Command, Stdio};
-    let endless = guest(|a| {
-        let mut again = a.create_label();
-        a.set_label(&mut again).unwrap();
-        a.jmp(again).unwrap();
-    });
-    let directory = with_guest(&endless);
     let mut child = Command::new(env!("CARGO_BIN_EXE_orrery"))
-        .current_dir(directory.path())
-        .args(["run", "guest.img", "--seed", "1", "--memory", "32"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    // SAFETY: the child has not been waited for, so the process id is its own.
-    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
-    assert_eq!(child.wait().unwrap().code(), Some(143));
-    let manifest = read_manifest(&directory.path().join("runs/guest-1-001")).unwrap();
-    assert_eq!(manifest.outcome.unwrap().ended, Ended::Interrupted { signal: libc::SIGTERM, unfinished: false });
-}
-
-#[test]
-fn a_signal_ends_a_string_instruction_that_takes_long() {
-    use iced_x86::code_asm::{esi, rcx};
-    use std::process::{Command, Stdio};
-    // The boot page tables map 4 GiB. That is minutes, byte by byte.
-    let image = guest(|a| {
-        a.xor(esi, esi).unwrap();
-        a.mov(rcx, -1i64).unwrap();
-        a.rep().lodsb().unwrap();
-    });
-    let directory = with_guest(&image);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_orrery"))
-        .current_dir(directory.path())
+        .current_dir(directory)
         .args(["run", "guest.img", "--seed", "1", "--memory", "32"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -329,7 +296,32 @@ fn a_signal_ends_a_string_instruction_that_takes_long() {
     });
     child.kill().unwrap();
     assert_eq!(ended.expect("a signal ends it").code(), Some(143));
-    let outcome = read_manifest(&directory.path().join("runs/guest-1-001")).unwrap().outcome.unwrap();
+    read_manifest(&directory.join("runs/guest-1-001")).unwrap().outcome.unwrap()
+}
+
+#[test]
+fn a_signal_ends_the_run_in_order() {
+    let endless = guest(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.jmp(again).unwrap();
+    });
+    let directory = with_guest(&endless);
+    let outcome = ended_by_a_signal(directory.path());
+    assert_eq!(outcome.ended, Ended::Interrupted { signal: libc::SIGTERM, unfinished: false });
+}
+
+#[test]
+fn a_signal_ends_a_string_instruction_that_takes_long() {
+    use iced_x86::code_asm::{esi, rcx};
+    // The boot page tables map 4 GiB. That is minutes, byte by byte.
+    let image = guest(|a| {
+        a.xor(esi, esi).unwrap();
+        a.mov(rcx, -1i64).unwrap();
+        a.rep().lodsb().unwrap();
+    });
+    let directory = with_guest(&image);
+    let outcome = ended_by_a_signal(directory.path());
     assert_eq!(outcome.ended, Ended::Interrupted { signal: libc::SIGTERM, unfinished: true });
     assert_eq!(outcome.icount, 2);
     // The moment that the run was at is the one before the instruction.
