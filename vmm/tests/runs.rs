@@ -285,11 +285,8 @@ fn killed_runs_lose_nothing_that_was_acknowledged() {
             .unwrap();
         let nap = 150 + u64::from(blake3::hash(&kill.to_le_bytes()).as_bytes()[0]) * 2;
         // The first one lives until it has a snapshot, however slow the host is.
-        let list = place.path().join("runs/guest-1-001/snapshots.jsonl");
-        let has_one = || fs::read_to_string(&list).is_ok_and(|text| text.lines().count() > 1);
-        let patience = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while kill == 0 && !has_one() && std::time::Instant::now() < patience {
-            std::thread::sleep(std::time::Duration::from_millis(20));
+        if kill == 0 {
+            wait_for_snapshots(&place.path().join("runs/guest-1-001/snapshots.jsonl"), 1);
         }
         std::thread::sleep(std::time::Duration::from_millis(nap));
         child.kill().unwrap();

@@ -4,6 +4,7 @@
 pub mod user;
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::*;
 use orrery_guest_image::{Content, Image, ImageParts};
@@ -56,6 +57,15 @@ pub fn image_file(directory: &Path, name: &str, image: &Image) -> PathBuf {
     let path = directory.join(name);
     image.write(&path).expect("the image is written");
     path
+}
+
+/// Waits until a run's list of snapshots has that many, however slow the host is.
+pub fn wait_for_snapshots(list: &Path, count: usize) {
+    let patience = Instant::now() + Duration::from_secs(60);
+    while std::fs::read_to_string(list).unwrap_or_default().matches('\n').count() <= count {
+        assert!(Instant::now() < patience, "no {count} snapshots in {}", list.display());
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Writes text to the serial port, without looking at its status.
