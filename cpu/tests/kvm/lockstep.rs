@@ -8,12 +8,14 @@ use orrery_cpu::engine::{Engine, EngineConfig, Stop, Undefined};
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use orrery_cpu::model::ModelFeatures;
 use orrery_cpu::paging;
-use orrery_cpu::state::{CpuState, Segment, gpr, rflags, seg};
+use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 use orrery_cpu::{Bus, Icount, PhysMemory, bus::MsrRefused};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::differences::{add, differences};
+use crate::flags::UndefinedFlags;
 use crate::machine::{self, Guest, RAM_BYTES};
-use crate::quirks::{Meeting, operand_address};
+use crate::quirks::{Meeting, branch_target, operand_address};
 use crate::vm::{Step, Vm};
 
 /// Most instructions of one guest.
@@ -22,18 +24,6 @@ const BUDGET: u64 = 20_000;
 const CATCH_UP: u64 = 8;
 /// A REP steps once per repetition; none of ours repeats more often.
 const REPETITIONS: u64 = 20_000;
-
-/// Bits of RFLAGS that are compared: all but RF, which says whether a stepped instruction had retired.
-const COMPARED_FLAGS: u64 = rflags::STATUS
-    | rflags::TF
-    | rflags::IF
-    | rflags::DF
-    | rflags::IOPL
-    | rflags::NT
-    | rflags::VM
-    | rflags::AC
-    | rflags::ID
-    | rflags::FIXED;
 
 struct EmptyBus;
 
@@ -91,93 +81,16 @@ pub struct Lockstep {
     /// Of these, those after which both sides were compared and agreed.
     pub comparisons: u64,
     start: u64,
-    /// Where frames of exceptions have RFLAGS, with the flags that were undefined then: a processor that steps with TF
-    /// shows it there.
-    pushed_flags: BTreeMap<u64, u64>,
+    /// Status flags that may differ. A processor that steps with TF shows that in frames, too.
+    undefined: UndefinedFlags,
     /// The guest is a case at CPL 0, where KVM may emulate everything.
     emulated: bool,
     /// The guest writes its code through another address than it is fetched from.
     writes_code: bool,
+    /// Everything is printed before it runs.
+    trace: bool,
     /// How often an instruction was compared, by mnemonic.
     pub executed: BTreeMap<String, u64>,
-}
-
-fn add(report: &mut String, what: &str, kvm: impl std::fmt::LowerHex, engine: impl std::fmt::LowerHex) {
-    let _ = writeln!(report, "  {what}: KVM {kvm:#x}, engine {engine:#x}");
-}
-
-fn segment(report: &mut String, name: &str, kvm: &Segment, engine: &Segment) {
-    let null = engine.attributes & 0x80 == 0;
-    let base_counts = !null || matches!(name, "fs" | "gs");
-    if kvm.selector != engine.selector || base_counts && kvm.base != engine.base {
-        add(report, name, kvm.selector, engine.selector);
-        add(report, &format!("{name} base"), kvm.base, engine.base);
-    } else if !(null && engine.selector < 4) && (kvm.attributes != engine.attributes || kvm.limit != engine.limit) {
-        add(report, &format!("{name} attributes"), kvm.attributes, engine.attributes);
-        add(report, &format!("{name} limit"), kvm.limit, engine.limit);
-    }
-}
-
-/// Everything that differs between two states, in words; empty if nothing does.
-fn differences(kvm: &CpuState, engine: &CpuState, ignored_flags: u64) -> String {
-    let mut report = String::new();
-    for n in 0..16 {
-        if kvm.gpr[n] != engine.gpr[n] {
-            add(&mut report, &format!("gpr {n}"), kvm.gpr[n], engine.gpr[n]);
-        }
-    }
-    if (kvm.rflags ^ engine.rflags) & COMPARED_FLAGS & !ignored_flags != 0 {
-        add(&mut report, "rflags", kvm.rflags, engine.rflags);
-    }
-    for (n, name) in ["es", "cs", "ss", "ds", "fs", "gs"].into_iter().enumerate() {
-        segment(&mut report, name, &kvm.seg[n], &engine.seg[n]);
-    }
-    segment(&mut report, "ldtr", &kvm.ldtr, &engine.ldtr);
-    segment(&mut report, "tr", &kvm.tr, &engine.tr);
-    for (name, k, e) in [
-        ("rip", kvm.rip, engine.rip),
-        ("gdtr base", kvm.gdtr.base, engine.gdtr.base),
-        ("gdtr limit", kvm.gdtr.limit.into(), engine.gdtr.limit.into()),
-        ("idtr base", kvm.idtr.base, engine.idtr.base),
-        ("idtr limit", kvm.idtr.limit.into(), engine.idtr.limit.into()),
-        ("cr0", kvm.cr0, engine.cr0),
-        ("cr2", kvm.cr2, engine.cr2),
-        ("cr3", kvm.cr3, engine.cr3),
-        ("cr4", kvm.cr4, engine.cr4),
-        ("efer", kvm.efer, engine.efer),
-        ("xcr0", kvm.xcr0, engine.xcr0),
-        ("star", kvm.star, engine.star),
-        ("lstar", kvm.lstar, engine.lstar),
-        ("cstar", kvm.cstar, engine.cstar),
-        ("sfmask", kvm.sfmask, engine.sfmask),
-        ("kernel gs base", kvm.kernel_gs_base, engine.kernel_gs_base),
-        ("sysenter cs", kvm.sysenter_cs, engine.sysenter_cs),
-        ("sysenter esp", kvm.sysenter_esp, engine.sysenter_esp),
-        ("sysenter eip", kvm.sysenter_eip, engine.sysenter_eip),
-        ("pat", kvm.pat, engine.pat),
-        ("tsc aux", kvm.tsc_aux, engine.tsc_aux),
-        ("dr0", kvm.dr[0], engine.dr[0]),
-        ("dr1", kvm.dr[1], engine.dr[1]),
-        ("dr2", kvm.dr[2], engine.dr[2]),
-        ("dr3", kvm.dr[3], engine.dr[3]),
-        ("dr6", kvm.dr[6], engine.dr[6]),
-        ("dr7", kvm.dr[7], engine.dr[7]),
-    ] {
-        if k != e {
-            add(&mut report, name, k, e);
-        }
-    }
-    // The privilege level shows in CS where SS is null.
-    if kvm.seg[seg::CS].selector & 3 != u16::from(engine.cpl) {
-        add(&mut report, "cpl", kvm.seg[seg::CS].selector & 3, engine.cpl);
-    }
-    for at in (0..kvm.fpu.0.len()).step_by(16) {
-        let (k, e) = (&kvm.fpu.0[at..at + 16], &engine.fpu.0[at..at + 16]);
-        if k != e {
-            let _ = writeln!(report, "  fpu image at {at}: KVM {k:02x?}, engine {e:02x?}");
-        }
-    }
-    report
 }
 
 /// True if KVM's word is the engine's but for what QEMU 7.2 does to error codes: IDT indexes count gates of 16 bytes as
@@ -222,7 +135,8 @@ impl Lockstep {
             steps: 0,
             comparisons: 0,
             start: 0,
-            pushed_flags: BTreeMap::new(),
+            undefined: UndefinedFlags::default(),
+            trace: std::env::var_os("KVM_ORACLE_TRACE").is_some(),
             emulated: false,
             writes_code: false,
             executed: BTreeMap::new(),
@@ -237,20 +151,46 @@ impl Lockstep {
         (!instruction.is_invalid()).then_some(instruction)
     }
 
+    /// Guest-physical address of eight bytes of data, which lie in one page.
+    fn data_address(&self, state: &CpuState, linear: u64) -> Option<u64> {
+        paging::walk(state, &self.view, linear, paging::Access::data(state, false)).ok().map(|found| found.gpa)
+    }
+
     /// If the engine has just entered a handler, and executed its first instruction: where the frame has RFLAGS.
-    fn note_pushed_flags(&mut self, undefined: u64) {
+    fn pushed_flags(&self) -> Option<u64> {
         let state = self.engine.state();
-        let Some(vector) = machine::vector_at(state.rip) else { return };
+        let vector = machine::vector_at(state.rip)?;
         let has_error = matches!(vector, 8 | 10..=14 | 17);
         let offset = match state.rip % 16 {
             1 if state.halted => 16 + 8 * u64::from(has_error),
             // Where the processor pushes no error code, the handler has just done so.
             2 => 24,
-            _ => return,
+            _ => return None,
         };
-        let at = state.gpr[gpr::RSP].wrapping_add(offset);
-        if let Ok(translation) = paging::walk(state, &self.view, at, paging::Access::data(state, false)) {
-            self.pushed_flags.insert(translation.gpa, undefined);
+        self.data_address(state, state.gpr[gpr::RSP].wrapping_add(offset))
+    }
+
+    /// If the engine is about to return from a handler: where the frame has RFLAGS.
+    fn flags_to_pop(&self, instruction: &Instruction) -> Option<u64> {
+        let state = self.engine.state();
+        let returns = instruction.mnemonic() == Mnemonic::Iretq && machine::is_common_handler(state.rip);
+        returns.then(|| self.data_address(state, state.gpr[gpr::RSP].wrapping_add(16))).flatten()
+    }
+
+    /// Follows the flags that are undefined through an instruction of the engine. `popped` is from before it.
+    fn follow_flags(&mut self, executed: Option<&Instruction>, popped: Option<u64>) {
+        // #DB comes behind an instruction, the others in place of it.
+        let faulted = machine::vector_at(self.engine.state().rip).is_some_and(|vector| vector != 1);
+        match (executed, popped) {
+            _ if faulted => {}
+            (_, Some(gpa)) => self.undefined.pop(gpa),
+            (Some(executed), None) => self.undefined.retire(executed, self.vm.emulated_processor),
+            (None, None) => {}
+        }
+        if let Some(gpa) = self.pushed_flags()
+            && let Ok(flags) = self.memory.read_obj(GuestAddress(gpa))
+        {
+            self.undefined.push(gpa, flags);
         }
     }
 
@@ -274,10 +214,9 @@ impl Lockstep {
         bytes
     }
 
-    /// Four bytes of the engine's memory, which lie in one page.
-    fn read_word(&self, state: &CpuState, linear: u64) -> Option<u32> {
-        let translation = paging::walk(state, &self.view, linear, paging::Access::data(state, false)).ok()?;
-        self.memory.read_obj(GuestAddress(translation.gpa)).ok()
+    /// A word of the engine's memory, which lies in one page.
+    fn read_word<T: vm_memory::ByteValued>(&self, state: &CpuState, linear: u64) -> Option<T> {
+        self.memory.read_obj(GuestAddress(self.data_address(state, linear)?)).ok()
     }
 
     /// The processor below KVM is one that QEMU emulates.
@@ -381,27 +320,11 @@ impl Lockstep {
         }
     }
 
-    /// The status flags that are undefined behind `executed`, if those in `before` were before it. `faulted`: it may not
-    /// have got as far as changing any.
-    fn undefined_behind(&self, executed: &Instruction, before: u64, faulted: bool) -> u64 {
-        use Mnemonic::{Fcomi, Fcomip, Fucomi, Fucomip};
-        let mut undefined = crate::generate::undefined_flags(executed);
-        if self.vm.emulated_processor && matches!(executed.mnemonic(), Fcomi | Fcomip | Fucomi | Fucomip) {
-            // QEMU keeps them, where SDM volume 2, FCOMI, has them cleared.
-            undefined |= rflags::OF | rflags::SF | rflags::AF;
-        }
-        // Behind IRET they are what they were when the frame was pushed; a count of 0 changes none.
-        let defines = !faulted && undefined == 0 && executed.mnemonic() != Mnemonic::Iretq;
-        let defined = if defines { crate::generate::rflags_of(executed.rflags_modified()) } else { 0 };
-        before & !defined | undefined
-    }
-
     /// Steps the engine until it agrees with KVM, which stands between two instructions, has halted or shut down.
     /// True if the guest has ended.
     fn catch_up(&mut self, target: &Step, instruction: Option<Instruction>) -> Result<bool, Verdict> {
-        // What is undefined behind the instructions executed so far.
-        let mut ignored_flags = 0;
-        let mut refused_base = false;
+        self.undefined.agree();
+        let (mut refused_base, mut refused_target) = (false, false);
         let bytes = self.next_bytes();
         let mut mnemonics = Vec::new();
         let mut dirty = false;
@@ -421,15 +344,26 @@ impl Lockstep {
             mnemonics.extend(executed.map(|i| i.mnemonic()));
             let loads_base = executed.is_some_and(|i| i.mnemonic() == Mnemonic::Wrmsr)
                 && matches!(self.engine.state().gpr[gpr::RCX] as u32, 0xC000_0100..=0xC000_0102);
+            let target_is_not_canonical = executed
+                .and_then(|i| branch_target(&i, self.engine.state(), |at| self.read_word(self.engine.state(), at)))
+                .is_some_and(|target| !paging::is_canonical(target));
+            let popped = executed.and_then(|i| self.flags_to_pop(&i));
             let stop = self.engine.run(Icount(now.0 + 1), &mut EmptyBus);
             self.steps += 1;
             dirty |= !self.engine.take_dirty().is_empty();
-            if let Some(executed) = executed {
-                let faulted = machine::vector_at(self.engine.state().rip).is_some();
-                ignored_flags = self.undefined_behind(&executed, ignored_flags, faulted);
-                refused_base |= loads_base && faulted;
+            self.follow_flags(executed.as_ref(), popped);
+            let vector = machine::vector_at(self.engine.state().rip);
+            refused_base |= loads_base && vector.is_some();
+            refused_target |= target_is_not_canonical && vector == Some(13);
+            if self.trace {
+                let (state, undefined) = (self.engine.state(), self.undefined.now());
+                eprintln!(
+                    "  engine: {:?}, then rip {:#x}, rflags {:#x}, of which {undefined:#x} undefined",
+                    executed.map(|i| i.mnemonic()),
+                    state.rip,
+                    state.rflags
+                );
             }
-            self.note_pushed_flags(ignored_flags);
             if !self.vm.steps_by_trap
                 && executed.is_some_and(|i| matches!(i.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp))
             {
@@ -456,7 +390,7 @@ impl Lockstep {
                 }
             };
             if there {
-                let mut report = differences(&kvm, state, ignored_flags);
+                let mut report = differences(&kvm, state, self.undefined.now());
                 // What KVM emulates may have written the first of two pages before the second one faulted.
                 let torn = self.emulated && matches!(machine::vector_at(kvm.rip), Some(8 | 14));
                 // Comparing all of RAM is most of the work where the processor is emulated: done when the engine has written,
@@ -467,7 +401,7 @@ impl Lockstep {
                 }
                 if report.is_empty() {
                     self.comparisons += 1;
-                    let (flags, undefined) = (state.rflags, ignored_flags & rflags::STATUS);
+                    let (flags, undefined) = (state.rflags, self.undefined.now() & rflags::STATUS);
                     let model_is_elsewhere = self.vm.emulated_processor || Undefined::measured() != Undefined::NONE;
                     if model_is_elsewhere && (flags ^ kvm.rflags) & undefined != 0 {
                         // What is undefined is the model's from here on.
@@ -503,6 +437,7 @@ impl Lockstep {
             mnemonics: &mnemonics,
             rex_is_followed_by_prefix: rex_is_followed_by_prefix(&bytes),
             refused_base,
+            refused_target,
             is_gather: is_gather(&bytes),
             writes_code: self.writes_code,
             image_mxcsr: instruction
@@ -528,10 +463,12 @@ impl Lockstep {
             )
         });
         if mnemonics.len() > 1 {
+            let last = &mnemonics[mnemonics.len().saturating_sub(40)..];
             let _ = writeln!(
                 report,
-                "  in one step of KVM, the engine has executed {:?}",
-                &mnemonics[..mnemonics.len().min(40)]
+                "  one step of KVM ({target:?} at {:#x}); the engine executed {} instructions, at last {last:?}",
+                kvm.rip,
+                mnemonics.len()
             );
         }
         Err(Verdict::Differed(report))
@@ -554,10 +491,10 @@ impl Lockstep {
                 at if machine::is_double_fault_flags(at) => !(rflags::TF | rflags::RF),
                 // Stepping shows in the flags that some KVMs push.
                 // QEMU pushes RF as it is, where processors set it for faults (SDM volume 3, 18.3.1.1).
-                at if self.vm.emulated_processor && self.pushed_flags.contains_key(&at) => {
-                    !(rflags::TF | rflags::RF | self.pushed_flags[&at])
+                at if self.vm.emulated_processor && self.undefined.of_frame(at, e).is_some() => {
+                    !(rflags::TF | rflags::RF | self.undefined.of_frame(at, e).unwrap_or(0))
                 }
-                at if self.pushed_flags.contains_key(&at) && !self.vm.steps_by_trap => !rflags::TF,
+                at if self.undefined.of_frame(at, e).is_some() && !self.vm.steps_by_trap => !rflags::TF,
                 at if self.vm.emulated_processor && machine::is_kernel_stack(at) && qemu_error_code(k, e) => 0,
                 at if machine::is_kernel_stack(at) => !rflags::TF,
                 _ => !0,
@@ -584,7 +521,7 @@ impl Lockstep {
             return Verdict::Skipped(reason);
         }
         self.start = self.steps;
-        self.pushed_flags.clear();
+        self.undefined.start();
         self.emulated = matches!(guest, Guest::Case(_, true));
         self.writes_code = name.contains("self_modifying");
         let mut formatter = IntelFormatter::new();
@@ -597,7 +534,7 @@ impl Lockstep {
             }
             let rip = self.engine.state().rip;
             let place = format!("{name}: {text} at {rip:#x}, step {}", self.steps - self.start);
-            if std::env::var_os("KVM_ORACLE_TRACE").is_some() {
+            if self.trace {
                 eprintln!("{place}");
             }
             let mnemonic = instruction.map_or("none".to_string(), |i| format!("{:?}", i.mnemonic()).to_lowercase());

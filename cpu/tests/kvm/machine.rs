@@ -76,6 +76,8 @@ unsafe extern "C" {
     static kvm_oracle_handler_end: u8;
 }
 
+// The symbols are those of this module's object file alone.
+#[inline(never)]
 fn handler() -> &'static [u8] {
     // SAFETY: the two symbols delimit constant bytes of this program.
     unsafe {
@@ -114,6 +116,11 @@ pub fn is_handler(rip: u64) -> bool {
 pub fn vector_at(rip: u64) -> Option<u64> {
     let offset = rip.wrapping_sub(HIGH + STUBS);
     (offset < 256 * 16).then_some(offset / 16)
+}
+
+/// True if `rip` lies in what the handlers of programs have in common.
+pub fn is_common_handler(rip: u64) -> bool {
+    rip.wrapping_sub(HIGH + HANDLER) < handler().len() as u64
 }
 
 /// True if `gpa` is that of RFLAGS in the frame of a double fault.

@@ -12,6 +12,8 @@
 #[allow(dead_code)]
 #[path = "../oracle/case.rs"]
 mod case;
+mod differences;
+mod flags;
 #[allow(dead_code)]
 #[path = "../oracle/generate/mod.rs"]
 mod generate;

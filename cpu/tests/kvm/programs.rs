@@ -123,6 +123,20 @@ programs! {
         "sgdt [r13]", "sidt [r13 + 16]", "sldt eax", "str ebx", "smsw ecx",
         "int3";
 
+    // Behind a frame that is forgotten, a processor that steps with TF goes on to the end. AF is undefined behind SAR,
+    // in the first frame, behind the return by it and in the second frame.
+    unstepped_frames:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
+        "9:", "lea r12, [rip + 2f]", "add r12, r15", "ud2", "2: xor r12d, r12d",
+        "mov al, 15", "add al, 1", "sar byte ptr [r13 + 0x50], 3",
+        "lea r12, [rip + 2f]", "ud2", "2:", "lea r12, [rip + 2f]", "ud2", "2:", "hlt";
+
+    // The same, with an IRET to an address that is not canonical.
+    unstepped_iret:
+        "lea rcx, [rip + 9f]", "sub rcx, r15", "push 0x2b", "push r14", "push 0x202", "push 0x33", "push rcx", "iretq",
+        "9:", "lea r12, [rip + 2f]", "add r12, r15", "ud2", "2: mov rbx, rsp", "lea r12, [rip + 2f]",
+        "push 0x18", "push rbx", "push 2", "push 0x10", "movabs rax, 0x800000000000", "push rax", "iretq", "2:", "hlt";
+
     syscalls:
         "mov ecx, 0xc0000081", "xor eax, eax", "mov edx, 0x00230010", "wrmsr",
         "mov ecx, 0xc0000082", "lea rax, [rip + 8f]", "mov rdx, rax", "shr rdx, 32", "wrmsr",

@@ -1,7 +1,7 @@
 //! What KVM does otherwise than a processor, each as narrow as it can be told: a guest that meets one is left there,
 //! and counted under its name. `docs/oracles.md` has the reasons.
 
-use iced_x86::{EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use orrery_cpu::paging::is_canonical;
 use orrery_cpu::state::{CpuState, gpr, rflags, seg};
 
@@ -25,6 +25,8 @@ pub struct Meeting<'a> {
     pub rex_is_followed_by_prefix: bool,
     /// The engine has met a WRMSR that would load a segment base that is not canonical.
     pub refused_base: bool,
+    /// The engine has met a branch to an address that is not canonical, and refused it.
+    pub refused_target: bool,
     /// The instruction is a gather, or would be one if it named other registers.
     pub is_gather: bool,
     /// The guest writes its code through another address than it is fetched from.
@@ -47,6 +49,27 @@ pub fn operand_address(instruction: &Instruction, state: &CpuState) -> Option<u6
         segment if segment.is_segment_register() => Some(state.seg[segment.number()].base),
         register => Some(state.gpr[register.full_register().number()]),
     })
+}
+
+/// Where a near branch, or a far return of 64-bit code, is about to go. `read` reads eight bytes of data.
+pub fn branch_target(
+    instruction: &Instruction,
+    state: &CpuState,
+    read: impl FnOnce(u64) -> Option<u64>,
+) -> Option<u64> {
+    use Code::{Iretq, Retfq, Retfq_imm16, Retnq, Retnq_imm16, Sysretq};
+    match instruction.code() {
+        Retnq | Retnq_imm16 | Retfq | Retfq_imm16 | Iretq => return read(state.gpr[gpr::RSP]),
+        Sysretq => return Some(state.gpr[gpr::RCX]),
+        _ if !matches!(instruction.mnemonic(), Mnemonic::Jmp | Mnemonic::Call) => return None,
+        _ => {}
+    }
+    match instruction.op0_kind() {
+        OpKind::NearBranch64 => Some(instruction.near_branch64()),
+        OpKind::Register => Some(state.gpr[instruction.op0_register().full_register().number()]),
+        OpKind::Memory => read(operand_address(instruction, state)?),
+        _ => None,
+    }
 }
 
 impl Meeting<'_> {
@@ -226,7 +249,7 @@ impl Meeting<'_> {
         if engine == Some(17) && kvm != engine {
             return Some("no alignment checks");
         }
-        if !is_canonical(self.kvm.rip) || engine == Some(13) && passes(&[Jmp, Call, Ret, Retf, Iretq, Iretd, Sysretq]) {
+        if self.refused_target {
             return Some("a branch to an address that is not canonical faults at its target");
         }
         if engine == Some(8) && kvm != engine {
