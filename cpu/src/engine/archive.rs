@@ -25,6 +25,8 @@ struct Key {
     mode: u16,
     grouping: bool,
     window: bool,
+    hot: bool,
+    heats: bool,
     resident_uses: u8,
     undefined: Undefined,
     max_instructions: u32,
@@ -38,6 +40,8 @@ impl Key {
             mode: request.mode.0,
             grouping: request.grouping,
             window: request.window,
+            hot: request.hot,
+            heats: request.heats,
             resident_uses: request.resident_uses,
             undefined: request.undefined,
             max_instructions: request.max_instructions,
@@ -50,7 +54,9 @@ impl Key {
             ^ u64::from(self.max_instructions) << 40
             ^ u64::from(self.tlb_mask) << 8
             ^ u64::from(self.undefined.number()) << 24
-            ^ u64::from(self.resident_uses) << 2
+            ^ u64::from(self.resident_uses) << 4
+            ^ u64::from(self.hot) << 3
+            ^ u64::from(self.heats) << 2
             ^ u64::from(self.grouping) << 1
             ^ u64::from(self.window);
         self.rip ^ settings.wrapping_mul(0x9E37_79B9_7F4A_7C15)
@@ -142,7 +148,7 @@ impl Archive {
         while number != 0 {
             let (at, next) = self.records[number as usize - 1];
             let record: Record = postcard::from_bytes(record_at(&self.kept, at as usize)?).ok()?;
-            if record.key == key && request.bytes.starts_with(record.guest) {
+            if record.key == key && record.is_made_from(request) {
                 return record.paste(request, origin, translator);
             }
             number = next;
@@ -160,10 +166,12 @@ impl Archive {
                 Relocation::Identity(at) => change(&mut code, at, |_| 0),
             };
         }
-        let offset_of = |rip: u64| rip.wrapping_sub(request.rip) as u16;
+        let Some(guest) = placed.guest(request) else { return };
+        let first = request.rip.wrapping_sub(u64::from(placed.guest_before));
+        let offset_of = |rip: u64| rip.wrapping_sub(first) as u16;
         let record = Record {
             key: Key::of(request),
-            guest: &request.bytes[..placed.guest_len as usize],
+            guest,
             code: &code,
             placed: placed.moved(0u32.wrapping_sub(origin)),
             relocations: translator.relocations.clone(),
@@ -197,6 +205,11 @@ fn change(code: &mut [u8], at: u32, new: impl FnOnce(u32) -> u32) -> bool {
 }
 
 impl Record<'_> {
+    /// The bytes that would be translated are those of this translation.
+    fn is_made_from(&self, request: &Request) -> bool {
+        self.placed.guest(request).is_some_and(|guest| guest == self.guest)
+    }
+
     fn paste(&self, request: &Request, origin: u32, translator: &mut Translator) -> Option<Placed> {
         let records = self.sites.len().max(self.emulated.len()).max(self.faults.len());
         if self.code.len() > MAX_BLOCK_BYTES || records > MAX_RECORDS {
@@ -225,7 +238,7 @@ impl Record<'_> {
         translator.emulated.clear();
         for offset in &self.emulated {
             let bytes = self.guest.get(*offset as usize..)?;
-            let rip = request.rip.wrapping_add(u64::from(*offset));
+            let rip = request.rip.wrapping_sub(self.placed.guest_before.into()).wrapping_add(u64::from(*offset));
             let mode = Mode(self.key.mode);
             translator.emulated.push(Decoder::with_ip(mode.bitness(), bytes, rip, DecoderOptions::NONE).decode());
         }
@@ -234,6 +247,12 @@ impl Record<'_> {
 }
 
 impl Placed {
+    /// Guest bytes that were translated, or would have been.
+    fn guest<'a>(&self, request: &Request<'a>) -> Option<&'a [u8]> {
+        let first = request.at.checked_sub(self.guest_before as usize)?;
+        request.code.get(first..request.at.checked_add(self.guest_len as usize)?)
+    }
+
     fn moved(&self, by: u32) -> Placed {
         Placed {
             checked: self.checked.wrapping_add(by),
@@ -255,8 +274,13 @@ impl Site {
                 SiteKind::Link { target, patch: patch.wrapping_add(code), same_stack }
             }
             SiteKind::Window { patch } => SiteKind::Window { patch: patch.wrapping_add(code) },
+            SiteKind::Crossing { patch } => SiteKind::Crossing { patch: patch.wrapping_add(code) },
             SiteKind::Emulate { instruction } => SiteKind::Emulate { instruction: instruction.wrapping_add(emulated) },
-            kind @ (SiteKind::Indirect { .. } | SiteKind::Budget | SiteKind::Lookup | SiteKind::Fault { .. }) => kind,
+            kind @ (SiteKind::Indirect { .. }
+            | SiteKind::Budget
+            | SiteKind::Hot
+            | SiteKind::Lookup
+            | SiteKind::Fault { .. }) => kind,
         };
         Site { kind, block, ..*self }
     }
@@ -279,13 +303,16 @@ mod tests {
     fn request(bytes: &[u8], index: u32) -> Request<'_> {
         Request {
             rip: 0x40_1000,
-            bytes,
+            code: bytes,
+            at: 0,
             mode: Mode::of(&CpuState::long_mode_boot(0, 0, 0, 0, 0, 0)),
             max_instructions: 64,
             careful: false,
             grouping: true,
             resident_uses: residents::WORTH_IT,
             window: true,
+            hot: false,
+            heats: true,
             isolated: false,
             undefined: Undefined::NONE,
             block: index,

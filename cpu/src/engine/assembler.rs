@@ -358,6 +358,13 @@ impl Assembler {
         self.bytes.push(1);
     }
 
+    /// `add word gs:[disp], 2^16 / HEAT`: carries once in [`HEAT`](super::block::HEAT) times.
+    pub fn heat(&mut self, disp: u32) {
+        self.put(&[0x65, 0x66, 0x83, 0x04, 0x25]);
+        self.imm32(disp);
+        self.bytes.push(((1 << 16) / super::block::HEAT) as u8);
+    }
+
     /// `call gs:[disp]`
     pub fn call_gs(&mut self, disp: u32) {
         self.put(&[0x65, 0xFF, 0x14, 0x25]);
@@ -484,6 +491,7 @@ mod tests {
             (text(|a| a.rorx_eax_ecx(28)), "rorx eax,ecx,1Ch"),
             (text(|a| a.jmp_gs_rax(0x2008)), "jmp qword ptr gs:[rax+2008h]"),
             (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),
+            (text(|a| a.heat(0x30)), "add word ptr gs:[30h],10h"),
             (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
             (text(|a| a.cmp_gs_imm(0x40, 0x40_1000)), "cmp qword ptr gs:[40h],401000h"),
             (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),

@@ -16,6 +16,11 @@ pub const JUMP_ENTRIES: usize = 1 << 16;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
 
+/// Counters of how often blocks run, a power of two.
+pub const HEAT_PLACES: usize = 1 << 13;
+/// So often a block runs before it is hot. Another translation costs what it saves in about as many runs.
+pub const HEAT: u32 = 1 << 12;
+
 /// Which permission checks an access is subject to; each has TLBs of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[repr(u8)]
@@ -144,6 +149,8 @@ pub struct VcpuBlock {
     pub window_distance: u64,
     /// How often a block may still miss the window before Rust is asked for a better one.
     pub window_patience: u32,
+    /// What blocks that could be longer have added up, in steps that overflow when they are hot.
+    pub heat: [u16; HEAT_PLACES],
     pub jumps: [JumpEntry; JUMP_ENTRIES],
     /// Indexed by class, then 0 for reads and 1 for writes.
     pub tlb: [[Tlb; 2]; CLASSES],
@@ -196,6 +203,9 @@ pub mod field {
     pub const JUMP_HOST: u32 = offset!(jumps) + 8;
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
+    pub const fn heat(rip: u64) -> u32 {
+        offset!(heat) + 2 * (rip as usize % HEAT_PLACES) as u32
+    }
     pub const fn window(which: usize) -> u32 {
         offset!(windows) + (which * size_of::<StackWindow>()) as u32
     }

@@ -10,6 +10,7 @@ use super::debug::PENDING;
 use super::fpu;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
+use super::recent::Branch;
 use super::region::{Region, Reused};
 use super::residents::return_registers;
 use super::segmented::is_segmented;
@@ -47,14 +48,14 @@ pub enum Pending {
 /// What to do with the block found next.
 enum Follow {
     Nothing,
-    /// Lead this rel32 of a branch at RIP `from` to it.
-    Link {
-        patch: u32,
-        source: u32,
-        same_stack: bool,
-    },
-    /// Lead this rel32 of a block that the stack window does not cover to it.
+    /// Lead this branch to it.
+    Link(Branch),
+    /// Lead this rel32 of a block that the stack window does not cover to it, which does without.
     Windowless {
+        patch: u32,
+    },
+    /// Lead this rel32 of a block whose groups cross a page to it, which has none.
+    Ungrouped {
         patch: u32,
     },
     /// Enter it in the jump cache.
@@ -408,20 +409,22 @@ impl Core {
         let offset = (rip & 0xFFF) as usize;
         let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE).expect("code pages are RAM");
         // SAFETY: the page is mapped RAM; the guest does not run while it is read.
-        let bytes = unsafe { std::slice::from_raw_parts(host.add(offset), PAGE_SIZE as usize - offset) };
-        let (longest, grouping, resident_uses) = match &mut self.chaos {
+        let code = unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) };
+        let (longest, grouping, resident_uses, hot) = match &mut self.chaos {
             Some(chaos) => (
                 chaos.below(self.config.max_block_instructions as u64) as u32 + 1,
                 chaos.below(2) == 0,
                 1 + chaos.below(8) as u8,
+                chaos.below(4) == 0,
             ),
-            None => (self.config.max_block_instructions, true, self.config.resident_uses),
+            None => (self.config.max_block_instructions, true, self.config.resident_uses, mode.is_direct()),
         };
         let index = self.t.blocks.len() as u32;
         let cuts = self.observed.cuts();
         let mut request = Request {
             rip,
-            bytes,
+            code,
+            at: offset,
             mode,
             max_instructions: match purpose {
                 Purpose::Ordinary | Purpose::Windowless | Purpose::Ungrouped => longest.clamp(1, MAX_INSTRUCTIONS),
@@ -430,6 +433,8 @@ impl Core {
             },
             careful: purpose == Purpose::Careful,
             window: purpose == Purpose::Ordinary && !mode.is_direct(),
+            hot: hot || self.t.is_hot(start(identity, rip)),
+            heats: purpose == Purpose::Ordinary && !mode.is_direct(),
             grouping: grouping
                 && !mode.is_direct()
                 && purpose != Purpose::Ungrouped
@@ -480,21 +485,23 @@ impl Core {
                 };
                 let second_page = self.t.code_pages[second].page;
                 second_physical = Some(second_page);
-                let first_len = bytes.len().min(15);
-                straddling[..first_len].copy_from_slice(&bytes[..first_len]);
+                let first = &code[offset.max(PAGE_SIZE as usize - 15)..];
+                let first_len = first.len();
+                straddling[..first_len].copy_from_slice(first);
                 let host = self.memory.host(u64::from(second_page) * PAGE_SIZE, PAGE_SIZE).expect("RAM");
                 // SAFETY: as above.
                 let rest = unsafe { std::slice::from_raw_parts(host, 15) };
                 straddling[first_len..].copy_from_slice(&rest[..15 - first_len]);
-                request.bytes = &straddling;
+                (request.code, request.at) = (&straddling, 0);
                 request.second_page = Some((vpage, second));
                 self.translator.translate(&request, origin).expect("fifteen bytes hold any instruction")
             }
         };
         let second = request.second_page;
         self.keep_translation(rip, identity, second, purpose, &placed);
-        let in_first = (placed.guest_len as usize).min(PAGE_SIZE as usize - offset) as u32;
-        if self.t.pages.add_block(page, index, offset as u32, in_first) {
+        let in_first = placed.guest_len.min((PAGE_SIZE as usize - offset) as u32);
+        let before = placed.guest_before;
+        if self.t.pages.add_block(page, index, offset as u32 - before, before + in_first) {
             self.begin_to_watch(page.into());
         }
         if let Some(second_page) = second_physical
@@ -660,7 +667,7 @@ impl Core {
                 // The largest power of two that the budget covers.
                 let most = budget.min(MAX_INSTRUCTIONS as i64) as u64;
                 Purpose::Short(1 << most.ilog2())
-            } else if std::mem::take(&mut ungrouped) {
+            } else if std::mem::take(&mut ungrouped) || matches!(follow, Follow::Ungrouped { .. }) {
                 Purpose::Ungrouped
             } else if matches!(follow, Follow::Windowless { .. }) {
                 Purpose::Windowless
@@ -761,7 +768,7 @@ impl Core {
                         let source = self.t.sites[site].block;
                         self.state_mut().rip = target;
                         if self.t.blocks[source].purpose.is_linked() {
-                            follow = Follow::Link { patch, source, same_stack };
+                            follow = Follow::Link(Branch { patch, source, same_stack });
                         }
                     }
                     SiteKind::Indirect { popped } => {
@@ -786,12 +793,30 @@ impl Core {
                         self.rewind(site);
                         short = true;
                     }
+                    SiteKind::Hot => {
+                        self.statistics.hot += 1;
+                        self.rewind(site);
+                        self.hold(shadow, held);
+                        let old = self.t.sites[site].block;
+                        self.t.supersede(old);
+                        follow = Follow::Forward { old };
+                    }
                     SiteKind::Window { patch } => {
                         self.statistics.window += 1;
                         self.rewind(site);
                         self.hold(shadow, held);
                         if !self.move_window(self.t.sites[site].block) {
                             follow = Follow::Windowless { patch };
+                        }
+                    }
+                    SiteKind::Crossing { patch } => {
+                        self.statistics.crossing += 1;
+                        self.rewind(site);
+                        self.hold(shadow, held);
+                        // Who goes instruction by instruction has no other way to get past it.
+                        careful = !purpose.is_linked();
+                        if !careful {
+                            follow = Follow::Ungrouped { patch };
                         }
                     }
                     SiteKind::Lookup => {
@@ -882,27 +907,14 @@ impl Core {
         }
         match *follow {
             Follow::Nothing => {}
-            Follow::Link { patch, source, same_stack } => {
-                let from = &self.t.blocks[source];
-                let near = from.identity == target.identity && from.second.is_none() && target.second.is_none();
-                let covered = match (from.window, target.window) {
-                    (Some((low, high)), Some((min, max))) => same_stack && low <= min && max <= high,
-                    _ => false,
-                };
-                let to = match (near, covered) {
-                    (false, _) => target.checked,
-                    (true, false) => target.entry,
-                    (true, true) => target.inner,
-                };
-                self.t.link(patch, to);
-            }
+            Follow::Link(branch) => self.t.link_to(branch, index),
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
                 let entry = JumpEntry { rip, host: self.t.address(checked) };
                 // SAFETY: translated code is not running.
                 unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES] = entry };
             }
-            Follow::Windowless { patch } => {
+            Follow::Windowless { patch } | Follow::Ungrouped { patch } => {
                 let entry = target.entry;
                 self.t.link(patch, entry);
             }
@@ -927,6 +939,7 @@ impl Core {
                     if old_inner != old_entry {
                         self.t.patch_jmp(old_inner, entry);
                     }
+                    self.t.lead_past(old, index);
                 }
             }
         }

@@ -1,5 +1,5 @@
 //! Finds memory accesses of a block that can share one address translation: same base and index registers, with the
-//! same values but for known changes of RSP, offsets that are near each other.
+//! same values but for changes by constants, offsets that are near each other.
 //!
 //! The first access of a group is translated for the whole range; if the range lies in one page, the others need
 //! no check of their own, because they touch a page that the first one has just touched in the same way. If the first
@@ -50,7 +50,7 @@ pub struct Group {
     /// Lowest offset and one past the highest, relative to what the registers make when the version began.
     pub min: i32,
     max: i32,
-    /// Known change of the base register between the version's beginning and the first access.
+    /// Known change of the address between the version's beginning and the first access.
     bias: i32,
     pub count: u32,
     /// First access: its lowest offset in the version, its size, and how it is meant.
@@ -104,7 +104,8 @@ pub struct Plan {
     depth: Vec<Option<i32>>,
     /// For every instruction: the group of its memory operand and of its stack access.
     assigned: Vec<[Option<Assigned>; 2]>,
-    rsp: i32,
+    /// What has been added to each register since it was last given another value.
+    added: [i32; 16],
 }
 
 /// The group of an access, and its lowest offset in it.
@@ -165,7 +166,7 @@ impl Plan {
         use_groups: bool,
     ) {
         self.clear();
-        self.rsp = 0;
+        self.added = [0; 16];
         (self.rsp_now, self.rbp_now) = (Some(0), None);
         (self.use_window, self.use_groups) = (use_window, use_groups);
         for (i, (ins, treatment)) in list.iter().enumerate() {
@@ -264,7 +265,8 @@ impl Plan {
         if !self.use_groups {
             return;
         }
-        let bias = if registers.base == Some(RSP as u8) { self.rsp } else { 0 };
+        let added = |register: Option<u8>| register.map_or(0, |guest| self.added[guest as usize]);
+        let bias = added(registers.base) + added(registers.index) * i32::from(registers.scale);
         let (low, high) = (offset + bias, offset + bias + size);
         let fits = |group: &Group| group.open && group.registers == registers;
         let candidates = self.groups.iter_mut().enumerate().rev().filter(|(_, group)| fits(group));
@@ -301,29 +303,20 @@ impl Plan {
 
     fn changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
         self.stack_changes(ins, treatment, info);
-        let mut rsp_known = true;
-        match treatment {
-            Treatment::Push | Treatment::PushFlags => self.rsp -= 8,
-            Treatment::Pop if ins.op0_register() != Register::RSP => self.rsp += 8,
-            _ => match known_rsp_change(ins) {
-                Some(change) => self.rsp += change,
-                None => rsp_known = false,
-            },
-        }
-        if self.rsp.abs() > 1 << 24 {
-            rsp_known = false;
-        }
+        let addition = match treatment {
+            Treatment::Push | Treatment::PushFlags => Some((RSP as u8, -8)),
+            Treatment::Pop if ins.op0_register() != Register::RSP => Some((RSP as u8, 8)),
+            _ => known_addition(ins),
+        };
         for used in info.info(ins).used_registers() {
-            if let Some(guest) = gpr_number(used.register())
-                && writes(used.access())
-            {
-                if guest as usize == RSP && rsp_known {
-                    continue;
-                }
-                let made_of = |group: &&mut Group| group.registers.are(guest);
-                self.groups.iter_mut().filter(made_of).for_each(|group| group.open = false);
-                if guest as usize == RSP {
-                    self.rsp = 0;
+            let Some(guest) = gpr_number(used.register()).filter(|_| writes(used.access())) else { continue };
+            let sum = &mut self.added[guest as usize];
+            match addition {
+                Some((register, by)) if register == guest && (*sum + by).abs() < 1 << 24 => *sum += by,
+                _ => {
+                    *sum = 0;
+                    let made_of = |group: &&mut Group| group.registers.are(guest);
+                    self.groups.iter_mut().filter(made_of).for_each(|group| group.open = false);
                 }
             }
         }
@@ -376,9 +369,16 @@ impl Plan {
             self.rbp_now = moved(self.rsp_now, by);
             return;
         }
-        if let Some(by) = known_rsp_change(ins) {
-            self.rsp_now = moved(self.rsp_now, by);
-            return;
+        match known_addition(ins).map(|(guest, by)| (usize::from(guest), by)) {
+            Some((RSP, by)) => {
+                self.rsp_now = moved(self.rsp_now, by);
+                return;
+            }
+            Some((RBP, by)) => {
+                self.rbp_now = moved(self.rbp_now, by);
+                return;
+            }
+            _ => {}
         }
         for used in info.info(ins).used_registers() {
             if writes(used.access()) {
@@ -392,24 +392,22 @@ impl Plan {
     }
 }
 
-/// ADD, SUB or LEA of RSP by a constant.
-fn known_rsp_change(ins: &Instruction) -> Option<i32> {
-    let immediate = |sign: i64| {
-        let value = (ins.immediate(1) as i64).checked_mul(sign)?;
-        (value.abs() < 1 << 24).then_some(value as i32)
-    };
-    if ins.op_count() != 2 || ins.op0_kind() != OpKind::Register || ins.op0_register() != Register::RSP {
+/// A register of 64 bits to which the instruction adds a constant, and the constant.
+fn known_addition(ins: &Instruction) -> Option<(u8, i32)> {
+    if ins.op_count() == 0 || ins.op0_kind() != OpKind::Register || !ins.op0_register().is_gpr64() {
         return None;
     }
-    match ins.code() {
-        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 => immediate(1),
-        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 => immediate(-1),
-        Code::Lea_r64_m if ins.memory_base() == Register::RSP && ins.memory_index() == Register::None => {
-            let change = ins.memory_displacement64() as i64;
-            (change.abs() < 1 << 24).then_some(change as i32)
+    let by = match ins.code() {
+        Code::Inc_rm64 => 1,
+        Code::Dec_rm64 => -1,
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => ins.immediate(1) as i64,
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => (ins.immediate(1) as i64).checked_neg()?,
+        Code::Lea_r64_m if ins.memory_base() == ins.op0_register() && ins.memory_index() == Register::None => {
+            ins.memory_displacement64() as i64
         }
-        _ => None,
-    }
+        _ => return None,
+    };
+    (by.abs() < 1 << 24).then_some((gpr_number(ins.op0_register())?, by as i32))
 }
 
 /// The operand's old value is used.

@@ -54,11 +54,14 @@ impl Core {
         let (rip, behind) = (self.state().rip, system::rip_behind(self.state(), instruction));
         let request = Request {
             rip,
-            bytes,
+            code: bytes,
+            at: 0,
             mode,
             max_instructions: 1,
             careful: true,
             window: false,
+            hot: false,
+            heats: false,
             grouping: false,
             resident_uses: residents::WORTH_IT,
             isolated: true,

@@ -13,6 +13,10 @@ const PAGE: usize = 4096;
 const PATIENCE: u8 = 16;
 /// Blocks whose crossings are counted at a time; a power of two.
 const CROSSINGS: usize = 512;
+/// Places for branches to blocks; a power of two.
+const BRANCHES: usize = 1 << 10;
+/// Branches that are known in each.
+const BRANCHES_EACH: usize = 4;
 
 /// The lists of the blocks that a branch has made itself.
 pub struct Recent {
@@ -103,6 +107,40 @@ impl Crossings {
     }
 }
 
+/// A direct branch from a block.
+#[derive(Clone, Copy)]
+pub struct Branch {
+    /// Offset of its rel32.
+    pub patch: u32,
+    pub source: u32,
+    /// RSP is what it was when the source began.
+    pub same_stack: bool,
+}
+
+/// Branches that were led to blocks lately: a few for each block, of so many. Each as the block's index + 1, or 0; the
+/// rel32; the source, and in the lowest bit whether the stack is the same. Zeros cost nothing until they are written.
+pub struct Branches(Vec<[[u32; 3]; BRANCHES_EACH]>);
+
+impl Branches {
+    /// None noted yet.
+    pub fn new() -> Branches {
+        Branches(vec![[[0; 3]; BRANCHES_EACH]; BRANCHES])
+    }
+
+    /// The branch has been led to the block.
+    pub fn note(&mut self, block: u32, branch: Branch) {
+        let places = &mut self.0[block as usize % BRANCHES];
+        places.rotate_right(1);
+        places[0] = [block + 1, branch.patch, branch.source << 1 | u32::from(branch.same_stack)];
+    }
+
+    /// Those that are known to have been led to the block, perhaps elsewhere since.
+    pub fn to(&self, block: u32) -> Vec<Branch> {
+        let places = self.0[block as usize % BRANCHES].iter().filter(|place| place[0] == block + 1);
+        places.map(|[_, patch, from]| Branch { patch: *patch, source: from >> 1, same_stack: from & 1 != 0 }).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,6 +167,18 @@ mod tests {
         assert!(patience.waits(PAGE as u32));
         patience.written(2 * PAGE as u32 - 1);
         assert!(!patience.waits(PAGE as u32) && !patience.waits(2 * PAGE as u32));
+    }
+
+    #[test]
+    fn the_latest_branches_to_a_block_are_known() {
+        let mut branches = Branches::new();
+        let branch = |patch| Branch { patch, source: 1, same_stack: false };
+        assert!(branches.to(0).is_empty());
+        (0..6).for_each(|patch| branches.note(7, branch(patch)));
+        assert_eq!(branches.to(7).iter().map(|branch| branch.patch).collect::<Vec<_>>(), [5, 4, 3, 2]);
+        branches.note(7 + BRANCHES as u32, branch(9));
+        assert_eq!(branches.to(7).len(), 3);
+        assert_eq!(branches.to(7 + BRANCHES as u32)[0].patch, 9);
     }
 
     #[test]

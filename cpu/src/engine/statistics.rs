@@ -19,8 +19,12 @@ pub struct Statistics {
     pub link: u64,
     /// Blocks cut short by the budget.
     pub budget: u64,
+    /// Groups of accesses that crossed a page for the first time.
+    pub crossing: u64,
     /// Blocks that had to be looked up again.
     pub lookup: u64,
+    /// Blocks that ran often and were translated again, longer.
+    pub hot: u64,
     /// Translations taken from an archive.
     pub pasted: u64,
     /// Blocks that the stack window did not cover and that asked for it to be moved.
@@ -69,10 +73,12 @@ impl fmt::Display for Statistics {
             ("blocks translated", self.translated),
             ("of those for one purpose", self.translated_special),
             ("taken from an archive", self.pasted),
+            ("translated again because they ran often", self.hot),
             ("blocks invalidated", self.killed),
             ("direct branches followed for the first time", self.link),
             ("indirect branches that missed the jump cache", self.indirect),
             ("blocks cut short by the budget", self.budget),
+            ("groups that crossed a page for the first time", self.crossing),
             ("blocks looked up again", self.lookup),
             ("stack windows moved", self.window),
             ("instructions executed alone", self.careful),

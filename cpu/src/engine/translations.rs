@@ -6,7 +6,7 @@
 
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
-use super::recent::{Crossings, Patience, Recent};
+use super::recent::{Branch, Branches, Crossings, Patience, Recent};
 use super::region::{Array, Layout, MemoryFile, Region};
 use super::translate::{MAX_RECORDS, Site};
 use iced_x86::Instruction;
@@ -18,6 +18,8 @@ const BLOCK_LISTS: usize = 1 << 17;
 const PAGE_LISTS: usize = 1 << 14;
 /// Starts remembered as translated without groups; a power of two.
 const UNGROUPED: usize = 1 << 12;
+/// Starts remembered as hot; a power of two.
+const HOT: usize = 1 << 13;
 /// Bytes of code for which there is room for one block, one site, and so on. Less than any program was seen to need.
 const CODE_PER_BLOCK: usize = 96;
 const CODE_PER_SITE: usize = 20;
@@ -65,6 +67,8 @@ pub struct Block {
     /// Index + 1 of the next block with the same hash.
     next: u32,
     pub valid: bool,
+    /// It is invalid only because there is a better one.
+    superseded: bool,
     pub purpose: Purpose,
 }
 
@@ -114,6 +118,7 @@ struct Offsets {
     block_lists: usize,
     page_lists: usize,
     ungrouped: usize,
+    hot: usize,
     code_pages: usize,
     blocks: usize,
     faults: usize,
@@ -134,6 +139,7 @@ impl Offsets {
             block_lists: layout.room::<u32>(BLOCK_LISTS),
             page_lists: layout.room::<u32>(PAGE_LISTS),
             ungrouped: layout.room::<u64>(UNGROUPED),
+            hot: layout.room::<u64>(HOT),
             code_pages: layout.room::<CodePage>(code_capacity / CODE_PER_CODE_PAGE),
             blocks: layout.room::<Block>(code_capacity / CODE_PER_BLOCK),
             faults: layout.room::<(u32, u32)>(code_capacity / CODE_PER_FAULT),
@@ -159,9 +165,12 @@ pub struct Translations {
     recent: Recent,
     patience: Patience,
     crossings: Crossings,
+    branches: Branches,
     page_lists: Array<u32>,
     /// Blocks whose groups crossed pages too often: their starts + 1, by hash. Some may be forgotten.
     ungrouped: Array<u64>,
+    /// Blocks that have run often: their starts + 1, by hash. Some may be forgotten.
+    hot: Array<u64>,
     code_used: usize,
     /// Bytes of code at the bottom that clearing keeps: the thunks.
     code_kept: usize,
@@ -241,8 +250,10 @@ impl Translations {
             recent: Recent::new(lengths.blocks),
             patience: Patience::new(lengths.code),
             crossings: Crossings::new(),
+            branches: Branches::new(),
             page_lists: Layout::array(&region, o.page_lists, PAGE_LISTS, PAGE_LISTS),
             ungrouped: Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED),
+            hot: Layout::array(&region, o.hot, HOT, HOT),
             code_used: lengths.code,
             code_kept: kept,
             code_begun: lengths.code,
@@ -271,9 +282,11 @@ impl Translations {
         self.code_pages.clear();
         self.recent = Recent::none();
         self.patience = Patience::new(0);
+        self.branches = Branches::new();
         self.block_lists.fill(0);
         self.page_lists.fill(0);
         self.ungrouped.fill(0);
+        self.hot.fill(0);
         // Identity 0 is no page.
         self.code_pages.push(CodePage { vpage: u64::MAX, page: u32::MAX, mode: Mode(0), next: 0 });
     }
@@ -402,6 +415,7 @@ impl Translations {
             lookup_stub: placed.lookup_stub,
             next,
             valid: true,
+            superseded: false,
             purpose,
         });
     }
@@ -426,12 +440,76 @@ impl Translations {
 
     /// Makes a block unreachable: whoever enters it looks it up again. False if it was so already.
     pub fn kill(&mut self, index: u32) -> bool {
+        let superseded = std::mem::take(&mut self.blocks[index].superseded);
+        let valid = self.unlink(index);
+        if (valid || superseded) && self.frozen.is_some() {
+            self.killed.push(index);
+        }
+        valid
+    }
+
+    /// The block at this start is to be translated again, hot. What branches have of it stays right.
+    pub fn supersede(&mut self, index: u32) {
+        let start = self.blocks[index].start();
+        self.hot[hash(start, HOT)] = start + 1;
+        if self.unlink(index) {
+            self.blocks[index].superseded = true;
+        }
+    }
+
+    /// The block at `start` has run often, as far as is remembered.
+    pub fn is_hot(&self, start: u64) -> bool {
+        self.hot[hash(start, HOT)] == start + 1
+    }
+
+    /// Where a branch from one block to another enters it. `same_stack`: RSP is what it was when `from` began.
+    fn way(&self, from: u32, same_stack: bool, to: u32) -> u32 {
+        let (from, to) = (&self.blocks[from], &self.blocks[to]);
+        let near = from.identity == to.identity && from.second.is_none() && to.second.is_none();
+        let covered = match (from.window, to.window) {
+            (Some((low, high)), Some((min, max))) => same_stack && low <= min && max <= high,
+            _ => false,
+        };
+        match (near, covered) {
+            (false, _) => to.checked,
+            (true, false) => to.entry,
+            (true, true) => to.inner,
+        }
+    }
+
+    /// Leads a branch to a block, as [`Translations::link`] does.
+    pub fn link_to(&mut self, branch: Branch, block: u32) {
+        let way = self.way(branch.source, branch.same_stack, block);
+        self.link(branch.patch, way);
+        self.branches.note(block, branch);
+    }
+
+    /// Leads branches to a superseded block, whose entries go on to `better`, there at once, as far as they are known.
+    pub fn lead_past(&mut self, old: u32, better: u32) {
+        let superseded = self.blocks[old];
+        if !superseded.superseded {
+            return;
+        }
+        let entries = [superseded.checked, superseded.entry, superseded.inner];
+        for branch in self.branches.to(old) {
+            if entries.contains(&self.target_of(branch.patch)) {
+                self.link_to(branch, better);
+            }
+        }
+    }
+
+    /// Offset to which the rel32 at offset `at` leads.
+    fn target_of(&self, at: u32) -> u32 {
+        let bytes = self.region.bytes(self.offsets.code + at as usize, 4);
+        let displacement = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+        displacement.wrapping_add(at + 4)
+    }
+
+    /// Leads the block's entries to where it is looked up, and takes it out of its list. False if it was so already.
+    fn unlink(&mut self, index: u32) -> bool {
         let block = self.blocks[index];
         if !block.valid {
             return false;
-        }
-        if self.frozen.is_some() {
-            self.killed.push(index);
         }
         self.blocks[index].valid = false;
         self.patch_jmp(block.checked, block.lookup_stub);
@@ -531,6 +609,7 @@ impl Translations {
             self.block_lists.extent(),
             self.page_lists.extent(),
             self.ungrouped.extent(),
+            self.hot.extent(),
             self.code_pages.extent(),
             self.blocks.extent(),
             self.faults.extent(),

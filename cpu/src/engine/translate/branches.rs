@@ -27,14 +27,18 @@ impl Translator {
         self.link(ins.next_ip());
     }
 
-    /// A branch in the middle of a block: taken, it leaves; otherwise the block goes on.
-    pub(super) fn side_branch(&mut self, ins: &Instruction) {
+    /// A branch in the middle of a block, which goes on at `next` and leaves in the other case.
+    pub(super) fn side_branch(&mut self, ins: &Instruction, next: u64) {
         self.need_flags();
         let condition = ins.condition_code() as u8 - 1;
-        let patch = self.a.jcc(condition, 0);
+        let (leaves, target) = match next == ins.next_ip() {
+            true => (condition, ins.near_branch_target()),
+            false => (condition ^ 1, ins.next_ip()),
+        };
+        let patch = self.a.jcc(leaves, 0);
         self.cold.push(Cold::Side {
             patch,
-            target: self.masked(ins.near_branch_target()),
+            target,
             ip: self.ip,
             save_flags: self.flags == Flags::Host,
             unretired: self.unretired() - 1,

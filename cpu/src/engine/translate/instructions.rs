@@ -38,8 +38,10 @@ impl Translator {
                 self.save_flags();
                 self.link(ins.near_branch_target());
             }
-            Treatment::Branch if self.position + 1 < self.length => self.side_branch(ins),
-            Treatment::Branch => self.branch(ins),
+            Treatment::Branch => match self.follower {
+                Some(next) => self.side_branch(ins, next),
+                None => self.branch(ins),
+            },
             Treatment::CountBranch => self.count_branch(ins),
             Treatment::Call => {
                 self.push_constant(ins.next_ip());

@@ -92,7 +92,8 @@ impl Translator {
             self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
             self.a.cmp_imm(host::RCX, 4096 - size as i32);
             let patch = self.a.jcc(cc::A, 0);
-            self.cold.push(Cold::Memory { patch, site, tlb, source: self.source_in_need() });
+            let group = first.map(|_| (self.ip, self.unretired()));
+            self.cold.push(Cold::Memory { patch, site, tlb, source: self.source_in_need(), group });
             self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
         }
         let here = self.a.here();

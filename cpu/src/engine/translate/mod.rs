@@ -44,6 +44,15 @@ pub const MAX_INSTRUCTIONS: u32 = 64;
 /// Forward branches that a block goes on behind, as if they were not taken.
 const SIDE_BRANCHES_MAX: u32 = 4;
 
+/// Branches that a hot block goes on behind: forward as if they were not taken, backward as if they were.
+const HOT_SIDE_BRANCHES_MAX: u32 = 6;
+
+/// How often a hot block holds an instruction, if a loop is unrolled.
+const UNROLLED_MAX: usize = 4;
+
+/// Most bytes of a page that a hot block reaches over. All of them count as its code.
+const REACH_MAX: usize = 1024;
+
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 
@@ -76,8 +85,12 @@ pub enum SiteKind {
     Indirect { popped: i32 },
     /// The budget does not cover the block.
     Budget,
+    /// The block has run so often that it is worth a longer translation.
+    Hot,
     /// The block reaches beyond the stack window. The rel32 at `patch` may be led to a translation without it.
     Window { patch: u32 },
+    /// The range of a group of accesses crosses a page. The rel32 at `patch` may be led to a translation without groups.
+    Crossing { patch: u32 },
     /// The block must be looked up again: its page may have changed, or it was invalidated.
     Lookup,
     /// An instruction for the emulation, kept decoded.
@@ -102,8 +115,10 @@ pub struct Site {
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     pub rip: u64,
-    /// Guest code from RIP to the end of the page, or up to 15 bytes across it if `straddles`.
-    pub bytes: &'a [u8],
+    /// Guest code: the page, or what is from RIP on across its end.
+    pub code: &'a [u8],
+    /// Where in `code` RIP is.
+    pub at: usize,
     pub mode: Mode,
     pub max_instructions: u32,
     /// Every memory access goes to Rust first.
@@ -112,6 +127,10 @@ pub struct Request<'a> {
     pub grouping: bool,
     /// Accesses near RSP go through the stack window.
     pub window: bool,
+    /// The block runs often: it goes on where its branches mostly lead.
+    pub hot: bool,
+    /// The block says when it runs often, if it could be longer.
+    pub heats: bool,
     /// Uses from which a register without a home gets one for the block.
     pub resident_uses: u8,
     /// The block goes nowhere but back to Rust.
@@ -144,8 +163,20 @@ pub struct Placed {
     pub window: Option<(i16, i16)>,
     /// Stub that looks the block up again; invalidated entries lead there.
     pub lookup_stub: u32,
-    /// Guest bytes translated.
+    /// Guest bytes from RIP on that were translated.
     pub guest_len: u32,
+    /// Guest bytes before RIP that were translated.
+    pub guest_before: u32,
+}
+
+/// What a block's instructions were decoded from.
+struct Path {
+    guest_before: u32,
+    guest_len: u32,
+    /// Address behind the last of them.
+    next: u64,
+    /// If the block were hot it would go on.
+    ends_early: bool,
 }
 
 /// The first instruction does not end within the bytes given.
@@ -154,8 +185,9 @@ pub struct NeedsMoreBytes;
 
 /// A piece of out-of-line code at the end of the block.
 pub(super) enum Cold {
-    /// `patch` leads here: recover the address and take the slow path.
-    Memory { patch: u32, site: u32, tlb: u32, source: Option<Instruction> },
+    /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
+    /// instruction, that crosses a page: give back what the budget was charged, and go on without groups.
+    Memory { patch: u32, site: u32, tlb: u32, source: Option<Instruction>, group: Option<(u64, u32)> },
     /// `patch` leads here: take the slow path with an address that is known.
     Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
     /// `patch` leads here: leave with the site.
@@ -210,7 +242,8 @@ pub struct Translator {
     count: u32,
     index: u32,
     position: usize,
-    length: usize,
+    /// Address of the instruction that follows in the block.
+    follower: Option<u64>,
     pub(super) ip: u64,
     /// Offset of the last guest instruction emitted.
     last_native: u64,
@@ -248,7 +281,7 @@ impl Translator {
             count: 0,
             index: 0,
             position: 0,
-            length: 0,
+            follower: None,
             ip: 0,
             last_native: 0,
         }
@@ -256,7 +289,7 @@ impl Translator {
 
     /// Translates the block at `request.rip` into `self.a`, to be placed at offset `origin` of the code memory.
     pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, NeedsMoreBytes> {
-        let guest_len = self.decode(request)?;
+        let path = self.decode(request)?;
         self.mode = request.mode;
         self.careful = request.careful;
         self.isolated = request.isolated;
@@ -295,7 +328,8 @@ impl Translator {
             Residents::default()
         };
 
-        let mut placed = Placed { checked: origin, guest_len, ..Placed::default() };
+        let Path { guest_before, guest_len, next, ends_early } = path;
+        let mut placed = Placed { checked: origin, guest_len, guest_before, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
         self.check_page(request.rip >> 12, request.page_identity, lookup);
         placed.entry = self.a.here() as u32;
@@ -309,13 +343,18 @@ impl Translator {
             let site = self.site(SiteKind::Budget, self.count);
             let patch = self.a.jcc(cc::S, 0);
             self.cold.push(Cold::Leave { patch, site });
+            if ends_early && request.heats {
+                self.a.heat(field::heat(request.rip));
+                let site = self.site(SiteKind::Hot, self.count);
+                let patch = self.a.jcc(cc::C, 0);
+                self.cold.push(Cold::Leave { patch, site });
+            }
         } else {
             // Room for the jump that invalidation writes over the entry.
             self.a.put(&[0x0F, 0x1F, 0x44, 0x00, 0x00]);
         }
         self.settle_in();
 
-        self.length = list.len();
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
@@ -324,13 +363,14 @@ impl Translator {
                 self.move_out();
             }
             self.keep_source(ins);
+            self.follower = list.get(position + 1).map(|(follower, _)| follower.ip());
             self.instruction(ins, *treatment);
             self.index += 1;
         }
         if !list.last().is_some_and(|(_, t)| t.ends_block()) {
             self.move_out();
             self.save_flags();
-            self.link(request.rip.wrapping_add(guest_len as u64));
+            self.link(next);
         }
         self.instructions = list;
         self.instructions.clear();
@@ -340,8 +380,23 @@ impl Translator {
         for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
             let inhabited = self.inhabited.contains(&number);
             match cold {
-                Cold::Memory { patch, site, tlb, source } => {
+                Cold::Memory { patch, site, tlb, source, group } => {
                     self.a.land(patch);
+                    if let Some((ip, unretired)) = group {
+                        self.a.cmp_imm(host::RCX, 0xFFF);
+                        let missed = self.a.jcc(cc::A, 0);
+                        self.settle(source);
+                        if inhabited {
+                            self.emit_move_out();
+                        }
+                        self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+                        let jump = self.a.jmp(0);
+                        self.ip = ip;
+                        let site = self.site(SiteKind::Crossing { patch: self.a.origin as u32 + jump }, 0);
+                        self.a.land(jump);
+                        self.leave(site);
+                        self.a.land(missed);
+                    }
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
                     self.settle(source);
                     self.slow_access(site, inhabited);
@@ -444,17 +499,28 @@ impl Translator {
         self.jump_away(if direct { self.thunks.exit_direct } else { self.thunks.exit_site });
     }
 
-    /// Decodes the block into `self.instructions`; returns its length in bytes.
-    fn decode(&mut self, request: &Request) -> Result<u32, NeedsMoreBytes> {
+    /// Decodes the block into `self.instructions`. Behind forward branches it goes on as if they were not taken. A hot
+    /// block also follows jumps and backward branches, if they do not lead far.
+    fn decode(&mut self, request: &Request) -> Result<Path, NeedsMoreBytes> {
         self.instructions.clear();
-        let mut decoder = Decoder::with_ip(request.mode.bitness(), request.bytes, request.rip, DecoderOptions::NONE);
-        let mut len = 0;
+        let mut decoder = Decoder::new(request.mode.bitness(), request.code, DecoderOptions::NONE);
+        decoder.set_ip(request.rip);
+        decoder.set_position(request.at).expect("RIP is in the code");
+        let follows = request.mode.is_64bit() && !request.isolated && request.second_page.is_none();
+        let (mut low, mut high) = (request.at, request.at);
+        let side_branches_max = if request.hot { HOT_SIDE_BRANCHES_MAX } else { SIDE_BRANCHES_MAX };
         let mut side_branches = 0;
+        let mut ends_early = false;
         let mut undefined = false;
-        while (self.instructions.len() as u32) < request.max_instructions.min(MAX_INSTRUCTIONS) {
+        let most = request.max_instructions.min(MAX_INSTRUCTIONS) as usize;
+        while self.instructions.len() < most {
+            if self.ends_loop(decoder.ip(), most) {
+                break;
+            }
             if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
                 break;
             }
+            let (ip, at) = (decoder.ip(), decoder.position());
             let mut ins = Instruction::default();
             decoder.decode_out(&mut ins);
             if ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
@@ -462,6 +528,7 @@ impl Translator {
                     return Err(NeedsMoreBytes);
                 }
                 if !self.instructions.is_empty() {
+                    decoder.set_ip(ip);
                     break;
                 }
             }
@@ -478,21 +545,36 @@ impl Translator {
                 break;
             }
             undefined = treatment == Treatment::Plain && request.undefined.emulates(&ins);
+            (low, high) = (low.min(at), high.max(decoder.position()));
+            let target = ins.near_branch_target();
+            let mut follow = |decoder: &mut Decoder| {
+                let to = target.wrapping_sub(request.rip).wrapping_add(request.at as u64);
+                let near = to < request.code.len() as u64 && high.max(to as usize) - low.min(to as usize) <= REACH_MAX;
+                ends_early |= follows && near && !request.hot;
+                let goes_on = follows && near && request.hot;
+                if goes_on {
+                    decoder.set_ip(target);
+                    decoder.set_position(to as usize).expect("it is in the code");
+                }
+                goes_on
+            };
+            let (treatment, goes_on) = match treatment {
+                Treatment::Jump if follow(&mut decoder) => (Treatment::Nothing, true),
+                Treatment::Branch if follows && side_branches < side_branches_max => {
+                    (treatment, target > ins.ip() || follow(&mut decoder))
+                }
+                treatment => (treatment, !treatment.ends_block()),
+            };
+            side_branches += (treatment == Treatment::Branch && goes_on) as u32;
             self.instructions.push((ins, treatment));
-            len = decoder.position() as u32;
-            let goes_on = treatment == Treatment::Branch
-                && request.mode.is_64bit()
-                && !request.isolated
-                && ins.near_branch_target() > ins.ip()
-                && side_branches < SIDE_BRANCHES_MAX;
-            side_branches += goes_on as u32;
-            if treatment.ends_block() && !goes_on || request.second_page.is_some() {
+            if !goes_on || request.second_page.is_some() {
                 break;
             }
         }
+        let mut next = decoder.ip();
         if undefined && let [.., (before, Treatment::SetInterrupt), _] = self.instructions.as_slice() {
             // As above, for one that is emulated because nothing followed it.
-            len = before.next_ip().wrapping_sub(request.rip) as u32;
+            next = before.next_ip();
             self.instructions.pop();
         }
         if let Some((_, last)) = self.instructions.last_mut()
@@ -500,7 +582,15 @@ impl Translator {
         {
             *last = Treatment::Emulate;
         }
-        Ok(len)
+        Ok(Path { guest_before: (request.at - low) as u32, guest_len: (high - request.at) as u32, next, ends_early })
+    }
+
+    /// The instructions decoded so far come to a loop's end, and another turn has no place in the block.
+    fn ends_loop(&self, ip: u64, most: usize) -> bool {
+        let mut turns = self.instructions.iter().enumerate().rev().filter(|(_, (earlier, _))| earlier.ip() == ip);
+        let Some((last, _)) = turns.next() else { return false };
+        let length = self.instructions.len();
+        turns.count() + 1 >= UNROLLED_MAX || length + (length - last) > most
     }
 
     pub(super) fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
