@@ -8,6 +8,7 @@ use super::block::{
 use super::classify::{self, Treatment};
 use super::debug::PENDING;
 use super::fpu;
+use super::jumps::Jump;
 use super::mmu::{Commit, Used};
 use super::mode::Mode;
 use super::recent::Branch;
@@ -30,6 +31,7 @@ use crate::system::{self, ExecError, Outcome, alignment};
 use crate::{Icount, memory::GuestMemory};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
+use std::sync::Arc;
 
 /// More bytes than this raise #GP(0), whatever they say.
 const LONGEST_INSTRUCTION: usize = 15;
@@ -135,7 +137,7 @@ impl Core {
         memory: GuestMemory,
         features: ModelFeatures,
         config: EngineConfig,
-        shared: &Shared,
+        shared: &Arc<Shared>,
         invalid: &[u32],
     ) -> Result<Box<Core>, EngineError> {
         signals::install();
@@ -290,6 +292,26 @@ impl Core {
         }
     }
 
+    /// Enters what is known of branches to the page of `rip` from the engine that this one branched off.
+    fn inherit_jumps(&mut self, rip: u64) {
+        // SAFETY: translated code is not running.
+        let jumps = unsafe { &mut (*self.block).jumps };
+        for &Jump { rip, checked } in self.t.inherited_jumps(rip) {
+            let entry = &mut jumps[rip as usize % JUMP_ENTRIES];
+            if entry.host == 0 {
+                *entry = JumpEntry { rip, host: self.t.address(checked) };
+            }
+        }
+    }
+
+    /// Translations for engines that branch off, and the blocks of them that are not valid at present.
+    pub fn freeze(&mut self) -> std::io::Result<(Arc<Shared>, Vec<u32>)> {
+        // SAFETY: translated code is not running.
+        let jumps = unsafe { &(*self.block).jumps };
+        let known = jumps.iter().filter(|entry| entry.host != 0);
+        self.t.freeze(|t| known.map(|entry| Jump { rip: entry.rip, checked: t.offset(entry.host) }).collect())
+    }
+
     /// Makes a block unreachable: whoever enters it looks it up again.
     pub fn kill(&mut self, index: u32) {
         if self.t.kill(index) {
@@ -359,8 +381,8 @@ impl Core {
         Stop::Unsupported { rip: self.state().rip, bytes: bytes.to_vec(), what: what.to_string() }
     }
 
-    /// The block at RIP, translated if need be.
-    fn find(&mut self, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
+    /// The block at RIP, translated if need be. It may be `guess`: a block that was valid once.
+    fn find(&mut self, purpose: Purpose, guess: Option<u32>) -> Result<Result<u32, Stop>, Exception> {
         let state = self.state();
         let rip = state.rip;
         let mode = Mode::of(state);
@@ -381,7 +403,9 @@ impl Core {
             Ok(identity) => identity,
             Err(stop) => return Ok(Err(stop)),
         };
-        if let Some(index) = self.t.find(start(identity, rip), purpose) {
+        let start = start(identity, rip);
+        let known = guess.filter(|index| self.t.is_valid(*index, start, purpose));
+        if let Some(index) = known.or_else(|| self.t.find(start, purpose)) {
             match self.t.blocks[index].second {
                 None => return Ok(Ok(index)),
                 Some((vpage, second)) => match self.code_page(vpage, mode)? {
@@ -402,7 +426,7 @@ impl Core {
     pub fn translate(&mut self, identity: u32, mode: Mode, purpose: Purpose) -> Result<Result<u32, Stop>, Exception> {
         if !self.has_room_for_block() {
             self.clear_code();
-            return self.find(purpose);
+            return self.find(purpose, None);
         }
         let rip = self.state().rip;
         let page = self.t.code_pages[identity].page;
@@ -683,7 +707,9 @@ impl Core {
                 }
                 continue;
             }
-            let index = match self.find(purpose) {
+            // Most often only the instruction TLB did not know the page.
+            let guess = if let Follow::Forward { old } = follow { Some(old) } else { None };
+            let index = match self.find(purpose, guess) {
                 Ok(Ok(index)) => index,
                 Ok(Err(stop)) => return stop,
                 Err(exception) => {
@@ -913,6 +939,7 @@ impl Core {
                 let entry = JumpEntry { rip, host: self.t.address(checked) };
                 // SAFETY: translated code is not running.
                 unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES] = entry };
+                self.inherit_jumps(rip);
             }
             Follow::Windowless { patch } | Follow::Ungrouped { patch } => {
                 let entry = target.entry;

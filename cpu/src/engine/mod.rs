@@ -16,6 +16,7 @@ mod fpu;
 mod groups;
 mod hash;
 mod homeless;
+mod jumps;
 mod kvm;
 mod measure;
 mod mmu;
@@ -200,7 +201,7 @@ impl Engine {
 
     /// What this engine has translated so far, for the engines of branches.
     pub fn freeze(&mut self) -> Result<FrozenTranslations, EngineError> {
-        let (shared, invalid) = self.core.t.freeze().map_err(EngineError::CodeMemory)?;
+        let (shared, invalid) = self.core.freeze().map_err(EngineError::CodeMemory)?;
         Ok(FrozenTranslations { shared, invalid, features: self.core.features, config: self.core.config.clone() })
     }
 

@@ -4,6 +4,7 @@
 //! one engine has translated can be frozen into a file in memory and mapped privately by others: a branch starts
 //! with the translations of its parent, at a cost that does not depend on their number.
 
+use super::jumps::{Jump, Jumps};
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
 use super::recent::{Branch, Branches, Crossings, Patience, Recent};
@@ -11,6 +12,7 @@ use super::region::{Array, Layout, MemoryFile, Region};
 use super::translate::{MAX_RECORDS, Site};
 use iced_x86::Instruction;
 use std::io;
+use std::sync::Arc;
 
 /// Lists of blocks with the same hash; a power of two.
 const BLOCK_LISTS: usize = 1 << 17;
@@ -184,13 +186,15 @@ pub struct Translations {
     /// How often all address translations were forgotten.
     pub flushes: u64,
     frozen: Option<Frozen>,
+    /// What it all began with.
+    origin: Option<Arc<Shared>>,
     // Last: the arrays point into it.
     region: Region,
 }
 
 /// What `freeze` returned before, and what has happened since.
 struct Frozen {
-    shared: std::sync::Arc<Shared>,
+    shared: Arc<Shared>,
     clears: u64,
 }
 
@@ -200,6 +204,8 @@ pub struct Shared {
     offsets: Offsets,
     lengths: Lengths,
     kept: usize,
+    /// Where indirect branches went.
+    jumps: Jumps,
 }
 
 /// One of `size` lists; `size` is a power of two.
@@ -224,13 +230,15 @@ impl Translations {
 
     /// A private copy of shared translations, for a machine whose memory is what it was when they were frozen.
     /// None if they are of another geometry.
-    pub fn branch(shared: &Shared, code_bytes: usize, page_count: usize) -> io::Result<Option<Translations>> {
+    pub fn branch(shared: &Arc<Shared>, code_bytes: usize, page_count: usize) -> io::Result<Option<Translations>> {
         let code_capacity = code_bytes.clamp(1 << 20, 1 << 31).next_multiple_of(4096);
         if Offsets::new(code_capacity, page_count) != shared.offsets {
             return Ok(None);
         }
         let region = Region::new(shared.offsets.size, Some(&shared.file))?;
-        Translations::over(region, shared.offsets, shared.lengths, shared.kept).map(Some)
+        let mut translations = Translations::over(region, shared.offsets, shared.lengths, shared.kept)?;
+        translations.origin = Some(Arc::clone(shared));
+        Ok(Some(translations))
     }
 
     fn over(region: Region, offsets: Offsets, lengths: Lengths, kept: usize) -> io::Result<Translations> {
@@ -262,6 +270,7 @@ impl Translations {
             clears: 0,
             flushes: lengths.flushes,
             frozen: None,
+            origin: None,
             region,
         })
     }
@@ -269,6 +278,7 @@ impl Translations {
     /// Forgets everything but the code that is kept.
     pub fn clear(&mut self) {
         self.clears += 1;
+        self.origin = None;
         self.killed.clear();
         self.code_used = self.code_kept;
         for code_page in self.code_pages.iter() {
@@ -387,6 +397,17 @@ impl Translations {
             }
         }
         None
+    }
+
+    /// The block is valid, with this start and purpose.
+    pub fn is_valid(&self, index: u32, start: u64, purpose: Purpose) -> bool {
+        let block = self.blocks.get(index as usize);
+        block.is_some_and(|block| block.valid && block.start() == start && block.purpose == purpose)
+    }
+
+    /// Where indirect branches near `rip` went before this engine branched off.
+    pub fn inherited_jumps(&self, rip: u64) -> &[Jump] {
+        self.origin.as_ref().map_or(&[], |origin| origin.jumps.near(rip))
     }
 
     /// Adds a block, to be found from now on. Its `next` is set here.
@@ -582,8 +603,8 @@ impl Translations {
     }
 
     /// Translations for branches, and the blocks of them that are not valid at present. Copies all of them, unless
-    /// what was copied before is still almost the same.
-    pub fn freeze(&mut self) -> io::Result<(std::sync::Arc<Shared>, Vec<u32>)> {
+    /// what was copied before is still almost the same. `jumps` says where indirect branches have gone.
+    pub fn freeze(&mut self, jumps: impl FnOnce(&Translations) -> Vec<Jump>) -> io::Result<(Arc<Shared>, Vec<u32>)> {
         const KILLED_MAX: usize = 32;
         if let Some(frozen) = &self.frozen
             && frozen.clears == self.clears
@@ -595,13 +616,20 @@ impl Translations {
             return Ok((frozen.shared.clone(), since));
         }
         self.settle_recent();
-        let shared = std::sync::Arc::new(self.copy()?);
+        let shared = Arc::new(self.copy(self.with_inherited(jumps(self)))?);
         self.frozen = Some(Frozen { shared: shared.clone(), clears: self.clears });
         self.killed.clear();
         Ok((shared, Vec::new()))
     }
 
-    fn copy(&self) -> io::Result<Shared> {
+    /// Those jumps and the ones that were inherited.
+    fn with_inherited(&self, mut jumps: Vec<Jump>) -> Jumps {
+        jumps.extend(self.origin.iter().flat_map(|origin| origin.jumps.all()));
+        jumps.retain(|jump| (jump.checked as usize) < self.code_used);
+        Jumps::new(jumps)
+    }
+
+    fn copy(&self, jumps: Jumps) -> io::Result<Shared> {
         let file = MemoryFile::new(self.offsets.size)?;
         let mut extents = vec![
             (self.offsets.code, self.code_used),
@@ -629,6 +657,6 @@ impl Translations {
         for (offset, len) in extents {
             file.write(offset, self.region.bytes(offset, len))?;
         }
-        Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept })
+        Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept, jumps })
     }
 }
