@@ -43,4 +43,4 @@ pub mod translation_cache;
 pub mod verify;
 
 pub use config::{MachineConfig, Seed};
-pub use machine::{BranchError, Limits, Machine, MachineError, Pause, Template};
+pub use machine::{BranchError, Limits, Machine, MachineError, Pause, SPARES_MAX, Template};

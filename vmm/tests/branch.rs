@@ -12,6 +12,7 @@ use orrery_vmm::chain::Hash;
 use orrery_vmm::inputs::{Input, InputChannel};
 use orrery_vmm::run::Ended;
 use orrery_vmm::{BranchError, Limits, Machine, Pause, Seed, Template};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const OTHER: Seed = Seed(2);
 
@@ -275,6 +276,39 @@ fn a_branch_in_the_place_of_another_is_a_new_one() {
     drop(parent);
     let mut children: Vec<_> = (0..4).map(|_| branch(&template, OTHER)).collect();
     children.iter_mut().for_each(|child| assert_eq!(finish(child), expected[1]));
+}
+
+/// Templates of one machine's moments have one stock: the branches of each go on in the memory that those of others left.
+#[test]
+fn a_branch_in_the_place_of_one_of_another_moment_is_a_new_one() {
+    let image = wanderer(3_000, 300);
+    let mut parent = machine_at(&image, 4_000);
+    parent.take_output();
+    let mut moments = Vec::new();
+    for icount in [5_000, 9_000, 20_000] {
+        run_until(&mut parent, icount);
+        parent.take_output();
+        let template = parent.freeze().unwrap();
+        let expected = [SEED, OTHER].map(|seed| finish(&mut branch(&template, seed)));
+        moments.push((template, icount, expected));
+    }
+    // Where the host has RAM: all of them are there in turn.
+    let place = |machine: &Machine| machine.board().memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+    let expected_place = place(&branch(&moments[2].0, SEED));
+    for round in 0..24 {
+        // To and fro, so that RAM is put back to earlier moments as well.
+        let (template, icount, expected) = &moments[[0, 1, 2, 0, 2, 1][round % 6]];
+        let mut child = branch(template, [SEED, OTHER][round % 2]);
+        assert_eq!((child.icount(), place(&child)), (Icount(*icount), expected_place));
+        assert_eq!(finish(&mut child), expected[round % 2], "round {round}");
+    }
+    // The machine that was frozen keeps the stock for its next template.
+    let (template, ..) = moments.pop().unwrap();
+    moments.clear();
+    drop(template);
+    run_until(&mut parent, 25_000);
+    let later = parent.freeze().unwrap();
+    assert_eq!(place(&branch(&later, SEED)), expected_place);
 }
 
 #[test]

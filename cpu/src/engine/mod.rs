@@ -185,6 +185,13 @@ pub struct FrozenTranslations {
     config: EngineConfig,
 }
 
+impl FrozenTranslations {
+    /// Both are the same but for blocks that have become invalid.
+    pub fn are_those_of(&self, other: &FrozenTranslations) -> bool {
+        std::sync::Arc::ptr_eq(&self.shared, &other.shared)
+    }
+}
+
 /// One vCPU and its translations.
 pub struct Engine {
     core: Box<core::Core>,

@@ -4,7 +4,7 @@
 //! state beside it, and runs at once: nothing in it is proportional to the guest's memory. A machine that came from
 //! a template can go [back](Machine::reset) to it, at the cost of the pages that it has written since. One that is
 //! dropped goes back by itself, and its engine and memory wait for the next branch, for which the host has then mapped
-//! and copied already what it needs.
+//! and copied already what it needs. The templates of one machine, and of its branches, have one stock of these.
 //!
 //! With its parent's seed a branch is bit for bit the parent's future; with another one every random stream is keyed
 //! anew at that moment.
@@ -34,6 +34,9 @@ const SPARE_PAGES_MAX: usize = 8192;
 /// Most bytes of code that it may have translated itself.
 const SPARE_CODE_MAX: usize = 8 << 20;
 
+/// Most pages that are put back so that a branch can go on in the memory of one from another moment: 4 MiB.
+const ADAPTED_MAX: usize = 1024;
+
 /// A branch that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BranchError {
@@ -56,8 +59,8 @@ pub struct Template {
     stock: Arc<Stock>,
 }
 
-/// The spares of a template: there as long as somebody can branch off.
-type Stock = Mutex<Vec<Spare>>;
+/// Spares for all templates whose RAM has one file below: there as long as one of these, or a machine that was frozen.
+pub(super) type Stock = Mutex<Vec<Spare>>;
 
 /// What a template is made of.
 pub(super) struct Frozen {
@@ -78,13 +81,15 @@ struct Ram {
     copied: u64,
 }
 
-/// An engine and the memory it works on, which holds what it did at the template's moment.
-struct Spare {
+/// An engine and the memory it works on, which holds what it did at a template's moment.
+pub(super) struct Spare {
     engine: Engine,
     memory: GuestMemory,
     dirty: DirtyPages,
     /// RAM as `memory` has mapped it.
     ram: Arc<FrozenRam>,
+    /// The template with whose translations the engine began.
+    frozen: Arc<Frozen>,
 }
 
 /// Where a machine branched off, to go back to.
@@ -132,7 +137,10 @@ impl Machine {
             translations: self.engine.freeze()?,
             saved: self.saved.clone(),
         });
-        let template = Template { frozen, stock: Arc::default() };
+        let inherited = || self.origin.as_ref()?.stock.upgrade();
+        let stock = self.stock.clone().or_else(inherited).unwrap_or_default();
+        let template = Template { frozen, stock };
+        self.stock = Some(Arc::clone(&template.stock));
         self.digest_source = Some(Arc::clone(&template.frozen));
         if self.origin.is_none() {
             self.dirty.branch.take();
@@ -184,12 +192,18 @@ impl Machine {
 impl Drop for Machine {
     /// Leaves engine and memory to the next branch of the same template, unless they have grown large.
     fn drop(&mut self) {
+        // Only what others can use is left.
+        self.stock = None;
         let spare = self.leave();
         // SAFETY: this is the end of the machine; nobody uses the engine after this.
         let engine = unsafe { ManuallyDrop::take(&mut self.engine) };
-        if let Some((stock, ram)) = spare {
+        if let Some((stock, origin)) = spare {
             let (memory, dirty) = (self.board.memory.clone(), std::mem::take(&mut self.dirty));
-            lock(&stock).push(Spare { engine, memory, dirty, ram });
+            let mut stock = lock(&stock);
+            let oldest = (stock.len() >= SPARES_MAX).then(|| stock.remove(0));
+            stock.push(Spare { engine, memory, dirty, ram: origin.ram, frozen: origin.frozen });
+            drop(stock);
+            drop(oldest);
         }
     }
 }
@@ -202,19 +216,22 @@ impl Machine {
         }
     }
 
-    /// Goes back for the last time; to whom engine and memory are of use then, with RAM as it is mapped.
-    fn leave(&mut self) -> Option<(Arc<Stock>, Arc<FrozenRam>)> {
+    /// Goes back for the last time; to whom engine and memory are of use then, and where they are now.
+    fn leave(&mut self) -> Option<(Arc<Stock>, Origin)> {
         let stock = self.origin.as_ref()?.stock.upgrade()?;
         self.collect_dirty();
+        let origin = self.origin.as_ref()?;
         let small = self.dirty.owned.len() <= SPARE_PAGES_MAX
             && self.engine.code_since_branch().is_some_and(|bytes| bytes <= SPARE_CODE_MAX);
-        if !small || std::thread::panicking() || lock(&stock).len() >= SPARES_MAX {
+        let own = |spare: &&Spare| Arc::ptr_eq(&spare.frozen, &origin.frozen);
+        let enough = lock(&stock).iter().filter(own).count() >= SPARES_MAX;
+        if !small || enough || std::thread::panicking() {
             return None;
         }
         self.reset().ok()?;
         self.engine.observe(&Observation::default());
         self.engine.take_hits();
-        Some((stock, self.origin.take()?.ram))
+        Some((stock, self.origin.take()?))
     }
 }
 
@@ -225,8 +242,49 @@ impl Template {
     /// stamped with moments of this future; None means those that were waiting when the template was made.
     pub fn branch(&self, seed: Seed, inputs: Option<Vec<Input>>) -> Result<Machine, BranchError> {
         let start = start(&self.frozen.state, seed, inputs);
-        let spare = lock(&self.stock).pop();
-        Ok(self.machine(spare.map_or_else(|| self.spare(), Ok)?, start))
+        let ram = self.ram();
+        let spare = self.take(&ram);
+        let spare = match spare {
+            Some(spare) => self.adapt(spare, ram)?,
+            None => self.spare()?,
+        };
+        Ok(self.machine(spare, start))
+    }
+
+    /// The spare that costs least to go on in, with RAM that becomes `ram`; None if a new one costs less.
+    fn take(&self, ram: &Arc<FrozenRam>) -> Option<Spare> {
+        let own = |spare: &Spare| Arc::ptr_eq(&spare.frozen, &self.frozen);
+        let near = |spare: &Spare| {
+            let few = spare.ram.patched().len() <= ram.patched().len() + ADAPTED_MAX;
+            few && Arc::ptr_eq(spare.ram.file(), ram.file())
+        };
+        let mut stock = lock(&self.stock);
+        let at = stock.iter().rposition(own).or_else(|| stock.iter().rposition(near))?;
+        Some(stock.remove(at))
+    }
+
+    /// Makes a spare of another moment one of this moment: costs the pages in which either differs from the file.
+    fn adapt(&self, mut spare: Spare, ram: Arc<FrozenRam>) -> Result<Spare, BranchError> {
+        if Arc::ptr_eq(&spare.frozen, &self.frozen) {
+            return Ok(spare);
+        }
+        if !Arc::ptr_eq(&spare.ram, &ram) {
+            let Spare { engine, memory, dirty, ram: before, .. } = &mut spare;
+            let mut pages = [before.patched(), ram.patched()].concat();
+            pages.sort_unstable();
+            pages.dedup();
+            for page in pages {
+                ram.restore_page(memory, page, |offset, len| engine.memory_written(page * PAGE_SIZE + offset, len));
+                dirty.owned.insert(page);
+            }
+            engine.take_dirty();
+            *before = ram;
+        }
+        if !spare.frozen.translations.are_those_of(&self.frozen.translations) {
+            spare.engine = Engine::branch(&self.frozen.translations, spare.memory.clone())?;
+        }
+        spare.frozen = Arc::clone(&self.frozen);
+        Ok(spare)
     }
 
     /// A new engine over RAM of its own.
@@ -234,12 +292,13 @@ impl Template {
         let ram = self.frozen.ram()?;
         let memory = ram.map()?;
         let engine = Engine::branch(&self.frozen.translations, memory.clone())?;
-        Ok(Spare { engine, dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE), memory, ram })
+        let dirty = DirtyPages::new(ram::end(&memory) / PAGE_SIZE);
+        Ok(Spare { engine, dirty, memory, ram, frozen: Arc::clone(&self.frozen) })
     }
 
     /// The machine in that state.
     fn machine(&self, spare: Spare, start: MachineState) -> Machine {
-        let Spare { mut engine, memory, dirty, ram } = spare;
+        let Spare { mut engine, memory, dirty, ram, .. } = spare;
         *engine.state_mut() = start.cpu.clone();
         engine.set_icount(start.icount);
         engine.state_replaced();
@@ -258,6 +317,7 @@ impl Template {
             seed: start.seed,
             ended: start.ended.clone(),
             saved: self.frozen.saved.clone(),
+            stock: None,
             origin: Some(self.origin(ram, start)),
         }
     }
@@ -270,7 +330,8 @@ impl Template {
     /// run the template's own future for `instructions` and are dropped. May be called from a thread of its own.
     pub fn prepare(&self, count: usize, instructions: u64) -> Result<(), BranchError> {
         let mut ready = Vec::new();
-        let waiting = lock(&self.stock).len();
+        let own = |spare: &&Spare| Arc::ptr_eq(&spare.frozen, &self.frozen);
+        let waiting = lock(&self.stock).iter().filter(own).count();
         for _ in waiting..count.min(SPARES_MAX) {
             let mut machine = self.machine(self.spare()?, start(&self.frozen.state, self.seed(), None));
             let until = Icount(self.icount().0.saturating_add(instructions));

@@ -29,7 +29,7 @@ use orrery_guest_image::Image;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use board::{Board, Output};
-pub use branch::{BranchError, Template};
+pub use branch::{BranchError, SPARES_MAX, Template};
 pub use checkpoints::Checkpoints;
 pub use save::SavedMachine;
 pub use state::{MachineState, StateError};
@@ -136,6 +136,8 @@ pub struct Machine {
     seed: Seed,
     /// Where the machine branched off, if it did.
     origin: Option<branch::Origin>,
+    /// Once it was frozen: spares for whoever branches off then or after the next time.
+    stock: Option<Arc<branch::Stock>>,
     /// Inputs that have not entered yet: the replayed log, and what has just arrived.
     inputs: VecDeque<Scheduled>,
     /// Inputs that have entered since the last [`Machine::take_inputs`].
@@ -211,6 +213,7 @@ impl Machine {
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             seed,
             origin: None,
+            stock: None,
             engine: ManuallyDrop::new(engine),
             board,
             inputs: VecDeque::new(),

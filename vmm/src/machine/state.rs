@@ -287,6 +287,7 @@ impl Machine {
             seed: state.seed,
             ended: state.ended,
             origin: None,
+            stock: None,
             saved: None,
         })
     }
