@@ -269,13 +269,12 @@ impl Template {
             return Ok(spare);
         }
         if !Arc::ptr_eq(&spare.ram, &ram) {
-            let Spare { engine, memory, dirty, ram: before, .. } = &mut spare;
+            let Spare { engine, memory, ram: before, .. } = &mut spare;
             let mut pages = [before.patched(), ram.patched()].concat();
             pages.sort_unstable();
             pages.dedup();
             for page in pages {
                 ram.restore_page(memory, page, |offset, len| engine.memory_written(page * PAGE_SIZE + offset, len));
-                dirty.owned.insert(page);
             }
             engine.take_dirty();
             *before = ram;
