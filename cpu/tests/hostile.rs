@@ -158,6 +158,31 @@ fn attention_does_not_swallow_the_single_step_trap() {
 }
 
 #[test]
+fn repeated_accesses_to_ports_are_stepped_through() {
+    for code in [&[0xF3, 0x6F, 0x90][..], &[0xF3, 0x6C, 0x90]] {
+        // rep outsd; rep insb
+        for string_runs in [1, 1 << 16] {
+            let mut engine = guest_with(code, string_runs);
+            let state = engine.state_mut();
+            state.rflags |= rflags::TF;
+            (state.gpr[gpr::RSI], state.gpr[gpr::RDI]) = (STACK + 0x1000, STACK + 0x1000);
+            for left in [2, 1, 0] {
+                let state = engine.state_mut();
+                (state.rip, state.halted, state.gpr[gpr::RSP]) = (CODE, false, STACK);
+                (state.rflags, state.gpr[gpr::RCX]) = (state.rflags | rflags::TF, left + 1);
+                let before = engine.icount().0;
+                assert_eq!(vector(&mut engine, &mut Eager::new(0)), 1, "{code:02x?}");
+                assert_eq!(engine.state().gpr[gpr::RCX], left, "{code:02x?}");
+                // The handler's HLT, and the instruction once it is done.
+                assert_eq!(engine.icount().0 - before, 1 + u64::from(left == 0), "{code:02x?}");
+                let returns_to = peek(&mut engine, STACK - 40);
+                assert_eq!(returns_to, if left == 0 { CODE + 2 } else { CODE }, "{code:02x?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_jump_to_nowhere_read_from_a_device_faults_itself() {
     let mut engine = guest(&[0xFF, 0x27]); // jmp [rdi]
     engine.state_mut().gpr[gpr::RDI] = DEVICE;

@@ -88,6 +88,7 @@ pub(super) fn string(state: &mut CpuState, instr: &Instruction, sys: &mut dyn Sy
             op.advance(state, gpr::RSI, 1);
         }
         op.consume(state, 1);
+        op.step(state)?;
         if !op.repeated {
             break;
         }

@@ -123,7 +123,7 @@ impl StringOp {
 
     /// The single-step trap between two elements (Intel SDM volume 3, section 18.3.1.4): RIP stays at the
     /// instruction, which has not retired.
-    fn step(&self, state: &CpuState) -> Result<(), Exception> {
+    pub(super) fn step(&self, state: &CpuState) -> Result<(), Exception> {
         if self.stepping && self.count(state) > 0 { Err(Exception::Debug { dr6: 1 << 14 }) } else { Ok(()) }
     }
 
