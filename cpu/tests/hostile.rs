@@ -75,11 +75,11 @@ const DEVICE: u64 = 0x100_0000;
 
 /// Supervisor code in 64-bit mode over 16 MiB of RAM, with a handler that halts for every vector.
 fn guest(code: &[u8]) -> Engine {
-    guest_with(code, EngineConfig::default().string_runs)
+    guest_with(code, EngineConfig::default().patience)
 }
 
-/// The same, with an engine that leaves string instructions after so many runs.
-fn guest_with(code: &[u8], string_runs: u32) -> Engine {
+/// The same, with an engine of this much patience.
+fn guest_with(code: &[u8], patience: u32) -> Engine {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
     write(0x1000, 0x2003);
@@ -99,7 +99,7 @@ fn guest_with(code: &[u8], string_runs: u32) -> Engine {
     memory.write_slice(code, GuestAddress(CODE)).expect("inside RAM");
     memory.write_slice(&[0x48, 0x8B, 0x07], GuestAddress(PEEK)).expect("inside RAM"); // mov rax, [rdi]
     memory.write_slice(&[0x88, 0x07], GuestAddress(POKE)).expect("inside RAM"); // mov [rdi], al
-    let config = EngineConfig { code_cache_bytes: 1 << 20, string_runs, ..EngineConfig::default() };
+    let config = EngineConfig { code_cache_bytes: 1 << 20, patience, ..EngineConfig::default() };
     let mut engine = Engine::new(memory, ModelFeatures::default(), config).expect("an engine");
     let mut state = CpuState::long_mode_boot(CODE, 0, STACK, 0x1000, GDT, 0x1F);
     state.idtr = TableRegister { base: IDT, limit: 0x1FF };
@@ -161,8 +161,8 @@ fn attention_does_not_swallow_the_single_step_trap() {
 fn repeated_accesses_to_ports_are_stepped_through() {
     for code in [&[0xF3, 0x6F, 0x90][..], &[0xF3, 0x6C, 0x90]] {
         // rep outsd; rep insb
-        for string_runs in [1, 1 << 16] {
-            let mut engine = guest_with(code, string_runs);
+        for patience in [1, 1 << 16] {
+            let mut engine = guest_with(code, patience);
             let state = engine.state_mut();
             state.rflags |= rflags::TF;
             (state.gpr[gpr::RSI], state.gpr[gpr::RDI]) = (STACK + 0x1000, STACK + 0x1000);
@@ -300,11 +300,60 @@ fn a_string_instruction_without_end_gives_the_host_its_turn() {
         state.rflags |= rflags::IF;
         let mut bus = Eager::new(0);
         assert_eq!(engine.run(Icount(1000), &mut bus), Stop::Unfinished, "{code:02x?}");
-        let runs = u64::from(EngineConfig::default().string_runs);
+        let runs = u64::from(EngineConfig::default().patience);
         assert_eq!(engine.state().gpr[gpr::RCX], u64::MAX - runs, "{code:02x?}");
         assert_eq!((engine.state().rip, engine.icount()), (CODE, Icount(0)));
         assert!(!engine.can_interrupt());
     }
+}
+
+/// A guest whose handler of #PF lies where nothing is mapped, and that jumps there. Each #PF begins on the stack that
+/// the last one has left, or with `again` on the same one.
+fn without_handler(patience: u32, again: bool) -> Engine {
+    let mut engine = guest_with(&[], patience);
+    let gate = |at: u64, stack: u64| at & 0xFFFF | 0x10 << 16 | stack << 32 | 0x8F << 40 | (at >> 16) << 48;
+    let nowhere = MAPPED + 0x2000;
+    for (at, value) in [
+        (LEAVES + 8, 0x9003),
+        (IDT + 14 * 16, gate(nowhere, again.into())),
+        (IDT + 8 * 16, gate(HANDLERS + 8, 2)),
+        (0x8000 + 0x24, STACK),
+        (0x8000 + 0x2C, STACK),
+    ] {
+        poke(&mut engine, at, &value.to_le_bytes());
+    }
+    engine.set_icount(Icount(0));
+    let state = engine.state_mut();
+    (state.rip, state.gpr[gpr::RSP]) = (nowhere, MAPPED + 0x2000);
+    state.rflags |= rflags::IF;
+    engine
+}
+
+#[test]
+fn exceptions_without_end_give_the_host_its_turn() {
+    for patience in [1, 7, EngineConfig::default().patience] {
+        let mut engine = without_handler(patience, true);
+        for _ in 0..3 {
+            assert_eq!(engine.run(Icount(1000), &mut Eager::new(0)), Stop::Unfinished);
+            assert_eq!(engine.icount(), Icount(0));
+            assert!(engine.is_unfinished() && !engine.can_interrupt());
+            assert_eq!((engine.state().rip, engine.state().gpr[gpr::RSP]), (MAPPED + 0x2000, STACK - 48));
+        }
+    }
+}
+
+#[test]
+fn the_parts_of_exceptions_in_a_row_are_one() {
+    // Until the page of the stack is full, and the double fault's handler halts.
+    let [whole, parts] = [u32::MAX, 1].map(|patience| {
+        let mut engine = without_handler(patience, false);
+        let (parts, stop) = finish(&mut engine, &mut Eager::new(0));
+        assert_eq!((stop, engine.state().rip - 1 - HANDLERS), (Stop::Halted, 8));
+        (parts, engine.icount(), engine.state().clone())
+    });
+    assert!(whole.1 == parts.1 && whole.2 == parts.2, "the engine's patience does not show");
+    assert_eq!(whole.0, 0);
+    assert!(parts.0 > 40);
 }
 
 #[test]
@@ -341,8 +390,8 @@ fn the_parts_of_a_string_instruction_are_one() {
         (&[0xF3, 0xA4, 0xF4], &past_a_breakpoint),
     ];
     for (index, (code, start)) in cases.into_iter().enumerate() {
-        let [whole, parts] = [u32::MAX, 1].map(|string_runs| {
-            let mut engine = guest_with(code, string_runs);
+        let [whole, parts] = [u32::MAX, 1].map(|patience| {
+            let mut engine = guest_with(code, patience);
             start(engine.state_mut());
             let mut bus = Eager::new(0x1122_3344_5566_7788);
             let (parts, stop) = finish(&mut engine, &mut bus);

@@ -116,7 +116,7 @@ fn nothing_comes_in_the_middle_of_a_string_instruction() {
     let image = nmi_guest(true);
     let mut whole = machine(&image);
     assert_eq!(run_to_end(&mut whole), Ended::PowerOff { code: 0x21 });
-    let engine = EngineConfig { string_runs: 1, ..EngineConfig::default() };
+    let engine = EngineConfig { patience: 1, ..EngineConfig::default() };
     let mut parts = Machine::new(&image, &small(), SEED, engine).expect("the machine is built");
     let limits = Limits { pause_when_long: true, ..Limits::NONE };
     let mut pauses = 0;

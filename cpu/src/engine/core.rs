@@ -7,6 +7,7 @@ use super::block::{
 };
 use super::classify::{self, Treatment};
 use super::debug::PENDING;
+use super::deliveries::Deliveries;
 use super::fpu;
 use super::jumps::Jump;
 use super::mmu::{Commit, Used};
@@ -108,6 +109,8 @@ pub struct Core {
     /// A string instruction that has not retired yet, see [`Stop::Unfinished`]. It is kept decoded: what it has
     /// written so far may be its own bytes, or the page tables that it was fetched through.
     pub unfinished: Option<Instruction>,
+    /// Exceptions one after another, see [`Stop::Unfinished`].
+    deliveries: Deliveries,
     bus: Option<*mut (dyn Bus + 'static)>,
     /// Where signal handlers run while translated code does.
     signal_memory: Vec<u8>,
@@ -194,6 +197,7 @@ impl Core {
             tsc_line: None,
             unretired_now: 0,
             unfinished: None,
+            deliveries: Deliveries::default(),
             bus: None,
             signal_memory: vec![0; SignalStack::SIZE],
             config,
@@ -258,7 +262,18 @@ impl Core {
 
     pub fn can_interrupt(&self) -> bool {
         let state = self.state();
-        state.rflags & rflags::IF != 0 && !state.interrupt_shadow && self.unfinished.is_none()
+        state.rflags & rflags::IF != 0 && !state.interrupt_shadow && !self.is_unfinished()
+    }
+
+    /// The run has stopped where nothing may happen to the guest, see [`Stop::Unfinished`].
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished.is_some() || self.deliveries.is_left()
+    }
+
+    /// Goes on with another state.
+    pub fn forget_unfinished(&mut self) {
+        self.unfinished = None;
+        self.deliveries = Deliveries::default();
     }
 
     pub fn request_interrupt_window(&mut self, wanted: bool) {
@@ -645,6 +660,7 @@ impl Core {
             if budget == 0 {
                 return Stop::Limit;
             }
+            self.deliveries.go_on();
             if self.state().halted {
                 return Stop::Halted;
             }
@@ -652,6 +668,9 @@ impl Core {
             let window_wanted = unsafe { (*self.block).window_wanted != 0 };
             if window_wanted && self.can_interrupt() {
                 return Stop::InterruptWindow;
+            }
+            if self.deliveries.leave(self.config.patience) {
+                return Stop::Unfinished;
             }
             self.upset();
             if is_segmented(self.state()) {
@@ -1132,6 +1151,7 @@ impl Core {
         if result.is_err() {
             return Some(Stop::TripleFault);
         }
+        self.deliveries.note(self.now());
         // The instruction that raised it, or the delivery itself, may have used the bus.
         self.bus().attention().then_some(Stop::Attention)
     }

@@ -84,7 +84,7 @@ impl System for Core {
         &self.features
     }
 
-    fn string_runs(&self) -> u32 {
-        self.config.string_runs.max(1)
+    fn patience(&self) -> u32 {
+        self.config.patience.max(1)
     }
 }

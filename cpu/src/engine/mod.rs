@@ -10,6 +10,7 @@ mod block;
 mod classify;
 mod core;
 mod debug;
+mod deliveries;
 mod emulation;
 mod flags;
 mod fpu;
@@ -75,8 +76,9 @@ pub struct EngineConfig {
     pub resident_uses: u8,
     /// Longest block, 1..=64 instructions.
     pub max_block_instructions: u32,
-    /// Runs of elements (at most a page each) after which a repeated string instruction stops the run, done or not.
-    pub string_runs: u32,
+    /// After how much work that counts nothing the run stops, done or not: runs of elements (at most a page each) of a
+    /// repeated string instruction, or exceptions without an instruction between them.
+    pub patience: u32,
     /// Host memory reserved for translated code, in bytes.
     pub code_cache_bytes: usize,
     /// Kinds of instructions whose undefined flags and results are not left to the host's processor. By default those
@@ -102,7 +104,7 @@ impl Default for EngineConfig {
             grouping: true,
             resident_uses: residents::WORTH_IT,
             max_block_instructions: 64,
-            string_runs: 1 << 16,
+            patience: 1 << 16,
             code_cache_bytes: 512 << 20,
             undefined: Undefined::measured(),
             chaos_seed: None,
@@ -140,8 +142,9 @@ pub enum Stop {
     Observed,
     /// HLT has retired.
     Halted,
-    /// A repeated string instruction has been at work for a while and is not done. This is no state between two
-    /// instructions: nothing may happen to the guest before the next `run`, which goes on with it.
+    /// A repeated string instruction has been at work for a while and is not done, or exceptions have been delivered
+    /// for a while without a handler that can be fetched. Nothing has been counted, and this is no state of its own:
+    /// nothing may happen to the guest before the next `run`, which goes on with it.
     Unfinished,
     /// An exception could not be delivered: the processor shuts down.
     TripleFault,
@@ -238,13 +241,13 @@ impl Engine {
 
     /// Forgets all cached address translations.
     pub fn state_replaced(&mut self) {
-        self.core.unfinished = None;
+        self.core.forget_unfinished();
         self.core.flush_tlbs(true);
     }
 
-    /// The last `run` stopped in the middle of an instruction, with [`Stop::Unfinished`].
+    /// The last `run` stopped where nothing may happen to the guest, with [`Stop::Unfinished`].
     pub fn is_unfinished(&self) -> bool {
-        self.core.unfinished.is_some()
+        self.core.is_unfinished()
     }
 
     /// Instructions retired since power-on.

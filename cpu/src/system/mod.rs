@@ -121,7 +121,7 @@ pub trait System {
     fn features(&self) -> &ModelFeatures;
     /// Runs of elements after which a repeated string instruction that is not done comes back, see
     /// [`Outcome::Unfinished`]; not zero.
-    fn string_runs(&self) -> u32 {
+    fn patience(&self) -> u32 {
         u32::MAX
     }
 }

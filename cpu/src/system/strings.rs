@@ -20,7 +20,7 @@ pub(super) struct Patience {
 
 impl Patience {
     pub(super) fn new(sys: &dyn System) -> Patience {
-        Patience { runs: sys.string_runs() }
+        Patience { runs: sys.patience() }
     }
 
     /// A run of elements has been done; true if it was the last for now.

@@ -205,7 +205,7 @@ impl Plan {
             engine.chaos_seed = Some(draws.bits());
         }
         if draws.chance(50) {
-            engine.string_runs = draws.size((0, 6)) as u32;
+            engine.patience = draws.size((0, 6)) as u32;
         }
         if engine.engine != EngineKind::Soft {
             engine.engine = [EngineKind::Soft, EngineKind::Random, engine.engine][draws.below(3) as usize];

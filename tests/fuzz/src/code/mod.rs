@@ -55,18 +55,18 @@ struct Outcome {
 impl Bench {
     fn new() -> Bench {
         let pristine = world::pristine();
-        let base = EngineConfig { code_cache_bytes: 8 << 20, string_runs: 1 << 12, ..EngineConfig::default() };
+        let base = EngineConfig { code_cache_bytes: 8 << 20, patience: 1 << 12, ..EngineConfig::default() };
         let small = EngineConfig {
             tlb_bits: 1,
             max_block_instructions: 1,
             chaining: false,
             grouping: false,
-            string_runs: 1,
+            patience: 1,
             ..base.clone()
         };
         let others = [
             small.clone(),
-            EngineConfig { tlb_bits: 3, chaos_seed: Some(1), string_runs: 3, ..base.clone() },
+            EngineConfig { tlb_bits: 3, chaos_seed: Some(1), patience: 3, ..base.clone() },
             EngineConfig { code_cache_bytes: 256 << 10, max_block_instructions: 3, tlb_bits: 2, ..base.clone() },
             EngineConfig { grouping: false, chaining: true, tlb_bits: 1, ..base.clone() },
             EngineConfig { max_block_instructions: 7, chaos_seed: Some(2), ..base.clone() },
