@@ -452,14 +452,20 @@ mod tests {
     }
 
     #[test]
-    fn a_group_ends_where_its_index_changes() {
+    fn a_group_follows_constants_and_ends_where_its_index_changes() {
         // mov rax, [rbx+rcx*8+8]; mov rdx, [rbx+rcx*8]; inc rcx; mov rsi, [rbx+rcx*8]
         let code = [0x48, 0x8B, 0x44, 0xCB, 0x08, 0x48, 0x8B, 0x14, 0xCB, 0x48, 0xFF, 0xC1, 0x48, 0x8B, 0x34, 0xCB];
-        let plan = plan(&code);
-        assert_eq!(plan.groups.len(), 2);
-        assert_eq!(plan.member(0, Which::Operand), Some(Member { group: 0, offset: 8 }));
-        assert_eq!(plan.member(1, Which::Operand), Some(Member { group: 0, offset: 0 }));
-        assert_eq!(plan.member(3, Which::Operand), None);
+        let first = plan(&code);
+        assert_eq!(first.groups.len(), 1);
+        assert_eq!(first.member(0, Which::Operand), Some(Member { group: 0, offset: 8 }));
+        assert_eq!(first.member(1, Which::Operand), Some(Member { group: 0, offset: 0 }));
+        assert_eq!(first.member(3, Which::Operand), Some(Member { group: 0, offset: 8 }));
+        // inc ecx instead: it may wrap.
+        let mut narrow = code.to_vec();
+        narrow.remove(9);
+        let narrow = plan(&narrow);
+        assert_eq!(narrow.groups.len(), 2);
+        assert_eq!(narrow.member(3, Which::Operand), None);
     }
 
     #[test]

@@ -1,0 +1,97 @@
+//! A block that runs often is translated again, longer: along jumps and around loops. The guest cannot see that.
+
+mod common;
+
+use common::Empty;
+use iced_x86::code_asm::*;
+use orrery_cpu::Icount;
+use orrery_cpu::engine::{Engine, EngineConfig, Stop};
+use orrery_cpu::memory::GuestMemory;
+use orrery_cpu::model::ModelFeatures;
+use orrery_cpu::state::{CpuState, gpr};
+use vm_memory::{Bytes, GuestAddress};
+
+const CODE: u64 = 0x40_1000;
+const DATA: u64 = 0x60_0003;
+
+/// A loop over unaligned numbers in three pages, with a branch and jumps in it, each time with another constant in its
+/// code, and `rounds` times.
+fn program(rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut outer, mut inner, mut even, mut join) =
+        (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+    let mut constant = a.create_label();
+    a.mov(ebp, rounds).unwrap();
+    a.set_label(&mut outer).unwrap();
+    a.mov(rsi, DATA).unwrap();
+    a.xor(ecx, ecx).unwrap();
+    a.jmp(inner).unwrap();
+    a.set_label(&mut even).unwrap();
+    a.sub(rdx, 3).unwrap();
+    a.jmp(join).unwrap();
+    a.set_label(&mut inner).unwrap();
+    a.mov(rax, qword_ptr(rsi + rcx * 8)).unwrap();
+    a.set_label(&mut constant).unwrap();
+    // Four bytes from the third on: another constant in each round.
+    a.add(rbx, 0x1234_5678).unwrap();
+    a.xor(rax, rbx).unwrap();
+    a.test(al, 1).unwrap();
+    a.je(even).unwrap();
+    a.add(rdx, rax).unwrap();
+    a.jmp(join).unwrap();
+    a.db(&[0x0F, 0x0B, 0x0F, 0x0B]).unwrap();
+    a.set_label(&mut join).unwrap();
+    a.add(qword_ptr(rsi + rcx * 8), rdx).unwrap();
+    a.inc(rcx).unwrap();
+    a.cmp(rcx, 1030).unwrap();
+    a.jne(inner).unwrap();
+    a.lea(rdi, ptr(constant)).unwrap();
+    a.inc(dword_ptr(rdi + 3)).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(outer).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+fn guest(config: EngineConfig, rounds: u32) -> (Engine, GuestMemory) {
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
+    let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
+    write(0x1000, 0x2003);
+    write(0x2000, 0x3003);
+    (0..8).for_each(|i| write(0x3000 + 8 * i, i << 21 | 0x83));
+    memory.write_slice(&program(rounds), GuestAddress(CODE)).expect("inside RAM");
+    let mut engine = Engine::new(memory.clone(), ModelFeatures::default(), config).expect("an engine");
+    *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
+    engine.state_replaced();
+    (engine, memory)
+}
+
+/// What can be seen of the guest.
+fn seen((engine, memory): &(Engine, GuestMemory)) -> ([u64; 16], u64, u64, Vec<u8>) {
+    let mut data = vec![0; 0x3000];
+    memory.read_slice(&mut data, GuestAddress(DATA & !0xFFF)).expect("inside RAM");
+    let state = engine.state();
+    (state.gpr, state.rip, state.rflags, data)
+}
+
+#[test]
+fn loops_are_unrolled_and_jumps_followed_unseen() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    let (mut expected, mut hot) = (guest(plain, 40), guest(EngineConfig::default(), 40));
+    let mut at = 0;
+    // Stops all over the long block, at last one in each of its places.
+    for step in (0..40).map(|i| 9_973 + i).chain((0..150).map(|_| 1)) {
+        at += step;
+        assert_eq!(expected.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(hot.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(seen(&hot), seen(&expected), "at {at}");
+    }
+    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+    let end = Icount(10_000_000);
+    assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
+    assert_eq!(hot.0.run(end, &mut Empty), Stop::Halted);
+    assert_eq!(seen(&hot), seen(&expected));
+    assert_eq!(hot.0.icount(), expected.0.icount());
+    assert_eq!(hot.0.state().gpr[gpr::RCX], 1030);
+    assert!(hot.0.statistics().crossing > 0, "{}", hot.0.statistics());
+}
