@@ -253,6 +253,16 @@ impl Core {
         self.observed.forget_moment();
     }
 
+    /// Puts the limit nearer by so many instructions.
+    pub fn shorten(&mut self, instructions: i64) {
+        self.limit = self.limit.wrapping_sub(instructions as u64);
+        let budget = self.budget() - instructions;
+        self.set_budget(budget);
+        if let Some(line) = &mut self.tsc_line {
+            line.at_limit = line.at_limit.wrapping_sub((instructions as u64).wrapping_mul(line.per_instruction));
+        }
+    }
+
     /// The bus of the current run.
     pub fn bus(&mut self) -> &mut dyn Bus {
         let bus = self.bus.expect("the bus is used only while the engine runs");
@@ -590,6 +600,7 @@ impl Core {
         let limit = Icount(self.limit);
         self.tsc_line = self.bus().tsc_line(limit);
         let stop = self.finish_instruction().unwrap_or_else(|| self.dispatch());
+        self.policy_leave();
         self.observe_retirement();
         self.store_fpu();
         fpu::reset_host();
@@ -651,15 +662,17 @@ impl Core {
         let mut single = false;
         let mut clears = self.t.clears;
         loop {
+            self.policy_look();
             let budget = self.budget();
             debug_assert!(budget >= 0);
             self.observe_retirement();
             if self.observed.stops() {
                 return Stop::Observed;
             }
-            if budget == 0 {
+            if budget == 0 && !self.policy_goes_on() {
                 return Stop::Limit;
             }
+            let budget = self.budget();
             self.deliveries.go_on();
             if self.state().halted {
                 return Stop::Halted;
@@ -761,7 +774,6 @@ impl Core {
             let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
-            self.policy_soft_ran();
             let mut attention = false;
             if was_careful {
                 if matches!(argument, exit::ABORTED | exit::FAULT) {
@@ -836,7 +848,7 @@ impl Core {
                     SiteKind::Budget => {
                         self.statistics.budget += 1;
                         self.rewind(site);
-                        short = true;
+                        short = !self.policy_goes_on();
                     }
                     SiteKind::Hot => {
                         self.statistics.hot += 1;
@@ -872,7 +884,7 @@ impl Core {
                     }
                     SiteKind::Emulate { instruction } => {
                         self.rewind(site);
-                        if self.budget() == 0 {
+                        if self.budget() == 0 && !self.policy_goes_on() {
                             return Stop::Limit;
                         }
                         let instruction = self.t.emulated[instruction];

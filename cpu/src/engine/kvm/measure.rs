@@ -50,7 +50,7 @@ pub fn measure() -> Result<KvmCosts, KvmError> {
     a.put(&[0x8B, 0x01]); // mov eax, [rcx]
     // SAFETY: the region is larger than this code, and nothing else refers to it.
     unsafe { std::ptr::copy_nonoverlapping(a.bytes.as_ptr(), code.at(0), a.bytes.len()) };
-    let tables = Arena::new(CODE_BYTES as u64)?;
+    let tables = Arena::new(CODE_BYTES as u64, 0)?;
     let place = (code.at(0) as u64, code.at(CODE_BYTES) as u64);
     let mut vm = Vm::new(&memory, &tables, &block, place, None)?;
     let linear = tables.code_linear();

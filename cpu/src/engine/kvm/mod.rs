@@ -16,8 +16,10 @@ mod vm;
 pub use emit::emit_exit;
 pub use measure::{KvmCosts, available, measure};
 pub use policy::Policy;
+use policy::thread_ns;
 pub use vm::KvmError;
 
+use super::Stop;
 use super::block::{Class, ITLB_ENTRIES, JUMP_ENTRIES, JumpEntry, VcpuBlock, flags_from_slot, flags_to_slot};
 use super::core::Core;
 use super::mode::Mode;
@@ -26,7 +28,6 @@ use super::registers::HOME;
 use super::residents::return_registers;
 use super::translate::SiteKind;
 use super::translations::{Purpose, start};
-use super::{EngineKind, Stop};
 use crate::memory::PAGE_SIZE;
 use crate::paging::is_canonical;
 use crate::state::{gpr, rflags};
@@ -94,7 +95,7 @@ impl Direct {
     fn new(core: &Core) -> Result<Direct, KvmError> {
         let room = Region::new(size_of::<VcpuBlock>(), None).map_err(|error| KvmError::Memory(error.to_string()))?;
         let code = (core.t.code_start(), core.t.code_end());
-        let tables = Arena::new(code.1 - code.0)?;
+        let tables = Arena::new(code.1 - code.0, (core.memory.end() / PAGE_SIZE) as usize)?;
         let vm = Vm::new(&core.memory, &tables, &room, code, core.config.kvm_fails)?;
         let block: *mut VcpuBlock = room.at(0).cast();
         let mut direct =
@@ -172,6 +173,13 @@ impl Core {
         }
     }
 
+    /// Nothing of this address space is worth keeping.
+    fn direct_forget_space(&mut self, space: u64) {
+        if let Some(direct) = &mut self.direct {
+            direct.tables.forget_space(space);
+        }
+    }
+
     /// All code is forgotten.
     pub fn direct_clear_code(&mut self) {
         if let Some(direct) = &mut self.direct {
@@ -215,7 +223,7 @@ impl Core {
 
     /// The state at hand can go on in the VM, and should.
     pub fn direct_wanted(&mut self) -> bool {
-        if self.config.engine == EngineKind::Soft || self.direct_failed {
+        if self.direct_failed || !self.policy_wants() {
             return false;
         }
         let state = self.state();
@@ -225,18 +233,17 @@ impl Core {
             && state.rip >> 47 == 0
             && state.rflags & (rflags::TF | rflags::AC) == 0;
         // Blocks that the budget does not cover are cut short by the soft engine.
-        if !fits || self.budget() < OVERDRAFT || self.observed.is_active() {
-            return false;
-        }
-        self.policy_wants()
+        fits && self.budget() >= OVERDRAFT && !self.observed.is_active()
     }
 
     fn direct_ready(&mut self) -> bool {
         if self.direct.is_none() {
+            let start = thread_ns();
             match Direct::new(self) {
                 Ok(direct) => self.direct = Some(Box::new(direct)),
                 Err(error) => self.direct_fails(error),
             }
+            self.policy.excuse(thread_ns() - start);
         }
         self.direct.is_some()
     }
@@ -384,13 +391,6 @@ impl Core {
 
     /// Goes on in the VM as long as that is possible. The state is complete before and after.
     pub fn run_direct(&mut self) -> Option<Stop> {
-        self.policy_visit();
-        let stop = self.visit_direct();
-        self.policy_visited();
-        stop
-    }
-
-    fn visit_direct(&mut self) -> Option<Stop> {
         if !self.direct_ready() {
             return None;
         }

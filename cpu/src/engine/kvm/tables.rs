@@ -65,11 +65,22 @@ impl Places {
     }
 }
 
-/// Where a page of RAM is mapped for writing.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Where a page of RAM is mapped for writing. All zero: nowhere.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct Writable {
     address_space: u64,
+    /// Linear address, and one.
     linear: u64,
+}
+
+impl Writable {
+    fn new(address_space: u64, linear: u64) -> Writable {
+        Writable { address_space, linear: linear | 1 }
+    }
+
+    fn is_none(self) -> bool {
+        self.linear == 0
+    }
 }
 
 /// See the module's text.
@@ -85,8 +96,13 @@ pub struct Arena {
     first: u64,
     /// Top-level tables by the guest's CR3.
     roots: FastMap<u64, u64>,
-    /// By page number in guest RAM.
-    writable: FastMap<u32, Vec<Writable>>,
+    /// By page number in guest RAM, the first place of each; where there are more, the others; and the pages that have
+    /// had any.
+    writable: Vec<Writable>,
+    writable_too: FastMap<u32, Vec<Writable>>,
+    writable_pages: Vec<u32>,
+    /// The last table of pages that was filled: address space, linear address shifted by 21, where it is.
+    last: Option<(u64, u64, u64)>,
 }
 
 fn index(linear: u64, level: u32) -> u64 {
@@ -94,8 +110,8 @@ fn index(linear: u64, level: u32) -> u64 {
 }
 
 impl Arena {
-    /// Tables for a VM with `code_bytes` of code.
-    pub fn new(code_bytes: u64) -> Result<Arena, KvmError> {
+    /// Tables for a VM with `code_bytes` of code and so many pages of RAM.
+    pub fn new(code_bytes: u64, page_count: usize) -> Result<Arena, KvmError> {
         let region = Region::new(ARENA_BYTES as usize, None).map_err(|error| KvmError::Memory(error.to_string()))?;
         let mut arena = Arena {
             region,
@@ -105,7 +121,10 @@ impl Arena {
             next: FIRST_TABLE,
             first: 0,
             roots: FastMap::default(),
-            writable: FastMap::default(),
+            writable: vec![Writable::default(); page_count],
+            writable_too: FastMap::default(),
+            writable_pages: Vec::new(),
+            last: None,
         };
         arena.empty_root = arena.allocate();
         let root = arena.empty_root;
@@ -264,18 +283,36 @@ impl Arena {
     /// Forgets all address spaces.
     pub fn forget_all(&mut self) {
         self.roots.clear();
-        self.writable.clear();
+        for page in self.writable_pages.drain(..) {
+            self.writable[page as usize] = Writable::default();
+        }
+        self.writable_too.clear();
+        self.last = None;
+    }
+
+    /// Forgets an address space.
+    pub fn forget_space(&mut self, address_space: u64) {
+        self.roots.remove(&address_space);
+        self.last = None;
     }
 
     /// Maps a page of RAM. False if it was mapped like that already.
     pub fn fill(&mut self, address_space: u64, linear: u64, page: u32, write: bool) -> bool {
-        let Some(&root) = self.roots.get(&address_space) else { return false };
-        if linear >> 47 != 0 || !self.has_room() {
-            return false;
-        }
+        let at = match self.last {
+            Some((space, high, table)) if (space, high) == (address_space, linear >> 21) => table + index(linear, 0),
+            _ => {
+                let Some(&root) = self.roots.get(&address_space) else { return false };
+                if linear >> 47 != 0 || !self.has_room() {
+                    return false;
+                }
+                let at = self.table(root, linear, 0);
+                self.last = Some((address_space, linear >> 21, at - index(linear, 0)));
+                at
+            }
+        };
         let entry = (RAM + u64::from(page) * PAGE_SIZE) | PRESENT | USER | ACCESSED | DIRTY | NO_EXECUTE;
         let entry = entry | if write { WRITE } else { 0 };
-        let mut at = self.table(root, linear, 0);
+        let mut at = at;
         let old = self.read(at);
         if old & PRESENT != 0 {
             let same_page = (old ^ entry) & ADDRESS == 0;
@@ -283,22 +320,38 @@ impl Arena {
                 return false;
             }
             if !same_page {
+                if !self.has_room() {
+                    return false;
+                }
                 at = self.own_path(address_space, linear);
             }
         }
         self.write(at, entry);
         if write {
-            let place = Writable { address_space, linear };
-            let places = self.writable.entry(page).or_default();
-            if !places.contains(&place) {
-                places.push(place);
-            }
+            self.note_writable(page, Writable::new(address_space, linear));
         }
         true
     }
 
+    fn note_writable(&mut self, page: u32, place: Writable) {
+        let first = self.writable[page as usize];
+        if first == place {
+            return;
+        }
+        if first.is_none() {
+            self.writable[page as usize] = place;
+            self.writable_pages.push(page);
+            return;
+        }
+        let others = self.writable_too.entry(page).or_default();
+        if !others.contains(&place) {
+            others.push(place);
+        }
+    }
+
     /// Makes the tables on the way to a page that is mapped fresh ones; returns where its entry is then.
     fn own_path(&mut self, address_space: u64, linear: u64) -> u64 {
+        self.last = None;
         let mut table = self.roots[&address_space];
         if table < self.fresh {
             table = self.copy(table);
@@ -339,7 +392,7 @@ impl Arena {
 
     /// Where the entry is that maps the page for writing at that place, if it still does.
     fn writable_entry(&self, page: u32, place: Writable) -> Option<u64> {
-        let at = self.find(*self.roots.get(&place.address_space)?, place.linear)?;
+        let at = self.find(*self.roots.get(&place.address_space)?, place.linear & !1)?;
         let entry = self.read(at);
         let maps = entry & (PRESENT | WRITE) == PRESENT | WRITE;
         (maps && entry & ADDRESS == RAM + u64::from(page) * PAGE_SIZE).then_some(at)
@@ -347,27 +400,41 @@ impl Arena {
 
     /// The page of RAM is not to be written any more.
     pub fn protect(&mut self, page: u32) {
-        let Some(places) = self.writable.remove(&page) else { return };
-        for place in places {
+        let first = std::mem::take(&mut self.writable[page as usize]);
+        if first.is_none() {
+            return;
+        }
+        let others = self.writable_too.remove(&page).unwrap_or_default();
+        for place in std::iter::once(first).chain(others) {
             let Some(at) = self.writable_entry(page, place) else { continue };
             if !self.has_room() {
                 self.forget_all();
                 return;
             }
             let entry = self.read(at);
-            let at = self.own_path(place.address_space, place.linear);
+            let at = self.own_path(place.address_space, place.linear & !1);
             self.write(at, entry & !WRITE);
         }
     }
 
     /// Pages of RAM that the VM can write.
     pub fn writable(&mut self) -> Vec<u64> {
-        let mut writable = std::mem::take(&mut self.writable);
-        writable.retain(|page, places| {
-            places.retain(|place| self.writable_entry(*page, *place).is_some());
-            !places.is_empty()
+        let mut pages = std::mem::take(&mut self.writable_pages);
+        pages.sort_unstable();
+        pages.dedup();
+        pages.retain(|page| {
+            let others = self.writable_too.remove(page).unwrap_or_default();
+            let places = std::iter::once(self.writable[*page as usize]).chain(others);
+            let mut still: Vec<Writable> =
+                places.filter(|place| !place.is_none() && self.writable_entry(*page, *place).is_some()).collect();
+            self.writable[*page as usize] = still.pop().unwrap_or_default();
+            let any = !self.writable[*page as usize].is_none();
+            if !still.is_empty() {
+                self.writable_too.insert(*page, still);
+            }
+            any
         });
-        self.writable = writable;
-        self.writable.keys().map(|page| u64::from(*page)).collect()
+        self.writable_pages = pages;
+        self.writable_pages.iter().map(|page| u64::from(*page)).collect()
     }
 }
