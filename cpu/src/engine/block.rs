@@ -17,7 +17,7 @@ pub const JUMP_ENTRIES: usize = 1 << 16;
 pub const ITLB_ENTRIES: usize = 1 << 13;
 
 /// Counters of how often blocks run, a power of two.
-pub const HEAT_PLACES: usize = 1 << 13;
+pub const HEAT_PLACES: usize = 1 << 11;
 /// So often a block runs before it is hot. Another translation costs what it saves in about as many runs.
 pub const HEAT: u32 = 1 << 12;
 

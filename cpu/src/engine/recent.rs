@@ -14,7 +14,7 @@ const PATIENCE: u8 = 16;
 /// Blocks whose crossings are counted at a time; a power of two.
 const CROSSINGS: usize = 512;
 /// Places for branches to blocks; a power of two.
-const BRANCHES: usize = 1 << 10;
+const BRANCHES: usize = 1 << 9;
 /// Branches that are known in each.
 const BRANCHES_EACH: usize = 4;
 
@@ -118,17 +118,20 @@ pub struct Branch {
 }
 
 /// Branches that were led to blocks lately: a few for each block, of so many. Each as the block's index + 1, or 0; the
-/// rel32; the source, and in the lowest bit whether the stack is the same. Zeros cost nothing until they are written.
+/// rel32; the source, and in the lowest bit whether the stack is the same. Empty until there is one.
 pub struct Branches(Vec<[[u32; 3]; BRANCHES_EACH]>);
 
 impl Branches {
     /// None noted yet.
     pub fn new() -> Branches {
-        Branches(vec![[[0; 3]; BRANCHES_EACH]; BRANCHES])
+        Branches(Vec::new())
     }
 
     /// The branch has been led to the block.
     pub fn note(&mut self, block: u32, branch: Branch) {
+        if self.0.is_empty() {
+            self.0 = vec![[[0; 3]; BRANCHES_EACH]; BRANCHES];
+        }
         let places = &mut self.0[block as usize % BRANCHES];
         places.rotate_right(1);
         places[0] = [block + 1, branch.patch, branch.source << 1 | u32::from(branch.same_stack)];
@@ -136,7 +139,7 @@ impl Branches {
 
     /// Those that are known to have been led to the block, perhaps elsewhere since.
     pub fn to(&self, block: u32) -> Vec<Branch> {
-        let places = self.0[block as usize % BRANCHES].iter().filter(|place| place[0] == block + 1);
+        let places = self.0.get(block as usize % BRANCHES).into_iter().flatten().filter(|place| place[0] == block + 1);
         places.map(|[_, patch, from]| Branch { patch: *patch, source: from >> 1, same_stack: from & 1 != 0 }).collect()
     }
 }
