@@ -95,3 +95,15 @@ fn loops_are_unrolled_and_jumps_followed_unseen() {
     assert_eq!(hot.0.state().gpr[gpr::RCX], 1030);
     assert!(hot.0.statistics().crossing > 0, "{}", hot.0.statistics());
 }
+
+#[test]
+fn random_blocks_come_to_the_same_end() {
+    let mut expected = guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, 12);
+    let end = Icount(10_000_000);
+    assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
+    for chaos in 1..60 {
+        let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, 12);
+        assert_eq!(random.0.run(end, &mut Empty), Stop::Halted, "chaos {chaos}");
+        assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
+    }
+}

@@ -880,7 +880,10 @@ impl Core {
                         self.statistics.lookup += 1;
                         self.rewind(site);
                         self.hold(shadow, held);
-                        follow = Follow::Forward { old: self.t.sites[site].block };
+                        let old = self.t.sites[site].block;
+                        // A block with groups may be where it came from: it would only lead here again.
+                        ungrouped = self.t.blocks[old].purpose == Purpose::Ungrouped;
+                        follow = Follow::Forward { old };
                     }
                     SiteKind::Emulate { instruction } => {
                         self.rewind(site);
@@ -987,6 +990,7 @@ impl Core {
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid
                     && invalid.purpose.is_linked()
+                    && (invalid.purpose == Purpose::Ungrouped) == (target.purpose == Purpose::Ungrouped)
                     && invalid.identity == target.identity
                     && invalid.rip == target.rip
                 {
