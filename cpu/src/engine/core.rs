@@ -53,13 +53,10 @@ enum Follow {
     Nothing,
     /// Lead this branch to it.
     Link(Branch),
-    /// Lead this rel32 of a block that the stack window does not cover to it, which does without.
-    Windowless {
+    /// Lead this rel32 of a block that cannot go on here to it, which does without the stack window, or groups.
+    Without {
         patch: u32,
-    },
-    /// Lead this rel32 of a block whose groups cross a page to it, which has none.
-    Ungrouped {
-        patch: u32,
+        purpose: Purpose,
     },
     /// Enter it in the jump cache.
     Jump,
@@ -723,10 +720,10 @@ impl Core {
                 // The largest power of two that the budget covers.
                 let most = budget.min(MAX_INSTRUCTIONS as i64) as u64;
                 Purpose::Short(1 << most.ilog2())
-            } else if std::mem::take(&mut ungrouped) || matches!(follow, Follow::Ungrouped { .. }) {
+            } else if std::mem::take(&mut ungrouped) {
                 Purpose::Ungrouped
-            } else if matches!(follow, Follow::Windowless { .. }) {
-                Purpose::Windowless
+            } else if let Follow::Without { purpose, .. } = follow {
+                purpose
             } else {
                 Purpose::Ordinary
             };
@@ -863,7 +860,7 @@ impl Core {
                         self.rewind(site);
                         self.hold(shadow, held);
                         if !self.move_window(self.t.sites[site].block) {
-                            follow = Follow::Windowless { patch };
+                            follow = Follow::Without { patch, purpose: Purpose::Windowless };
                         }
                     }
                     SiteKind::Crossing { patch } => {
@@ -873,7 +870,7 @@ impl Core {
                         // Who goes instruction by instruction has no other way to get past it.
                         careful = !purpose.is_linked();
                         if !careful {
-                            follow = Follow::Ungrouped { patch };
+                            follow = Follow::Without { patch, purpose: Purpose::Ungrouped };
                         }
                     }
                     SiteKind::Lookup => {
@@ -975,7 +972,7 @@ impl Core {
                 unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES] = entry };
                 self.inherit_jumps(rip);
             }
-            Follow::Windowless { patch } | Follow::Ungrouped { patch } => {
+            Follow::Without { patch, .. } => {
                 let entry = target.entry;
                 self.t.link(patch, entry);
             }

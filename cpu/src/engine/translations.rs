@@ -152,6 +152,20 @@ impl Offsets {
     }
 }
 
+/// Starts of blocks + 1, by hash. Some may be forgotten.
+struct Starts(Array<u64>);
+
+impl Starts {
+    fn remember(&mut self, start: u64) {
+        let place = hash(start, self.0.len());
+        self.0[place] = start + 1;
+    }
+
+    fn knows(&self, start: u64) -> bool {
+        self.0[hash(start, self.0.len())] == start + 1
+    }
+}
+
 /// See the module's text.
 pub struct Translations {
     pub blocks: Array<Block>,
@@ -169,10 +183,10 @@ pub struct Translations {
     crossings: Crossings,
     branches: Branches,
     page_lists: Array<u32>,
-    /// Blocks whose groups crossed pages too often: their starts + 1, by hash. Some may be forgotten.
-    ungrouped: Array<u64>,
-    /// Blocks that have run often: their starts + 1, by hash. Some may be forgotten.
-    hot: Array<u64>,
+    /// Blocks whose groups crossed pages too often.
+    ungrouped: Starts,
+    /// Blocks that have run often.
+    hot: Starts,
     code_used: usize,
     /// Bytes of code at the bottom that clearing keeps: the thunks.
     code_kept: usize,
@@ -260,8 +274,8 @@ impl Translations {
             crossings: Crossings::new(),
             branches: Branches::new(),
             page_lists: Layout::array(&region, o.page_lists, PAGE_LISTS, PAGE_LISTS),
-            ungrouped: Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED),
-            hot: Layout::array(&region, o.hot, HOT, HOT),
+            ungrouped: Starts(Layout::array(&region, o.ungrouped, UNGROUPED, UNGROUPED)),
+            hot: Starts(Layout::array(&region, o.hot, HOT, HOT)),
             code_used: lengths.code,
             code_kept: kept,
             code_begun: lengths.code,
@@ -295,8 +309,8 @@ impl Translations {
         self.branches = Branches::new();
         self.block_lists.fill(0);
         self.page_lists.fill(0);
-        self.ungrouped.fill(0);
-        self.hot.fill(0);
+        self.ungrouped.0.fill(0);
+        self.hot.0.fill(0);
         // Identity 0 is no page.
         self.code_pages.push(CodePage { vpage: u64::MAX, page: u32::MAX, mode: Mode(0), next: 0 });
     }
@@ -472,7 +486,7 @@ impl Translations {
     /// The block at this start is to be translated again, hot. What branches have of it stays right.
     pub fn supersede(&mut self, index: u32) {
         let start = self.blocks[index].start();
-        self.hot[hash(start, HOT)] = start + 1;
+        self.hot.remember(start);
         if self.unlink(index) {
             self.blocks[index].superseded = true;
         }
@@ -480,7 +494,7 @@ impl Translations {
 
     /// The block at `start` has run often, as far as is remembered.
     pub fn is_hot(&self, start: u64) -> bool {
-        self.hot[hash(start, HOT)] == start + 1
+        self.hot.knows(start)
     }
 
     /// Where a branch from one block to another enters it. `same_stack`: RSP is what it was when `from` began.
@@ -562,12 +576,12 @@ impl Translations {
 
     /// The block at `start` is better translated without groups.
     pub fn remember_ungrouped(&mut self, start: u64) {
-        self.ungrouped[hash(start, UNGROUPED)] = start + 1;
+        self.ungrouped.remember(start);
     }
 
     /// What `remember_ungrouped` was told, perhaps forgotten since.
     pub fn is_ungrouped(&self, start: u64) -> bool {
-        self.ungrouped[hash(start, UNGROUPED)] == start + 1
+        self.ungrouped.knows(start)
     }
 
     /// Identity of a page of code, new if need be.
@@ -636,8 +650,8 @@ impl Translations {
             self.pages.covers_extent(),
             self.block_lists.extent(),
             self.page_lists.extent(),
-            self.ungrouped.extent(),
-            self.hot.extent(),
+            self.ungrouped.0.extent(),
+            self.hot.0.extent(),
             self.code_pages.extent(),
             self.blocks.extent(),
             self.faults.extent(),

@@ -81,6 +81,10 @@ impl Writable {
     fn is_none(self) -> bool {
         self.linear == 0
     }
+
+    fn at(self) -> u64 {
+        self.linear & !1
+    }
 }
 
 /// See the module's text.
@@ -298,7 +302,7 @@ impl Arena {
 
     /// Maps a page of RAM. False if it was mapped like that already.
     pub fn fill(&mut self, address_space: u64, linear: u64, page: u32, write: bool) -> bool {
-        let at = match self.last {
+        let mut at = match self.last {
             Some((space, high, table)) if (space, high) == (address_space, linear >> 21) => table + index(linear, 0),
             _ => {
                 let Some(&root) = self.roots.get(&address_space) else { return false };
@@ -312,7 +316,6 @@ impl Arena {
         };
         let entry = (RAM + u64::from(page) * PAGE_SIZE) | PRESENT | USER | ACCESSED | DIRTY | NO_EXECUTE;
         let entry = entry | if write { WRITE } else { 0 };
-        let mut at = at;
         let old = self.read(at);
         if old & PRESENT != 0 {
             let same_page = (old ^ entry) & ADDRESS == 0;
@@ -392,7 +395,7 @@ impl Arena {
 
     /// Where the entry is that maps the page for writing at that place, if it still does.
     fn writable_entry(&self, page: u32, place: Writable) -> Option<u64> {
-        let at = self.find(*self.roots.get(&place.address_space)?, place.linear & !1)?;
+        let at = self.find(*self.roots.get(&place.address_space)?, place.at())?;
         let entry = self.read(at);
         let maps = entry & (PRESENT | WRITE) == PRESENT | WRITE;
         (maps && entry & ADDRESS == RAM + u64::from(page) * PAGE_SIZE).then_some(at)
@@ -412,7 +415,7 @@ impl Arena {
                 return;
             }
             let entry = self.read(at);
-            let at = self.own_path(place.address_space, place.linear & !1);
+            let at = self.own_path(place.address_space, place.at());
             self.write(at, entry & !WRITE);
         }
     }

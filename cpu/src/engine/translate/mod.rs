@@ -386,15 +386,7 @@ impl Translator {
                         self.a.cmp_imm(host::RCX, 0xFFF);
                         let missed = self.a.jcc(cc::A, 0);
                         self.settle(source);
-                        if inhabited {
-                            self.emit_move_out();
-                        }
-                        self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
-                        let jump = self.a.jmp(0);
-                        self.ip = ip;
-                        let site = self.site(SiteKind::Crossing { patch: self.a.origin as u32 + jump }, 0);
-                        self.a.land(jump);
-                        self.leave(site);
+                        self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
                         self.a.land(missed);
                     }
                     self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
@@ -448,20 +440,26 @@ impl Translator {
                     if save_flags {
                         self.a.save_flags(field::FLAGS);
                     }
-                    if inhabited {
-                        self.emit_move_out();
-                    }
-                    self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
-                    let jump = self.a.jmp(0);
-                    self.ip = ip;
-                    let kind = SiteKind::Link { target, patch: self.a.origin as u32 + jump, same_stack };
-                    let site = self.site(kind, 0);
-                    self.a.land(jump);
-                    self.leave(site);
+                    let kind = |patch| SiteKind::Link { target, patch, same_stack };
+                    self.leave_early(inhabited, ip, unretired, kind);
                 }
             }
         }
         Ok(placed)
+    }
+
+    /// Leaves in the middle of the block, at `ip`: gives back what the budget was charged for the rest, and goes where
+    /// the rel32 that `kind` is told of leads, which is the exit at first.
+    fn leave_early(&mut self, inhabited: bool, ip: u64, unretired: u32, kind: impl FnOnce(u32) -> SiteKind) {
+        if inhabited {
+            self.emit_move_out();
+        }
+        self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+        let jump = self.a.jmp(0);
+        self.ip = ip;
+        let site = self.site(kind(self.a.origin as u32 + jump), 0);
+        self.a.land(jump);
+        self.leave(site);
     }
 
     /// The slow path of a memory access, whose address is in RCX.
@@ -514,7 +512,7 @@ impl Translator {
         let mut undefined = false;
         let most = request.max_instructions.min(MAX_INSTRUCTIONS) as usize;
         while self.instructions.len() < most {
-            if self.ends_loop(decoder.ip(), most) {
+            if request.hot && self.ends_loop(decoder.ip(), most) {
                 break;
             }
             if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
