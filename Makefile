@@ -2,9 +2,9 @@
 
 CARGO ?= cargo
 ORRERY = $(or $(CARGO_TARGET_DIR),target)/release/orrery
-IMAGES = target/images
+IMAGE_DIR = target/images
 
-.PHONY: help all build test test-debug oracle conformance test-svm test-snapshots metamorphic demo bench bench-images bench-snapshots clean
+.PHONY: help all build test test-debug test-engines oracle conformance test-svm test-snapshots metamorphic demo bench bench-images bench-snapshots clean
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
 
@@ -17,7 +17,7 @@ test: build images ## formatting, lints, every test, and the debugger's with few
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --release --locked -- -D warnings
 	$(CARGO) test --workspace --release --locked
-	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGES) --count 50
+	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGE_DIR) --count 50
 
 # Images: `make images` builds hello, go and jvm; `make deps`, which it calls, installs Debian packages (as root).
 -include guest-image/images.mk
@@ -37,7 +37,7 @@ test-svm: ## tests on a KVM that has SVM, in QEMU: those of tests/svm/list; COUN
 
 metamorphic: build images ## hello, go and jvm, disturbed in all that must not matter; COUNT=n perturbed runs each, SEED=s
 	@for image in hello go jvm; do \
-		$(ORRERY) verify $(IMAGES)/$$image.img --seed $(or $(SEED),1) --perturb --times $$(($(or $(COUNT),5) + 1)) || exit 1; \
+		$(ORRERY) verify $(IMAGE_DIR)/$$image.img --seed $(or $(SEED),1) --perturb --times $$(($(or $(COUNT),5) + 1)) || exit 1; \
 	done
 
 conformance: build ## suites by others, run as guests and compared with docs/conformance.md; see there
@@ -45,14 +45,22 @@ conformance: build ## suites by others, run as guests and compared with docs/con
 	ORRERY=$(ORRERY) sh tests/conformance/run.sh $(SUITES)
 
 test-debug: build images ## whole guests debugged with gdb, forwards and backwards: breakpoints, races, shells, 1000 random moments
-	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGES)
+	python3 tests/debug/run.py --orrery $(ORRERY) --images $(IMAGE_DIR)
 
 test-snapshots: build images ## the long test of snapshots: random moments, seeds, kills
-	sh vmm/snapshots.sh $(ORRERY) $(IMAGES)
+	sh vmm/snapshots.sh $(ORRERY) $(IMAGE_DIR)
 	ORRERY_KILLS=200 $(CARGO) test --release --locked -p orrery-vmm --test runs killed -- --nocapture
 
+test-engines: build images $(IMAGE_DIR)/etcd.img ## the long test of engines: whole runs in each, hash chains compared
+	sh vmm/engines.sh $(ORRERY) $(IMAGE_DIR)
+
+# etcd under a load that is short enough for many runs.
+$(IMAGE_DIR)/etcd.img: $(KERNEL_DEB) $(wildcard tests/bench/etcd/*) $(IMAGE_SOURCES) | deps build
+	$(CARGO) run --release --locked -p orrery-tests --bin bench -- --prepare --only etcd-put-get
+	$(ORRERY) image build --kernel $(KERNEL_DEB) --root target/bench/etcd-root -o $@ -- /bin/bench /usr/bin/etcd etcd-put-get 50
+
 demo: build images ## each image twice with one seed and once with another
-	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGES)/$$image.img || exit 1; done
+	@for image in hello go jvm; do sh vmm/demo.sh $(ORRERY) $(IMAGE_DIR)/$$image.img || exit 1; done
 
 bench: build images bench-deps ## the benchmark: native, QEMU, Orrery; figures in target/bench.json
 	$(CARGO) run --release --locked -p orrery-tests --bin bench --

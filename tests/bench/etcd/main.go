@@ -1,8 +1,8 @@
 // Command bench starts etcd and gives it a fixed load over loopback.
 //
-//	bench ETCD [etcd-put-get]
+//	bench ETCD [etcd-put-get [ROUNDS]]
 //
-// ETCD is the path of the server. The clients speak JSON over HTTP, which etcd's gateway passes to its gRPC service, so
+// ETCD is the path of the server, ROUNDS how many rounds each client does: a put and a get each. The clients speak JSON over HTTP, which etcd's gateway passes to its gRPC service, so
 // a request goes through two protocols and several goroutines. The data lie in memory (/dev/shm): what a disk costs is
 // not the question here.
 //
@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -24,8 +25,8 @@ import (
 
 const (
 	clients = 4
-	// Rounds of each client: a put and a get.
-	rounds = 250
+	// Rounds of each client if the command line does not say.
+	defaultRounds = 250
 	// Keys of each client, written again and again.
 	keys = 50
 	line = "etcd-put-get"
@@ -35,17 +36,21 @@ const (
 
 func main() {
 	arguments := os.Args[1:]
-	if len(arguments) < 1 || len(arguments) > 2 || len(arguments) == 2 && arguments[1] != line {
-		fmt.Fprintf(os.Stderr, "usage: bench ETCD [%s]\n", line)
+	rounds, notANumber := defaultRounds, error(nil)
+	if len(arguments) == 3 {
+		rounds, notANumber = strconv.Atoi(arguments[2])
+	}
+	if len(arguments) < 1 || len(arguments) > 3 || len(arguments) > 1 && arguments[1] != line || notANumber != nil {
+		fmt.Fprintf(os.Stderr, "usage: bench ETCD [%s [ROUNDS]]\n", line)
 		os.Exit(2)
 	}
-	if err := run(arguments[0]); err != nil {
+	if err := run(arguments[0], rounds); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(program string) error {
+func run(program string, rounds int) error {
 	directory, err := os.MkdirTemp("/dev/shm", "etcd")
 	if err != nil {
 		return err
@@ -71,7 +76,7 @@ func run(program string) error {
 	}
 	fmt.Println("@@ start")
 	fmt.Println("@@ begin", line)
-	result, err := load(store)
+	result, err := load(store, rounds)
 	if err != nil {
 		return err
 	}
@@ -97,7 +102,7 @@ func start(program, directory string) (*exec.Cmd, error) {
 }
 
 // load lets all clients work and makes their results into one.
-func load(store *store) (uint64, error) {
+func load(store *store, rounds int) (uint64, error) {
 	var working sync.WaitGroup
 	results, failures := make([]uint64, clients), make([]error, clients)
 	for client := 0; client < clients; client++ {
@@ -105,7 +110,7 @@ func load(store *store) (uint64, error) {
 		working.Add(1)
 		go func() {
 			defer working.Done()
-			results[client], failures[client] = work(store, client)
+			results[client], failures[client] = work(store, client, rounds)
 		}()
 	}
 	working.Wait()
@@ -128,7 +133,7 @@ func load(store *store) (uint64, error) {
 }
 
 // work puts values under the keys of one client and reads back what it put some rounds before.
-func work(store *store, client int) (uint64, error) {
+func work(store *store, client, rounds int) (uint64, error) {
 	var result uint64
 	values := make(map[string]string)
 	for round := 0; round < rounds; round++ {
