@@ -13,15 +13,13 @@ use std::sync::Arc;
 
 use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use crate::chain::Hash;
+use crate::page_hash::{PAGES_AT_ONCE, PageBytes, ZERO_PAGE, content_hashes};
 
 /// A page's digest, and the sum of many.
 pub type Lanes = [u64; 4];
-
-/// The content hash of a page of zeros.
-pub const ZERO_PAGE: Hash = Hash([0; 32]);
 
 /// Pages of one chunk of the table.
 pub const CHUNK_PAGES: usize = 512;
@@ -51,6 +49,15 @@ struct RegionDigest {
     chunks: Vec<Chunk>,
 }
 
+/// What hashing pages again has found.
+#[derive(Default)]
+struct Rehashed {
+    /// The pages that have changed, with their hashes now.
+    hashes: Vec<(u64, Hash)>,
+    /// What to add to the sum.
+    difference: Lanes,
+}
+
 fn add(sum: &mut Lanes, value: &Lanes) {
     for (lane, value) in sum.iter_mut().zip(value) {
         *lane = lane.wrapping_add(*value);
@@ -61,19 +68,6 @@ fn subtract(sum: &mut Lanes, value: &Lanes) {
     for (lane, value) in sum.iter_mut().zip(value) {
         *lane = lane.wrapping_sub(*value);
     }
-}
-
-/// True if every byte is zero.
-pub fn is_zero(content: &[u8]) -> bool {
-    // SAFETY: any bytes are valid u64 values; align_to returns what is aligned and leaves the rest in the ends.
-    let (head, words, tail) = unsafe { content.align_to::<u64>() };
-    words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0)
-}
-
-/// The content hash of one page of 4096 bytes.
-pub fn content_hash(content: &[u8]) -> Hash {
-    assert_eq!(content.len() as u64, PAGE_SIZE);
-    if is_zero(content) { ZERO_PAGE } else { Hash(*blake3::hash(content).as_bytes()) }
 }
 
 /// The digest of a page with this content.
@@ -106,66 +100,101 @@ impl MemoryDigest {
         MemoryDigest { regions: Arc::new(regions), sum: [0; 4] }
     }
 
-    /// Hashes the given pages again, many of them on several processors. Pages outside RAM are ignored.
+    /// Hashes the given pages of RAM again. Pages outside RAM are ignored. Nothing writes to RAM meanwhile.
     pub fn update(&mut self, memory: &GuestMemory, pages: impl IntoIterator<Item = u64>) {
-        let pages: Vec<u64> = pages.into_iter().collect();
+        self.update_from(|page| page_bytes(memory, page), pages);
+    }
+
+    /// Hashes the given pages again, many of them on several processors. Pages without content are ignored.
+    pub fn update_from<'a>(
+        &mut self,
+        content: impl Fn(u64) -> Option<&'a PageBytes> + Sync,
+        pages: impl IntoIterator<Item = u64>,
+    ) {
+        let mut pages: Vec<u64> = pages.into_iter().collect();
+        pages.sort_unstable();
+        pages.dedup();
         let workers = if pages.len() < PARALLEL_PAGES {
             1
         } else {
             std::thread::available_parallelism().map_or(1, |count| count.get()).min(WORKERS_MAX)
         };
-        if workers == 1 {
-            hash_pages(memory, &pages, |page, hash| {
-                self.set(page, hash);
-            });
-            return;
-        }
-        let hashed: Vec<Vec<(u64, Hash)>> = std::thread::scope(|scope| {
-            let hash = |pages| {
-                let mut hashed = Vec::new();
-                hash_pages(memory, pages, |page, hash| hashed.push((page, hash)));
-                hashed
-            };
-            let parts = pages.chunks(pages.len().div_ceil(workers));
-            let start = |part| std::thread::Builder::new().spawn_scoped(scope, move || hash(part));
+        let part = pages.len().div_ceil(workers).max(1);
+        let rehashed: Vec<Rehashed> = std::thread::scope(|scope| {
+            let (this, content) = (&*self, &content);
+            let mut parts = pages.chunks(part);
+            let mine = parts.next_back();
+            let start = |part| std::thread::Builder::new().spawn_scoped(scope, move || this.rehash(content, part));
             let threads: Vec<_> = parts.map(|part| (part, start(part))).collect();
+            let mine = mine.map(|part| this.rehash(content, part));
             let finish = |(part, thread): (_, std::io::Result<std::thread::ScopedJoinHandle<_>>)| match thread {
                 Ok(thread) => thread.join().expect("hashing does not panic"),
                 // The host gives no more threads.
-                Err(_) => hash(part),
+                Err(_) => this.rehash(content, part),
             };
-            threads.into_iter().map(finish).collect()
+            threads.into_iter().map(finish).chain(mine).collect()
         });
-        for (page, hash) in hashed.into_iter().flatten() {
-            self.set(page, hash);
+        for Rehashed { hashes, difference } in rehashed {
+            for (page, hash) in hashes {
+                self.put(page, hash);
+            }
+            add(&mut self.sum, &difference);
         }
+    }
+
+    /// Hashes pages and finds which have changed.
+    fn rehash<'a>(&self, content: impl Fn(u64) -> Option<&'a PageBytes>, pages: &[u64]) -> Rehashed {
+        let mut rehashed = Rehashed::default();
+        for group in pages.chunks(PAGES_AT_ONCE) {
+            let group: Vec<_> = group.iter().filter_map(|page| Some((*page, content(*page)?))).collect();
+            let contents: Vec<&PageBytes> = group.iter().map(|(_, content)| *content).collect();
+            for ((page, _), fresh) in group.into_iter().zip(content_hashes(&contents)) {
+                let Some(old) = self.hash_of(page) else { continue };
+                if old != fresh {
+                    subtract(&mut rehashed.difference, &page_digest(page, &old));
+                    add(&mut rehashed.difference, &page_digest(page, &fresh));
+                    rehashed.hashes.push((page, fresh));
+                }
+            }
+        }
+        rehashed
     }
 
     /// Notes the content hash of a page; false if it is outside RAM.
     pub fn set(&mut self, page: u64, fresh: Hash) -> bool {
-        let Some((region, index)) = self.regions.iter().enumerate().find_map(|(number, region)| {
-            let index = page.checked_sub(region.first).filter(|index| *index < region.pages)?;
-            Some((number, index as usize))
-        }) else {
-            return false;
-        };
-        let chunk = &mut Arc::make_mut(&mut self.regions)[region].chunks[index / CHUNK_PAGES];
-        let old = chunk.as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]);
+        let Some(old) = self.put(page, fresh) else { return false };
         if old != fresh {
-            let chunk = chunk.get_or_insert_with(|| Arc::new([ZERO_PAGE; CHUNK_PAGES]));
-            Arc::make_mut(chunk)[index % CHUNK_PAGES] = fresh;
             subtract(&mut self.sum, &page_digest(page, &old));
             add(&mut self.sum, &page_digest(page, &fresh));
         }
         true
     }
 
+    /// Puts a hash into the table and gives the old one; None outside RAM.
+    fn put(&mut self, page: u64, fresh: Hash) -> Option<Hash> {
+        let (region, index) = self.place(page)?;
+        let chunk = &mut Arc::make_mut(&mut self.regions)[region].chunks[index / CHUNK_PAGES];
+        let old = chunk.as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]);
+        if old != fresh {
+            let chunk = chunk.get_or_insert_with(|| Arc::new([ZERO_PAGE; CHUNK_PAGES]));
+            Arc::make_mut(chunk)[index % CHUNK_PAGES] = fresh;
+        }
+        Some(old)
+    }
+
+    /// Where a page is in the table: its region, and its index there.
+    fn place(&self, page: u64) -> Option<(usize, usize)> {
+        self.regions.iter().enumerate().find_map(|(number, region)| {
+            let index = page.checked_sub(region.first).filter(|index| *index < region.pages)?;
+            Some((number, index as usize))
+        })
+    }
+
     /// Content hash of a page; None outside RAM.
     pub fn hash_of(&self, page: u64) -> Option<Hash> {
-        self.regions.iter().find_map(|region| {
-            let index = page.checked_sub(region.first).filter(|index| *index < region.pages)? as usize;
-            Some(region.chunks[index / CHUNK_PAGES].as_ref().map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]))
-        })
+        let (region, index) = self.place(page)?;
+        let chunk = self.regions[region].chunks[index / CHUNK_PAGES].as_ref();
+        Some(chunk.map_or(ZERO_PAGE, |chunk| chunk[index % CHUNK_PAGES]))
     }
 
     /// The digest of all of RAM.
@@ -211,18 +240,18 @@ impl MemoryDigest {
     }
 }
 
-fn hash_pages(memory: &GuestMemory, pages: &[u64], mut each: impl FnMut(u64, Hash)) {
-    let mut content = [0u8; PAGE_SIZE as usize];
-    for page in pages {
-        if read_page(memory, *page, &mut content) {
-            each(*page, content_hash(&content));
-        }
-    }
+/// The bytes of a page of RAM as they are, for as long as nothing writes there; None if the page is not RAM.
+fn page_bytes(memory: &GuestMemory, page: u64) -> Option<&PageBytes> {
+    let gpa = GuestAddress(page.checked_mul(PAGE_SIZE)?);
+    let slice = memory.get_slice(gpa, PAGE_SIZE as usize).ok()?;
+    // SAFETY: the slice is a whole page of a mapping that lives as long as `memory`, and `u8` has no alignment. The
+    // vCPU and the devices run on the thread that has called, and nobody else writes to RAM.
+    Some(unsafe { &*slice.ptr_guard().as_ptr().cast::<PageBytes>() })
 }
 
 /// Copies a page of RAM; false if the page is not RAM.
-pub fn read_page(memory: &GuestMemory, page: u64, content: &mut [u8; PAGE_SIZE as usize]) -> bool {
-    use vm_memory::{Bytes, GuestAddress};
+pub fn read_page(memory: &GuestMemory, page: u64, content: &mut PageBytes) -> bool {
+    use vm_memory::Bytes;
     page.checked_mul(PAGE_SIZE).is_some_and(|gpa| memory.read_slice(content, GuestAddress(gpa)).is_ok())
 }
 
@@ -247,7 +276,7 @@ pub fn take_device_dirty(memory: &GuestMemory) -> Vec<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     #[test]
     fn incremental_equals_from_scratch() {

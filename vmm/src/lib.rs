@@ -33,6 +33,7 @@ pub mod inputs;
 pub mod inspect;
 pub mod machine;
 pub mod moment;
+pub mod page_hash;
 pub mod perturb;
 pub mod queue;
 pub mod ram;

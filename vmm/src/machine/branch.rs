@@ -21,7 +21,7 @@ use super::save::LastSave;
 use super::state::MachineState;
 use super::{Board, Limits, Machine, Scheduled};
 use crate::config::Seed;
-use crate::digest::{MemoryDigest, content_hash};
+use crate::digest::MemoryDigest;
 use crate::inputs::Input;
 use crate::ram::{self, FrozenRam, RamError};
 
@@ -383,11 +383,7 @@ impl Frozen {
         self.digest.get_or_init(|| {
             let (mut digest, stale) = self.stale_digest.clone();
             let ram = Arc::clone(&lock(&self.ram).frozen);
-            for page in stale {
-                if let Some(content) = ram.page(page) {
-                    digest.set(page, content_hash(content));
-                }
-            }
+            digest.update_from(|page| ram.page(page), stale);
             digest
         })
     }

@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::state::{MachineState, StateError};
 use super::{Machine, MachineError};
 use crate::digest::{CHUNK_PAGES, MemoryDigest, read_page};
+use crate::page_hash::ZERO_PAGE;
 use crate::ram;
 
 type Page = Arc<[u8; PAGE_SIZE as usize]>;
@@ -84,7 +85,7 @@ impl Machine {
             let mut content = [0; PAGE_SIZE as usize];
             let read = read_page(&self.board.memory, page, &mut content);
             debug_assert!(read, "the digest is of RAM");
-            pages.set(page, (!crate::digest::is_zero(&content)).then(|| Arc::new(content)));
+            pages.set(page, (digest.hash_of(page) != Some(ZERO_PAGE)).then(|| Arc::new(content)));
         }
         self.saved = Some(Box::new(LastSave { digest: digest.clone(), pages: pages.clone() }));
         SavedMachine { state: self.state(), digest, pages }

@@ -9,8 +9,9 @@ use super::error::SnapshotError;
 use super::layer::{RAM, Space};
 use super::pack::PAGE_BYTES;
 use crate::chain::Hash;
-use crate::digest::{MemoryDigest, ZERO_PAGE, content_hash, read_page};
+use crate::digest::{MemoryDigest, read_page};
 use crate::machine::Machine;
+use crate::page_hash::{ZERO_PAGE, content_hash};
 
 /// What the next capture of the same timeline builds on.
 #[derive(Clone)]

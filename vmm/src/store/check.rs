@@ -12,8 +12,8 @@ use super::log::{self, SnapshotRecord};
 use super::pack::{Kind, Place, Scratch};
 use super::{STORE, Store};
 use crate::chain::Hash;
-use crate::digest::ZERO_PAGE;
 use crate::machine::MachineState;
+use crate::page_hash::ZERO_PAGE;
 use crate::run::directory::MANIFEST;
 
 /// What is in a store, and what is wrong with it.

@@ -16,7 +16,7 @@ use super::layer::{self, Entry};
 use super::log::{self, BlobReference, LayerReference, SnapshotRecord};
 use super::pack::{Kind, PAGE_BYTES, PackWriter, Place, RECORD_PAGES_MAX, Scratch, sync_directory};
 use crate::chain::Hash;
-use crate::digest::ZERO_PAGE;
+use crate::page_hash::ZERO_PAGE;
 
 /// A pack is rewritten when less than this part of its contents (in percent) is needed.
 const LIVE_PERCENT_MIN: u64 = 70;

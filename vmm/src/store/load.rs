@@ -15,8 +15,9 @@ use super::layer::{self, Entry, RAM};
 use super::log::{BlobReference, LayerReference, SnapshotRecord};
 use super::pack::{Kind, PAGE_BYTES, Place, Scratch};
 use crate::chain::Hash;
-use crate::digest::{MemoryDigest, ZERO_PAGE};
+use crate::digest::MemoryDigest;
 use crate::machine::{Machine, MachineError, MachineState};
+use crate::page_hash::ZERO_PAGE;
 use crate::ram;
 
 /// Threads that unpack pages, at most.

@@ -10,7 +10,7 @@ use super::layer::{self, Entry};
 use super::log::{BlobReference, LAYERS_MAX, LayerReference, SnapshotRecord};
 use super::pack::{Kind, PACK_BYTES_MAX, PAGE_BYTES, PackWriter, RECORD_PAGES_MAX, Scratch};
 use crate::chain::Hash;
-use crate::digest::ZERO_PAGE;
+use crate::page_hash::ZERO_PAGE;
 
 /// A layer is merged with the one above it unless it has this many times as many pages.
 const LAYER_RATIO: usize = 3;
