@@ -13,6 +13,7 @@ pub mod memory;
 pub mod model;
 mod page_set;
 pub mod paging;
+mod past;
 pub mod state;
 pub mod system;
 
@@ -20,6 +21,7 @@ pub use bus::Bus;
 pub use exception::Exception;
 pub use memory::PhysMemory;
 pub use page_set::PageSet;
+pub use past::Past;
 pub use state::CpuState;
 
 /// Instructions the vCPU has retired since power-on: the only clock.

@@ -1,13 +1,20 @@
 //! Guest-physical RAM as the engine sees it: host pointers behind bounds checks.
 
+use std::sync::Arc;
+
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::Past;
 
 /// The machine's RAM. The bitmap records the pages that devices write; the engine keeps its own.
 pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
 
 /// Size of a page and of every per-page record, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// The bytes of one page.
+pub type PageBytes = [u8; PAGE_SIZE as usize];
 
 /// One contiguous range of RAM.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +27,8 @@ struct Region {
 /// RAM for the vCPU: finds the host address of a guest-physical one. Holds the mapping alive.
 pub struct PhysMemory {
     regions: Vec<Region>,
+    /// What is to be kept of pages before they are written.
+    past: Option<Arc<Past>>,
     _owner: GuestMemory,
 }
 
@@ -40,7 +49,7 @@ impl PhysMemory {
         for region in &regions {
             assert!(region.start % PAGE_SIZE == 0 && region.len % PAGE_SIZE == 0, "RAM is made of whole pages");
         }
-        PhysMemory { regions, _owner: memory }
+        PhysMemory { regions, past: None, _owner: memory }
     }
 
     /// One past the highest guest-physical address of RAM.
@@ -76,7 +85,23 @@ impl PhysMemory {
     /// Writes a little-endian u64 of RAM; None outside it.
     #[inline]
     pub fn write_u64(&self, gpa: u64, value: u64) -> Option<()> {
+        let host = self.host(gpa, 8)?;
+        self.keep(gpa / PAGE_SIZE);
         // SAFETY: `host` has checked the range; unaligned writes are allowed.
-        self.host(gpa, 8).map(|p| unsafe { p.cast::<u64>().write_unaligned(value) })
+        unsafe { host.cast::<u64>().write_unaligned(value) };
+        Some(())
+    }
+
+    /// Whose past is to be kept from now on; None for none.
+    pub fn keep_past(&mut self, past: Option<Arc<Past>>) {
+        self.past = past;
+    }
+
+    /// Keeps the past of a page that is about to be written.
+    #[inline]
+    pub fn keep(&self, page: u64) {
+        if let Some(past) = &self.past {
+            past.keep(page);
+        }
     }
 }

@@ -21,19 +21,21 @@ impl PageSet {
         PageSet { bits: vec![None; end.div_ceil(PAGES) as usize], pages: Vec::new(), end }
     }
 
-    /// Adds a page; pages at the end and beyond are ignored.
+    /// Adds a page; true if it was not there. Pages at the end and beyond are ignored.
     #[inline]
-    pub fn insert(&mut self, page: u64) {
+    pub fn insert(&mut self, page: u64) -> bool {
         if page >= self.end {
-            return;
+            return false;
         }
         let piece = self.bits[(page / PAGES) as usize].get_or_insert_with(|| Box::new([0; WORDS]));
         let word = &mut piece[(page % PAGES / 64) as usize];
         let bit = 1 << (page % 64);
-        if *word & bit == 0 {
+        let fresh = *word & bit == 0;
+        if fresh {
             *word |= bit;
             self.pages.push(page);
         }
+        fresh
     }
 
     /// True if the page is in the set.

@@ -44,55 +44,6 @@ fn branch(template: &Template, seed: Seed) -> Machine {
     template.branch(seed, None).expect("the branch is made")
 }
 
-/// Each round of the loop writes the time and a random number into another page and adds what a routine returns. Now
-/// and then it prints a character and rewrites that routine. 16 instructions a round and more.
-fn wanderer(rounds: u32, pages: u32) -> Image {
-    guest(|a| {
-        let mut routine = a.create_label();
-        let mut again = a.create_label();
-        let mut quiet = a.create_label();
-        let mut over = a.create_label();
-        a.mov(rsp, DATA).unwrap();
-        a.mov(ebp, rounds).unwrap();
-        a.xor(ebx, ebx).unwrap();
-        a.set_label(&mut again).unwrap();
-        a.rdtsc().unwrap();
-        a.rdrand(rcx).unwrap();
-        a.mov(rdi, rbx).unwrap();
-        a.shl(rdi, 12).unwrap();
-        a.add(qword_ptr(rdi + DATA as i32), rax).unwrap();
-        a.xor(qword_ptr(rdi + DATA as i32 + 8), rcx).unwrap();
-        a.call(routine).unwrap();
-        a.add(qword_ptr(rdi + DATA as i32 + 16), rax).unwrap();
-        a.test(ecx, 0x3F).unwrap();
-        a.jne(quiet).unwrap();
-        a.lea(rsi, qword_ptr(routine)).unwrap();
-        a.mov(dword_ptr(rsi + 1), ecx).unwrap();
-        a.mov(edx, SERIAL).unwrap();
-        a.mov(eax, ecx).unwrap();
-        a.shr(eax, 8).unwrap();
-        a.and(al, 15).unwrap();
-        a.add(al, 'a' as i32).unwrap();
-        a.out(dx, al).unwrap();
-        a.set_label(&mut quiet).unwrap();
-        a.inc(ebx).unwrap();
-        a.cmp(ebx, pages).unwrap();
-        let mut below = a.create_label();
-        a.jb(below).unwrap();
-        a.xor(ebx, ebx).unwrap();
-        a.set_label(&mut below).unwrap();
-        a.dec(ebp).unwrap();
-        a.jne(again).unwrap();
-        a.jmp(over).unwrap();
-        a.set_label(&mut routine).unwrap();
-        a.mov(eax, 0x1234_5678).unwrap();
-        a.ret().unwrap();
-        a.set_label(&mut over).unwrap();
-        print(a, "over\n");
-        exit(a, 0);
-    })
-}
-
 #[test]
 fn with_the_parents_seed_a_branch_is_the_parents_future() {
     let image = wanderer(3_000, 500);

@@ -358,7 +358,7 @@ impl Core {
             let page = at / PAGE_SIZE;
             let piece = (PAGE_SIZE - at % PAGE_SIZE).min(end - at);
             if let Some(flags) = self.t.pages.records.get(page as usize).map(|record| record.flags) {
-                self.t.pages.mark_dirty(page);
+                self.mark_dirty(page);
                 self.observe_device(at, piece);
                 if flags != 0 {
                     // What a table held before is gone: forget everything that may come from it.

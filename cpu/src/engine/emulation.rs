@@ -17,12 +17,26 @@ impl Core {
         }
     }
 
+    /// Notes that the guest may write to the page from now on, and keeps its past first. Later writes need no notes,
+    /// until the pages are taken.
+    #[inline]
+    pub fn mark_dirty(&mut self, page: u64) {
+        if self.t.pages.mark_dirty(page) {
+            self.memory.keep(page);
+        }
+    }
+
     /// Pages that may have been written since the last call; later writes are seen again.
     pub fn take_dirty(&mut self) -> Vec<u64> {
         let dirty = self.t.pages.take_dirty();
         self.direct_forget_marks();
         self.flush_writes();
         dirty
+    }
+
+    /// How many pages [`Core::take_dirty`] would give.
+    pub fn dirty_count(&self) -> usize {
+        self.t.pages.dirty_count()
     }
 }
 

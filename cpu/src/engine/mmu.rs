@@ -281,7 +281,7 @@ impl Core {
             let base = (linear >> (shift + 9) << (shift + 9)) & !PAGE_MASK | level;
             let page = (entry / PAGE_SIZE) as usize;
             if translation.updated & 1 << i != 0 {
-                self.t.pages.mark_dirty(page as u64);
+                self.mark_dirty(page as u64);
                 self.observe_walk(*entry);
                 // A table may be code as well; the running block must not go on with what it was.
                 if self.t.pages.hits_code(page as u32, (entry & PAGE_MASK) as u32, 8) {
@@ -336,7 +336,7 @@ impl Core {
             return Ok(Target::Disturbs);
         }
         if intent.write {
-            self.t.pages.mark_dirty(page);
+            self.mark_dirty(page);
             let flags = self.t.pages.records[page as u32].flags;
             if flags != 0 {
                 if running && self.disturbs(page, offset, len) {
@@ -579,7 +579,7 @@ impl Core {
                         self.ungroup(block);
                         return Ok(None);
                     }
-                    self.t.pages.mark_dirty(page);
+                    self.mark_dirty(page);
                     let host_page = pointer.wrapping_sub((at & PAGE_MASK) as usize);
                     self.fill(at, page, host_page as u64, translation.global, intent.class, true);
                 }

@@ -37,11 +37,13 @@ mod translate;
 mod translations;
 mod undefined;
 
-use crate::Icount;
+use std::sync::Arc;
+
 use crate::bus::Bus;
 use crate::memory::GuestMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
+use crate::{Icount, Past};
 
 pub use archive::Archive;
 pub use kvm::{KvmCosts, KvmError, available as kvm_available, measure as measure_kvm};
@@ -328,5 +330,17 @@ impl Engine {
     /// ascending order.
     pub fn take_dirty(&mut self) -> Vec<u64> {
         self.core.take_dirty()
+    }
+
+    /// How many there are for [`Engine::take_dirty`].
+    pub fn dirty_count(&self) -> usize {
+        self.core.dirty_count()
+    }
+
+    /// Keeps the past of pages before the guest writes to them; None for no more. It is the past of now: nothing has run
+    /// since the last [`Engine::take_dirty`].
+    pub fn keep_past(&mut self, past: Option<Arc<Past>>) {
+        assert!(past.is_none() || self.core.dirty_count() == 0, "what was written since is not the past");
+        self.core.memory.keep_past(past);
     }
 }

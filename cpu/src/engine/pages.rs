@@ -61,10 +61,15 @@ impl Pages {
         Pages { records, covers, dirty }
     }
 
-    /// Remembers that the guest may have written to the page.
+    /// Remembers that the guest may write to the page, see [`Core::mark_dirty`](super::core::Core::mark_dirty).
     #[inline]
-    pub fn mark_dirty(&mut self, page: u64) {
-        self.dirty.insert(page);
+    pub fn mark_dirty(&mut self, page: u64) -> bool {
+        self.dirty.insert(page)
+    }
+
+    /// How many pages were written since they were taken last.
+    pub fn dirty_count(&self) -> usize {
+        self.dirty.len()
     }
 
     /// Pages written since the last call, ascending.

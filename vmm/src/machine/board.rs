@@ -2,9 +2,10 @@
 //! [`super::bus`] is how the vCPU reaches it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
-use orrery_cpu::Icount;
 use orrery_cpu::memory::GuestMemory;
+use orrery_cpu::{Icount, Past};
 use orrery_devices::lapic::MsrError;
 use orrery_devices::{Context, CowDisk, Device, Effect, VirtualNs};
 use orrery_devices::{acpi, layout};
@@ -59,6 +60,8 @@ pub struct Board {
     ended: Option<Ended>,
     attention: bool,
     touched_memory: bool,
+    /// What is to be kept of RAM before a device writes to it.
+    pub(super) past: Option<Arc<Past>>,
     /// Virtual time up to which the engine runs: an event due before it must stop the engine.
     run_bound: VirtualNs,
     /// The boundary at which things are happening, for stamps.
@@ -116,6 +119,7 @@ impl Board {
             ended: state.ended,
             attention: false,
             touched_memory: false,
+            past: None,
             run_bound: VirtualNs(0),
             icount: Icount(0),
         }
@@ -167,6 +171,14 @@ impl Board {
         std::mem::take(&mut self.touched_memory)
     }
 
+    /// To be called before a device that may write RAM does anything.
+    pub(super) fn before_memory_access(&mut self) {
+        // Where is known only afterwards.
+        if let Some(past) = self.past.take() {
+            past.keep_all();
+        }
+    }
+
     /// Lets bytes from outside enter.
     pub(super) fn input(&mut self, icount: Icount, channel: InputChannel, data: &[u8]) {
         self.icount = icount;
@@ -187,6 +199,7 @@ impl Board {
         if self.agent_backlog.is_empty() {
             return;
         }
+        self.before_memory_access();
         let now = self.clock.now(self.icount);
         for slot in 0..self.devices.virtio.len() {
             let mut ctx = Context { now, memory: &self.memory, effects: &mut self.effects };
@@ -218,8 +231,11 @@ impl Board {
         self.icount = icount;
         let now = self.clock.now(icount);
         while let Some(event) = self.queue.pop_due(now) {
+            if Devices::is_virtio(event.device) {
+                self.before_memory_access();
+                self.touched_memory = true;
+            }
             self.access(icount, event.device, |device, ctx| device.event(ctx, event.token));
-            self.touched_memory |= Devices::is_virtio(event.device);
             if event.device == Devices::SERIAL {
                 self.offer_input();
             }

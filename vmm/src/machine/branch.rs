@@ -110,6 +110,7 @@ impl Machine {
     /// The first time this costs the same for any size of memory, but the pages that the machine touches afterwards
     /// are mapped and copied again. On a machine that is a branch already it costs the pages that it has written.
     pub fn freeze(&mut self) -> Result<Template, BranchError> {
+        self.settle_hash();
         self.collect_dirty();
         let ram = Arc::new(match &self.origin {
             None => FrozenRam::freeze(&self.board.memory)?,
@@ -171,6 +172,7 @@ impl Machine {
     }
 
     fn go_back(&mut self, start: MachineState) -> Result<(), BranchError> {
+        self.settle_hash();
         self.collect_dirty();
         let origin = self.origin.as_ref().ok_or(BranchError::NoBranchPoint)?;
         for page in self.dirty.branch.take() {
@@ -306,6 +308,8 @@ impl Template {
             dirty,
             digest: self.frozen.stale_digest.0.clone(),
             digest_source: Some(Arc::clone(&self.frozen)),
+            hashing: None,
+            hashed: None,
             engine: ManuallyDrop::new(engine),
             board: Board::at(memory, start.board.clone()),
             inputs: start.inputs.clone(),

@@ -78,8 +78,12 @@ impl Bus for Board {
 
     fn mmio_write(&mut self, now: Icount, gpa: u64, data: &[u8]) {
         if let Some((id, offset)) = Board::mmio_owner(gpa) {
+            let notifies = Devices::is_virtio(id) && offset == VIRTIO_QUEUE_NOTIFY;
+            if notifies {
+                self.before_memory_access();
+            }
             self.access(now, id, |device, ctx| device.write(ctx, offset, data));
-            if Devices::is_virtio(id) && offset == VIRTIO_QUEUE_NOTIFY {
+            if notifies {
                 self.note_virtio_access();
                 self.offer_agent_input();
             }

@@ -138,15 +138,20 @@ impl Machine {
 
     /// Goes to the point at `icount`, which must be one. Output that was not taken is dropped.
     pub fn return_to(&mut self, checkpoints: &mut Checkpoints, icount: Icount) {
+        self.settle_hash();
         let (from, to) = (checkpoints.at, icount.0);
         let state = checkpoints.points[&to].state.clone();
         self.collect_dirty();
         let mut pages = PageSet::new(crate::ram::end(&self.board.memory) / PAGE_SIZE);
-        self.dirty.history.take().into_iter().for_each(|page| pages.insert(page));
+        for page in self.dirty.history.take() {
+            pages.insert(page);
+        }
         // Behind the earlier one, up to the later one.
         let between = (from.min(to) + 1)..(from.max(to) + 1);
         for (_, point) in checkpoints.points.range(between) {
-            point.pages.iter().for_each(|page| pages.insert(*page));
+            for page in &point.pages {
+                pages.insert(*page);
+            }
         }
         for page in pages.take() {
             let Some(content) = checkpoints.content(page, to) else { continue };

@@ -4,9 +4,10 @@ use orrery_cpu::{CpuState, Icount};
 
 use super::Board;
 use crate::chain::{Hash, hash_cpu};
+use crate::digest::Lanes;
 
-/// BLAKE3 over a fixed serialisation of everything that a snapshot would have to hold.
-pub(super) fn state_hash(icount: Icount, cpu: &CpuState, board: &Board, memory: [u64; 4]) -> Hash {
+/// Begins BLAKE3 over a fixed serialisation of everything that a snapshot would have to hold: all but RAM.
+pub(super) fn begin(icount: Icount, cpu: &CpuState, board: &Board) -> blake3::Hasher {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"orrery state 2");
     hasher.update(&icount.0.to_le_bytes());
@@ -17,6 +18,11 @@ pub(super) fn state_hash(icount: Icount, cpu: &CpuState, board: &Board, memory: 
         hasher.update(&(state.len() as u64).to_le_bytes());
         hasher.update(&state);
     }
+    hasher
+}
+
+/// Ends it with the digest of RAM.
+pub(super) fn finish(mut hasher: blake3::Hasher, memory: Lanes) -> Hash {
     for lane in memory {
         hasher.update(&lane.to_le_bytes());
     }

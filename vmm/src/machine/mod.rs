@@ -11,6 +11,7 @@ pub mod checkpoints;
 mod devices;
 pub mod dirty;
 mod hash;
+pub mod hashing;
 mod save;
 pub mod state;
 mod transfer;
@@ -26,7 +27,6 @@ use orrery_cpu::state::rflags;
 use orrery_cpu::{CpuState, Icount};
 use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
-use vm_memory::{Bytes, GuestAddress};
 
 pub use board::{Board, Output};
 pub use branch::{BranchError, SPARES_MAX, Template};
@@ -128,6 +128,9 @@ pub struct Machine {
     engine: ManuallyDrop<Engine>,
     board: Board,
     digest: MemoryDigest,
+    /// The hash of a moment that is being computed beside the guest, and one that nobody has taken yet.
+    hashing: Option<hashing::Hashing>,
+    hashed: Option<hashing::Hashed>,
     /// Where the digest is to be taken from first, when somebody asks for it.
     digest_source: Option<Arc<branch::Frozen>>,
     /// Who has still to be told of which written pages.
@@ -210,6 +213,8 @@ impl Machine {
             config: config.clone(),
             digest: MemoryDigest::zeroed(&memory),
             digest_source: None,
+            hashing: None,
+            hashed: None,
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             seed,
             origin: None,
@@ -284,14 +289,6 @@ impl Machine {
         &self.digest
     }
 
-    /// Writes RAM between two instructions, as a device would; false if not all of it is RAM. What follows is another
-    /// future than that of the image, machine, seed and inputs: for tests.
-    pub fn poke(&mut self, gpa: u64, bytes: &[u8]) -> bool {
-        let written = self.board.memory.write_slice(bytes, GuestAddress(gpa)).is_ok();
-        self.note_device_writes();
-        written
-    }
-
     /// How the run ended, if it did.
     pub fn ended(&self) -> Option<&Ended> {
         self.ended.as_ref()
@@ -318,6 +315,7 @@ impl Machine {
     /// written, if some of the bytes are not RAM.
     pub fn poke_memory(&mut self, gpa: u64, bytes: &[u8]) -> bool {
         use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+        self.settle_hash();
         let memory = &self.board.memory;
         if !memory.check_range(GuestAddress(gpa), bytes.len()) || memory.write_slice(bytes, GuestAddress(gpa)).is_err()
         {
@@ -534,22 +532,27 @@ impl Machine {
     /// Hash of the complete state at this moment.
     pub fn state_hash(&mut self) -> Hash {
         self.update_digest();
-        hash::state_hash(self.engine.icount(), self.engine.state(), &self.board, self.digest.value())
+        hash::finish(hash::begin(self.engine.icount(), self.engine.state(), &self.board), self.digest.value())
     }
 
-    /// Bytes of RAM in pages that may have been written since the digest of RAM was brought up to date.
-    pub fn unhashed_bytes(&mut self) -> u64 {
-        self.collect_dirty();
-        self.dirty.digest.len() as u64 * PAGE_SIZE
+    /// Bytes of RAM in pages that may have been written since the digest of RAM was brought up to date, at most.
+    pub fn unhashed_bytes(&self) -> u64 {
+        (self.engine.dirty_count() + self.dirty.digest.len()) as u64 * PAGE_SIZE
     }
 
     /// Brings the digest of RAM up to date.
     pub(crate) fn update_digest(&mut self) {
+        self.settle_hash();
         self.collect_dirty();
+        self.adopt_digest();
+        self.digest.update(&self.board.memory, self.dirty.digest.take());
+    }
+
+    /// A branch that has no digest of its own yet takes its template's.
+    fn adopt_digest(&mut self) {
         if let Some(source) = self.digest_source.take() {
             self.digest = source.digest().clone();
         }
-        self.digest.update(&self.board.memory, self.dirty.digest.take());
     }
 }
 

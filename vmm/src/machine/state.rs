@@ -277,6 +277,8 @@ impl Machine {
             dirty: DirtyPages::new(ram::end(&memory) / PAGE_SIZE),
             digest,
             digest_source: None,
+            hashing: None,
+            hashed: None,
             engine: std::mem::ManuallyDrop::new(engine),
             board: Board::at(memory, state.board),
             inputs: state.inputs,

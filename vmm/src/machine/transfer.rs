@@ -8,6 +8,7 @@ impl Machine {
     /// Goes on in a new engine that works in this way and has translated nothing yet. The guest cannot notice;
     /// who observes the machine must ask again.
     pub fn change_engine(&mut self, config: EngineConfig) -> Result<(), EngineError> {
+        self.settle_hash();
         // The old engine alone knows what it has let the guest write.
         self.collect_dirty();
         let mut engine = Engine::new(self.board.memory.clone(), super::devices::model_features(&self.config), config)?;

@@ -12,8 +12,13 @@ use orrery_devices::VirtualNs;
 use orrery_guest_image::Image;
 pub use plan::{Draws, Entry, Plan, Slicing, Stage};
 
+use crate::chain::Hash;
 use crate::inputs::Input;
+use crate::machine::hashing::Wanted;
 use crate::machine::{BranchError, ForeignInputs, Limits, Machine, MachineError, Pause};
+
+/// At the beginning of how many stages the state is hashed beside the guest, in percent.
+const HASHED_BESIDE_PERCENT: u64 = 30;
 
 /// A course that cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +32,19 @@ pub enum CourseError {
     /// The machine cannot be frozen or branched.
     #[error(transparent)]
     Branch(#[from] BranchError),
+    /// A hash that was computed beside the guest is not that of its moment.
+    #[error(
+        "the state after {icount} instructions has the hash {expected}, but {actual} when it is computed while the \
+         guest goes on: this is a bug; please report it with the image"
+    )]
+    HashedBeside {
+        /// The moment.
+        icount: u64,
+        /// Its hash, computed at once.
+        expected: Hash,
+        /// What came later.
+        actual: Hash,
+    },
 }
 
 /// A machine on its way through a plan, or left in peace.
@@ -49,6 +67,8 @@ struct Perturbed {
     next: Stage,
     /// The next stop of this stage's own.
     slice_end: u64,
+    /// The hash of a moment that is being hashed beside the guest as well.
+    promised: Option<Hash>,
     /// When the guest idles: how far to let time go on before the next stop. None: to the next event.
     idle: Option<Idle>,
 }
@@ -77,7 +97,17 @@ impl Course {
         let next = plan.next_stage();
         let draws = Draws::new(!plan.seed());
         let image = image.clone();
-        let perturbed = Perturbed { image, replayed, plan, draws, begun: Vec::new(), next, slice_end: 0, idle: None };
+        let perturbed = Perturbed {
+            image,
+            replayed,
+            plan,
+            draws,
+            begun: Vec::new(),
+            next,
+            slice_end: 0,
+            promised: None,
+            idle: None,
+        };
         Course { machine, perturbed: Some(perturbed) }
     }
 
@@ -127,6 +157,12 @@ impl Course {
 impl Perturbed {
     /// Begins the next stage.
     fn begin(&mut self, machine: &mut Machine) -> Result<(), CourseError> {
+        if let Some(expected) = self.promised.take()
+            && let Some(hashed) = machine.take_hashed(true)
+            && hashed.state_hash != expected
+        {
+            return Err(CourseError::HashedBeside { icount: hashed.icount.0, expected, actual: hashed.state_hash });
+        }
         let following = self.plan.next_stage();
         let stage = std::mem::replace(&mut self.next, following);
         match stage.entry {
@@ -152,6 +188,11 @@ impl Perturbed {
         }
         self.begun.push(stage);
         self.slice_end = 0;
+        if self.draws.chance(HASHED_BESIDE_PERCENT) {
+            self.promised = Some(machine.state_hash());
+            // All of RAM. Nobody else does the work, so it is done as late as can be.
+            let _ = machine.begin_hash(Some(Wanted { base: None, contents: Vec::new() }));
+        }
         Ok(())
     }
 

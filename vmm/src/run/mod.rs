@@ -4,6 +4,7 @@
 //! manifest that says "running", or a complete one.
 
 pub mod archive;
+mod beside;
 pub mod directory;
 pub mod manifest;
 pub mod recorder;

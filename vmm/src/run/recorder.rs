@@ -6,6 +6,7 @@ use orrery_cpu::Icount;
 use orrery_devices::VirtualNs;
 use serde::Serialize;
 
+use super::beside::Beside;
 use super::directory::{RunDirectory, StoreError};
 use super::manifest::{self, BranchPoint, Ended, ImageReference, Manifest, Outcome};
 use super::snapshots::{SnapshotOptions, Snapshotter};
@@ -137,9 +138,13 @@ pub struct Recorder {
     options: RecorderOptions,
     directory: Option<RunDirectory>,
     chain: Chain,
-    last_link: Option<Link>,
     links: Vec<Link>,
+    /// Where the last link belongs that was begun.
+    linked: Option<u64>,
     snapshots: Option<Snapshotter>,
+    beside: Beside,
+    /// A moment is being hashed; whether for a link.
+    hashing: Option<bool>,
     input_open: bool,
     /// Virtual time of the last input or output.
     activity: VirtualNs,
@@ -181,8 +186,10 @@ impl Recorder {
             options,
             directory,
             chain: Chain::after(links.last()),
-            last_link: links.last().copied(),
+            linked: links.last().map(|link| link.icount),
             links: links.to_vec(),
+            beside: Beside::default(),
+            hashing: None,
             input_open: true,
         };
         recorder.write_manifest(None)?;
@@ -232,10 +239,8 @@ impl Recorder {
             Pause::Ended(ended) => return Ok(Some(ended)),
             Pause::Limit if self.reached_end() => return Ok(Some(Ended::Limit)),
             Pause::Limit => {
-                self.link_at_epoch()?;
-                if let (Some(snapshots), Some(directory)) = (&mut self.snapshots, &self.directory) {
-                    snapshots.look(&mut self.machine, directory.partial_line())?;
-                }
+                self.look_back(false)?;
+                self.look_at_moment()?;
             }
             Pause::Idle { until } => self.wait(host, until)?,
             // Nothing is observed while a run is recorded.
@@ -338,19 +343,48 @@ impl Recorder {
         self.take_input(input);
     }
 
-    fn link_at_epoch(&mut self) -> Result<(), RecordError> {
+    /// Begins the link of an epoch that has ended, and a snapshot that is due.
+    fn look_at_moment(&mut self) -> Result<(), RecordError> {
         let icount = self.machine.icount().0;
-        let already = self.last_link.is_some_and(|link| link.icount >= icount);
-        if icount.is_multiple_of(self.options.epoch_instructions) && !already {
-            self.append_link()?;
+        let links = icount.is_multiple_of(self.options.epoch_instructions) && self.linked.is_none_or(|at| at < icount);
+        if links {
+            self.look_back(true)?;
+        }
+        let snapshot = match (&mut self.snapshots, &self.directory) {
+            (Some(snapshots), Some(directory)) if self.hashing.is_none() => {
+                snapshots.begin(&mut self.machine, directory.partial_line())?
+            }
+            _ => None,
+        };
+        if links || snapshot.is_some() {
+            let work = snapshot.unwrap_or_else(|| self.machine.begin_hash(None));
+            self.beside.run(work);
+            self.hashing = Some(links);
+            self.linked = Some(icount).filter(|_| links).or(self.linked);
         }
         Ok(())
     }
 
-    fn append_link(&mut self) -> Result<Link, RecordError> {
-        let state = self.machine.state_hash();
-        let link = self.chain.append(self.machine.icount(), state);
-        self.last_link = Some(link);
+    /// Takes the hash of the moment before, when it is there.
+    fn look_back(&mut self, wait: bool) -> Result<(), RecordError> {
+        let Some(links) = self.hashing else { return Ok(()) };
+        let Some(hashed) = self.machine.take_hashed(wait) else {
+            assert!(!wait, "hashing does not panic");
+            return Ok(());
+        };
+        self.hashing = None;
+        if links {
+            self.append_link(hashed.icount, hashed.state_hash)?;
+        }
+        if let Some(snapshots) = &mut self.snapshots {
+            snapshots.write(hashed);
+        }
+        Ok(())
+    }
+
+    fn append_link(&mut self, icount: Icount, state: Hash) -> Result<Link, RecordError> {
+        let link = self.chain.append(icount, state);
+        self.linked = self.linked.max(Some(icount.0));
         self.links.push(link);
         if let Some(directory) = &mut self.directory {
             directory.link(&link)?;
@@ -360,14 +394,18 @@ impl Recorder {
 
     fn finish(&mut self, ended: Ended, started: Instant) -> Result<Summary, RecordError> {
         // In the middle of an instruction there is no state that another run could have.
-        let link = if self.machine.is_unfinished() { None } else { Some(self.append_link()?) };
+        self.look_back(true)?;
+        let state_hash = self.machine.state_hash();
+        if !self.machine.is_unfinished() {
+            self.append_link(self.machine.icount(), state_hash)?;
+        }
         let host_seconds = started.elapsed().as_secs_f64();
         let outcome = Outcome {
             ended: ended.clone(),
             icount: self.machine.icount().0,
             virtual_ns: self.machine.time().0,
-            state_hash: link.map_or_else(|| self.machine.state_hash(), |link| link.state),
-            chain: self.last_link.map(|link| link.link).unwrap_or_default(),
+            state_hash,
+            chain: self.links.last().map(|link| link.link).unwrap_or_default(),
         };
         if let Some(snapshots) = &mut self.snapshots {
             snapshots.finish()?;

@@ -1,7 +1,7 @@
 //! Automatic snapshots of a run: when they are taken, and the thread that writes them.
 //!
-//! The guest waits only for the copy of what has changed. A thread compresses and writes it, then adds it to the run's
-//! list. While that thread is busy no further snapshot is taken. None of this can be seen by the guest.
+//! The guest goes on while what has changed is hashed and copied. A thread compresses and writes it, then adds it to the
+//! run's list. While that thread is busy no further snapshot is taken. None of this can be seen by the guest.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,11 @@ use std::thread::JoinHandle;
 
 use super::directory::INPUTS;
 use crate::machine::Machine;
+use crate::machine::hashing::{HashWork, Hashed};
 use crate::store::log::{self, SnapshotLog};
-use crate::store::{Capture, CaptureBase, PartialLine, SnapshotError, SnapshotRecord, Store, StoreWriter, Timeline};
+use crate::store::{
+    Capture, CaptureBase, CaptureStart, PartialLine, SnapshotError, SnapshotRecord, Store, StoreWriter, Timeline,
+};
 
 /// Instructions between snapshots.
 pub const EVERY_INSTRUCTIONS: u64 = 1 << 28;
@@ -50,10 +53,14 @@ pub struct Snapshotter {
     runs: PathBuf,
     run: PathBuf,
     writer: Option<Writer>,
+    started: Option<(CaptureStart, Option<PartialLine>)>,
 }
 
+/// A snapshot whose RAM was hashed and copied.
+type Begun = (CaptureStart, Hashed, Option<PartialLine>);
+
 struct Writer {
-    sender: SyncSender<(Capture, Option<PartialLine>)>,
+    sender: SyncSender<Begun>,
     thread: JoinHandle<()>,
     shared: Arc<Shared>,
 }
@@ -79,6 +86,7 @@ impl Snapshotter {
             runs: runs.to_owned(),
             run: run.to_owned(),
             writer: None,
+            started: None,
         }
     }
 
@@ -88,27 +96,39 @@ impl Snapshotter {
         self.timeline = Some(timeline);
     }
 
-    /// Takes a snapshot if one is due and the machine stands at a moment. `line` is console output without an end of
-    /// line yet.
-    pub fn look(&mut self, machine: &mut Machine, line: Option<PartialLine>) -> Result<(), SnapshotError> {
+    /// Begins a snapshot if one is due and the machine stands at a moment. `line` is console output without an end of
+    /// line yet. The caller has the work done and gives the result to [`Snapshotter::write`] before it calls again.
+    pub fn begin(
+        &mut self,
+        machine: &mut Machine,
+        line: Option<PartialLine>,
+    ) -> Result<Option<HashWork>, SnapshotError> {
+        self.failure()?;
         if !self.is_due(machine) {
-            return self.failure();
+            return Ok(None);
         }
         let writer = match &self.writer {
             Some(writer) => writer,
             None => self.writer.insert(Writer::start(&self.runs, &self.run, self.options, self.timeline.take())?),
         };
         let memory = std::mem::take(&mut *lock(&writer.shared.memory));
-        let (capture, base) = Capture::take_into(memory, machine, self.base.as_ref())?;
-        self.base = Some(base);
+        let (start, work) = CaptureStart::new(machine, self.base.as_ref(), memory)?;
+        self.started = Some((start, line));
         self.last_icount = machine.icount().0;
-        writer.shared.busy.store(true, Ordering::Release);
-        // A writer that is gone has left its failure.
-        let _ = writer.sender.send((capture, line));
-        self.failure()
+        Ok(Some(work))
     }
 
-    fn is_due(&self, machine: &mut Machine) -> bool {
+    /// Has the snapshot that was begun written. Nothing happens if none was.
+    pub fn write(&mut self, hashed: Hashed) {
+        if let (Some((start, line)), Some(writer)) = (self.started.take(), &self.writer) {
+            self.base = Some(start.base(&hashed));
+            writer.shared.busy.store(true, Ordering::Release);
+            // A writer that is gone has left its failure.
+            let _ = writer.sender.send((start, hashed, line));
+        }
+    }
+
+    fn is_due(&self, machine: &Machine) -> bool {
         let since = machine.icount().0.saturating_sub(self.last_icount);
         let thinned = self.writer.as_ref().map_or(0, |writer| writer.shared.thinned.load(Ordering::Relaxed));
         let every = self.options.every_instructions.saturating_mul(1 << thinned.min(40));
@@ -178,8 +198,9 @@ struct Scribe {
 }
 
 impl Scribe {
-    fn work(&mut self, receiver: &Receiver<(Capture, Option<PartialLine>)>, shared: &Shared) {
-        while let Ok((capture, line)) = receiver.recv() {
+    fn work(&mut self, receiver: &Receiver<Begun>, shared: &Shared) {
+        while let Ok((start, hashed, line)) = receiver.recv() {
+            let capture = start.finish(hashed);
             let written = self.write(&capture, line, shared);
             *lock(&shared.memory) = capture.into_memory();
             if let Err(error) = written {

@@ -1,16 +1,16 @@
-//! What a snapshot takes from a machine: the only part of a snapshot for which the guest waits.
+//! What a snapshot takes from a machine.
 
 use orrery_cpu::Icount;
-use orrery_cpu::memory::PAGE_SIZE;
 use orrery_devices::VirtualNs;
 use orrery_devices::disk::CowDisk;
 
 use super::error::SnapshotError;
 use super::layer::{RAM, Space};
-use super::pack::PAGE_BYTES;
 use crate::chain::Hash;
-use crate::digest::{MemoryDigest, read_page};
+use crate::digest::MemoryDigest;
 use crate::machine::Machine;
+use crate::machine::hashing::{HashWork, Hashed, Wanted};
+use crate::machine::state::MachineState;
 use crate::page_hash::{ZERO_PAGE, content_hash};
 
 /// What the next capture of the same timeline builds on.
@@ -52,43 +52,49 @@ pub struct Capture {
     pub(super) contents: Vec<u8>,
 }
 
-impl Capture {
-    /// Copies what has changed since `base` (or since power-on) and everything beside RAM. Gives the next base.
-    pub fn take(machine: &mut Machine, base: Option<&CaptureBase>) -> Result<(Capture, CaptureBase), SnapshotError> {
-        Capture::take_into(Vec::new(), machine, base)
-    }
+/// A moment taken down for a capture, without RAM: the guest may go on.
+pub(crate) struct CaptureStart {
+    state: MachineState,
+    seed: u64,
+    disks: Vec<CowDisk>,
+    /// The disks of the capture that it builds on.
+    base: Vec<CowDisk>,
+}
 
-    /// The same, with the memory of an earlier capture: fresh memory from the host costs as much as the copy.
-    pub(crate) fn take_into(
-        mut contents: Vec<u8>,
+impl CaptureStart {
+    /// Begins a capture of what has changed since `base` (or since power-on). `contents` is the memory of an earlier
+    /// one: fresh memory from the host costs as much as the copy.
+    pub fn new(
         machine: &mut Machine,
         base: Option<&CaptureBase>,
-    ) -> Result<(Capture, CaptureBase), SnapshotError> {
+        contents: Vec<u8>,
+    ) -> Result<(CaptureStart, HashWork), SnapshotError> {
         if !machine.at_moment() {
             return Err(SnapshotError::NotAMoment(machine.icount()));
         }
-        let state_hash = machine.state_hash();
-        let state = machine.state();
-        let digest = machine.memory_digest().clone();
-        let pages = match base {
-            Some(base) => digest.differing_pages(&base.digest),
-            None => digest.pages().map(|(page, _)| page).collect(),
+        let wanted = Wanted { base: base.map(|base| base.digest.clone()), contents };
+        let work = machine.begin_hash(Some(wanted));
+        let start = CaptureStart {
+            state: machine.state(),
+            seed: machine.seed().0,
+            disks: machine.board().disks().cloned().collect(),
+            base: base.map(|base| base.disks.clone()).unwrap_or_default(),
         };
-        let mut changed = Vec::with_capacity(pages.len());
-        contents.clear();
-        contents.reserve(pages.len() * PAGE_BYTES);
-        let mut content = [0; PAGE_SIZE as usize];
-        for page in pages {
-            let hash = digest.hash_of(page).unwrap_or(ZERO_PAGE);
-            if hash != ZERO_PAGE {
-                read_page(&machine.board().memory, page, &mut content);
-                contents.extend_from_slice(&content);
-            }
-            changed.push(Changed { space: RAM, page, hash });
-        }
-        let disks: Vec<CowDisk> = machine.board().disks().cloned().collect();
-        for (index, disk) in disks.iter().enumerate() {
-            let before = base.and_then(|base| base.disks.get(index)).map(CowDisk::overlay);
+        Ok((start, work))
+    }
+
+    /// What the next capture builds on, once RAM was hashed.
+    pub fn base(&self, hashed: &Hashed) -> CaptureBase {
+        CaptureBase { digest: hashed.digest.clone(), disks: self.disks.clone() }
+    }
+
+    /// Puts the parts together.
+    pub fn finish(self, hashed: Hashed) -> Capture {
+        let Hashed { state_hash, digest, changed, mut contents, .. } = hashed;
+        let mut changed: Vec<Changed> =
+            changed.into_iter().map(|(page, hash)| Changed { space: RAM, page, hash }).collect();
+        for (index, disk) in self.disks.iter().enumerate() {
+            let before = self.base.get(index).map(CowDisk::overlay);
             for (page, bytes) in disk.overlay() {
                 let bytes = bytes.bytes();
                 if before.and_then(|before| before.get(page)).is_some_and(|old| std::ptr::eq(old.bytes(), bytes)) {
@@ -103,18 +109,28 @@ impl Capture {
                 changed.push(Changed { space: index as Space + 1, page: *page, hash });
             }
         }
-        let capture = Capture {
-            icount: state.icount(),
-            time: state.time(),
-            inputs_entered: state.inputs_entered(),
-            seed: machine.seed().0,
+        Capture {
+            icount: self.state.icount(),
+            time: self.state.time(),
+            inputs_entered: self.state.inputs_entered(),
+            seed: self.seed,
             state_hash,
             memory: digest.value(),
-            state: state.encode(),
+            state: self.state.encode(),
             changed,
             contents,
-        };
-        Ok((capture, CaptureBase { digest, disks }))
+        }
+    }
+}
+
+impl Capture {
+    /// Copies what has changed since `base` (or since power-on) and everything beside RAM. Gives the next base.
+    pub fn take(machine: &mut Machine, base: Option<&CaptureBase>) -> Result<(Capture, CaptureBase), SnapshotError> {
+        let (start, work) = CaptureStart::new(machine, base, Vec::new())?;
+        work.run();
+        let hashed = machine.take_hashed(true).expect("the work is done");
+        let base = start.base(&hashed);
+        Ok((start.finish(hashed), base))
     }
 
     /// Where it was taken.

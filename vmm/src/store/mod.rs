@@ -23,6 +23,7 @@ mod writer;
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
+pub(crate) use capture::CaptureStart;
 pub use capture::{Capture, CaptureBase};
 pub use error::SnapshotError;
 pub use log::{BlobReference, LayerReference, PartialLine, SnapshotRecord};

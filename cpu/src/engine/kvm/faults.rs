@@ -48,7 +48,7 @@ impl Core {
         let space = self.state().cr3 & ROOT_MASK;
         let changed = self.direct().tables.fill(space, linear, page as u32, write);
         if write {
-            self.t.pages.mark_dirty(page);
+            self.mark_dirty(page);
         }
         Some(changed)
     }

@@ -203,7 +203,7 @@ impl Core {
         }
         let writable = direct.tables.writable();
         for page in &writable {
-            self.t.pages.mark_dirty(*page);
+            self.mark_dirty(*page);
         }
         self.policy_marked(writable.len() as u64);
     }
@@ -215,7 +215,7 @@ impl Core {
             && direct.tables.fill(space, linear & !0xFFF, page as u32, write)
             && write
         {
-            self.t.pages.mark_dirty(page);
+            self.mark_dirty(page);
         }
     }
 

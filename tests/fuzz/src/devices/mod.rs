@@ -92,7 +92,7 @@ impl Bench {
         }
         for machine in [&mut self.whole, &mut self.sliced] {
             machine.reset().expect("back to the branch point");
-            assert!(machine.poke(guest::TABLE, &table));
+            assert!(machine.poke_memory(guest::TABLE, &table));
             for (channel, data) in &inputs {
                 machine.input(*channel, data.clone());
             }
