@@ -195,18 +195,6 @@ struct Tail {
     ns: u64,
 }
 
-/// What a tail has cost.
-#[derive(Clone, Copy)]
-struct Costs {
-    icount: u64,
-    now_ns: u64,
-    /// Instructions.
-    ran: u64,
-    /// Nanoseconds that it took, and that it would have taken in the soft engine.
-    took: u64,
-    soft: u64,
-}
-
 /// See the module's text.
 pub struct Policy {
     random: u64,
@@ -268,6 +256,55 @@ impl Policy {
             tail.ns += ns;
         }
     }
+
+    /// Pages were marked as written that may not have been: they will be hashed.
+    pub fn marked(&mut self, pages: u64) {
+        self.lost_ns = self.lost_ns.saturating_add(pages * HASH_NS);
+    }
+
+    /// A tail begins in this address space.
+    fn begin(&mut self, space: u64, icount: u64, now_ns: u64) {
+        if self.spaces.len() > SPACES_MAX {
+            self.spaces.clear();
+        }
+        let Some(choice) = self.spaces.entry(space).or_default().choose(icount) else { return };
+        if choice == Choice::Soft || self.affords(0, now_ns) {
+            self.tail = Some(Tail { space, choice, icount, ns: now_ns });
+        }
+    }
+
+    /// The tail is in the VM.
+    fn is_in_vm(&self) -> bool {
+        self.tail.is_some_and(|tail| tail.choice == Choice::Vm)
+    }
+
+    /// What a tail has cost so far, and what it would have cost in the soft engine: instructions, nanoseconds each.
+    fn costs(&self, tail: &Tail, icount: u64, now_ns: u64) -> (u64, u64, u64) {
+        let (ran, took) = (icount.saturating_sub(tail.icount), now_ns.saturating_sub(tail.ns));
+        let soft = self.spaces.get(&tail.space).and_then(|space| space.soft.cost(ran)).unwrap_or(took);
+        (ran, took, soft)
+    }
+
+    /// The tail, if there is one, ends. An address space that the VM need not remember any more.
+    fn end(&mut self, icount: u64, now_ns: u64) -> Option<u64> {
+        let tail = self.tail.take()?;
+        let (ran, took, soft) = self.costs(&tail, icount, now_ns);
+        if tail.choice == Choice::Vm {
+            let lost = self.lost_ns.saturating_add(took.saturating_sub(soft));
+            self.lost_ns = lost.saturating_sub(soft.saturating_sub(took));
+            self.visit_ns = self.visit_ns.min(took);
+        }
+        let space = self.spaces.get_mut(&tail.space)?;
+        space.ran(tail.choice, ran, took, icount, self.visit_ns);
+        matches!(space.phase, Phase::Rest { .. }).then_some(tail.space)
+    }
+
+    /// The tail, which is in the VM, has cost so much there that it had better go on in software.
+    fn regrets(&mut self, icount: u64, now_ns: u64) -> bool {
+        let Some(tail) = self.tail else { return false };
+        let (_, took, soft) = self.costs(&tail, icount, now_ns);
+        !self.affords(took.saturating_sub(soft), now_ns)
+    }
 }
 
 impl Core {
@@ -281,9 +318,7 @@ impl Core {
                 *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 *random >> 62 == 0
             }
-            EngineKind::Auto => {
-                self.policy.tail.is_some_and(|tail| tail.choice == Choice::Vm) && !self.policy_regrets()
-            }
+            EngineKind::Auto => self.policy.is_in_vm() && !self.policy_regrets(),
         }
     }
 
@@ -334,64 +369,182 @@ impl Core {
 
     #[cold]
     fn policy_tail(&mut self) {
-        let icount = self.now().0;
-        let key = self.state().cr3 & ROOT_MASK;
-        if self.policy.spaces.len() > SPACES_MAX {
-            self.policy.spaces.clear();
-        }
-        let Some(choice) = self.policy.spaces.entry(key).or_default().choose(icount) else { return };
-        let ns = thread_ns();
-        if choice == Choice::Soft || self.policy.affords(0, ns) {
-            self.policy.tail = Some(Tail { space: key, choice, icount, ns });
-        }
+        let (space, icount) = (self.state().cr3 & ROOT_MASK, self.now().0);
+        self.policy.begin(space, icount, thread_ns());
     }
 
     /// User code has ended, or the engine is about to return.
     pub fn policy_leave(&mut self) {
         self.policy.user = false;
         self.policy_give_out();
-        if let Some(tail) = self.policy.tail.take() {
-            self.policy_tail_ran(&tail, self.policy_costs(&tail));
+        if self.policy.tail.is_some() {
+            self.policy_end();
         }
     }
 
-    /// What a tail has cost so far.
-    fn policy_costs(&self, tail: &Tail) -> Costs {
-        let (icount, now_ns) = (self.now().0, thread_ns());
-        let (ran, took) = (icount.saturating_sub(tail.icount), now_ns.saturating_sub(tail.ns));
-        let soft = self.policy.spaces.get(&tail.space).and_then(|space| space.soft.cost(ran)).unwrap_or(took);
-        Costs { icount, now_ns, ran, took, soft }
-    }
-
-    fn policy_tail_ran(&mut self, tail: &Tail, costs: Costs) {
-        let Costs { icount, ran, took, soft, .. } = costs;
-        let policy = &mut self.policy;
-        if tail.choice == Choice::Vm {
-            let lost = policy.lost_ns.saturating_add(took.saturating_sub(soft));
-            policy.lost_ns = lost.saturating_sub(soft.saturating_sub(took));
-            policy.visit_ns = policy.visit_ns.min(took);
+    fn policy_end(&mut self) {
+        let icount = self.now().0;
+        if let Some(space) = self.policy.end(icount, thread_ns()) {
+            self.direct_forget_space(space);
         }
-        let Some(space) = policy.spaces.get_mut(&tail.space) else { return };
-        space.ran(tail.choice, ran, took, icount, policy.visit_ns);
-        if matches!(space.phase, Phase::Rest { .. }) {
-            self.direct_forget_space(tail.space);
-        }
-    }
-
-    /// Pages were marked as written that may not have been: they will be hashed.
-    pub(super) fn policy_marked(&mut self, pages: u64) {
-        self.policy.lost_ns = self.policy.lost_ns.saturating_add(pages * HASH_NS);
     }
 
     /// The tail has cost so much in the VM that it had better go on in software; then it does.
     pub(super) fn policy_regrets(&mut self) -> bool {
-        let Some(tail) = self.policy.tail.filter(|tail| tail.choice == Choice::Vm) else { return false };
-        let costs = self.policy_costs(&tail);
-        if self.policy.affords(costs.took.saturating_sub(costs.soft), costs.now_ns) {
-            return false;
+        let icount = self.now().0;
+        let regrets = self.policy.is_in_vm() && self.policy.regrets(icount, thread_ns());
+        if regrets {
+            self.policy_end();
         }
-        self.policy.tail = None;
-        self.policy_tail_ran(&tail, costs);
-        true
+        regrets
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPACE: u64 = 0x1000;
+    /// What the soft engine needs for a thousand instructions in these tests.
+    const SOFT_NS: u64 = 300;
+
+    /// A machine whose costs are made up.
+    #[derive(Default)]
+    struct Course {
+        policy: Policy,
+        icount: u64,
+        now_ns: u64,
+        /// Time that all would have taken in the soft engine.
+        software_ns: u64,
+        vm_tails: u32,
+        /// Longest time between two exits of the VM.
+        slice_ns: u64,
+    }
+
+    impl Course {
+        /// User code for so many instructions behind its head, which take so long in the VM.
+        fn tail(&mut self, instructions: u64, vm_ns: u64) {
+            const EXITS: u64 = 16;
+            self.policy.begin(SPACE, self.icount, self.now_ns);
+            self.vm_tails += u32::from(self.policy.is_in_vm());
+            let soft_ns = instructions * SOFT_NS / 1000;
+            for _ in 0..EXITS {
+                if self.policy.is_in_vm() && self.policy.regrets(self.icount, self.now_ns) {
+                    self.policy.end(self.icount, self.now_ns);
+                }
+                let took = if self.policy.is_in_vm() { vm_ns } else { soft_ns } / EXITS;
+                self.slice_ns = self.slice_ns.max(took);
+                self.now_ns += took;
+                self.icount += instructions / EXITS;
+            }
+            self.software_ns += soft_ns;
+            self.policy.end(self.icount, self.now_ns);
+        }
+
+        fn tails(&mut self, count: u32, instructions: u64, vm_ns: u64) -> &mut Course {
+            (0..count).for_each(|_| self.tail(instructions, vm_ns));
+            self
+        }
+
+        fn assert_loss_is_bounded(&self) {
+            let most = LOSS_MAX_NS + self.now_ns / LOSS_FORGOTTEN + self.slice_ns;
+            let lost = self.now_ns.saturating_sub(self.software_ns);
+            assert!(lost <= most, "{lost} ns of {} lost, {most} allowed", self.now_ns);
+        }
+    }
+
+    #[test]
+    fn what_pays_is_kept() {
+        let mut course = Course::default();
+        course.tails(1000, 1 << 20, 150_000);
+        assert!(course.vm_tails > 950, "{} tails of 1000 in the VM", course.vm_tails);
+        assert!(course.now_ns < course.software_ns * 11 / 20, "{} of {}", course.now_ns, course.software_ns);
+    }
+
+    #[test]
+    fn what_does_not_pay_is_given_up() {
+        for vm_ns in [310_000, 400_000, 3_000_000, 300_000_000] {
+            let mut course = Course::default();
+            course.tails(4000, 1 << 20, vm_ns);
+            // Trials become rare.
+            assert!((1..=14 * 16).contains(&course.vm_tails), "{} tails at {vm_ns} ns", course.vm_tails);
+            course.assert_loss_is_bounded();
+        }
+    }
+
+    #[test]
+    fn a_gain_within_the_margin_is_none() {
+        let mut course = Course::default();
+        course.tails(2000, 1 << 20, (1 << 20) * SOFT_NS / 1000 * 97 / 100);
+        assert!(course.vm_tails < 200, "{} tails of 2000 in the VM", course.vm_tails);
+    }
+
+    #[test]
+    fn a_tail_that_costs_less_than_a_visit_is_not_tried() {
+        let mut course = Course::default();
+        course.tails(10_000, 250_000, 1);
+        assert_eq!(course.vm_tails, 0);
+    }
+
+    #[test]
+    fn what_has_changed_is_seen() {
+        let mut course = Course::default();
+        let paid = course.tails(200, 1 << 20, 100_000).vm_tails;
+        // Now it costs ten times as much as software.
+        let costly = course.tails(200, 1 << 20, 3_000_000).vm_tails - paid;
+        assert!(costly < 16, "{costly} tails more");
+        // And now it pays again: the next trial finds out.
+        course.tails(400, 1 << 20, 100_000);
+        let again = course.tails(200, 1 << 20, 100_000).vm_tails;
+        assert!(again > paid + costly + 350, "{again} tails in the VM");
+        course.assert_loss_is_bounded();
+    }
+
+    #[test]
+    fn losses_are_bounded_whatever_the_costs() {
+        for seed in 1..200u64 {
+            let mut random = seed;
+            let mut draw = |below: u64| {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (random >> 33) % below
+            };
+            let mut course = Course::default();
+            for _ in 0..500 {
+                let instructions = 1 << (17 + draw(6));
+                // From a tenth to twenty times of what it takes in software, in rows of some tails.
+                let percent = if draw(3) == 0 { 10 + draw(2000) } else { 10 + draw(120) };
+                course.tails(1 + draw(20) as u32, instructions, instructions * SOFT_NS / 1000 * percent / 100);
+                course.assert_loss_is_bounded();
+            }
+        }
+    }
+
+    #[test]
+    fn pages_to_hash_are_a_loss() {
+        let mut course = Course::default();
+        course.policy.marked(2 * LOSS_MAX_NS / HASH_NS);
+        course.tails(100, 1 << 20, 100_000);
+        // So much is not forgotten so soon.
+        assert_eq!(course.vm_tails, 0);
+    }
+
+    #[test]
+    fn a_rest_ends_when_the_machine_goes_back() {
+        let mut course = Course { icount: 1 << 40, ..Course::default() };
+        course.tails(100, 1 << 20, 600_000);
+        let before = course.vm_tails;
+        course.icount = 0;
+        course.tails(2000, 1 << 20, 100_000);
+        assert!(course.vm_tails > before + 1500, "{} tails in the VM", course.vm_tails - before);
+    }
+
+    #[test]
+    fn many_address_spaces_are_forgotten() {
+        let mut policy = Policy::default();
+        for space in 0..3 * SPACES_MAX as u64 {
+            policy.begin(space << 12, space, space);
+            policy.end(space + 1, space + 1);
+            assert!(policy.spaces.len() <= SPACES_MAX + 1);
+        }
     }
 }
