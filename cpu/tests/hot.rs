@@ -53,13 +53,13 @@ fn program(rounds: u32) -> Vec<u8> {
     a.assemble(CODE).expect("it can be assembled")
 }
 
-fn guest(config: EngineConfig, rounds: u32) -> (Engine, GuestMemory) {
+fn guest(config: EngineConfig, code: &[u8]) -> (Engine, GuestMemory) {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("16 MiB of memory");
     let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
     write(0x1000, 0x2003);
     write(0x2000, 0x3003);
     (0..8).for_each(|i| write(0x3000 + 8 * i, i << 21 | 0x83));
-    memory.write_slice(&program(rounds), GuestAddress(CODE)).expect("inside RAM");
+    memory.write_slice(code, GuestAddress(CODE)).expect("inside RAM");
     let mut engine = Engine::new(memory.clone(), ModelFeatures::default(), config).expect("an engine");
     *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
     engine.state_replaced();
@@ -77,7 +77,8 @@ fn seen((engine, memory): &(Engine, GuestMemory)) -> ([u64; 16], u64, u64, Vec<u
 #[test]
 fn loops_are_unrolled_and_jumps_followed_unseen() {
     let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
-    let (mut expected, mut hot) = (guest(plain, 40), guest(EngineConfig::default(), 40));
+    let code = program(40);
+    let (mut expected, mut hot) = (guest(plain, &code), guest(EngineConfig::default(), &code));
     let mut at = 0;
     // Stops all over the long block, at last one in each of its places.
     for step in (0..40).map(|i| 9_973 + i).chain((0..150).map(|_| 1)) {
@@ -96,14 +97,39 @@ fn loops_are_unrolled_and_jumps_followed_unseen() {
     assert!(hot.0.statistics().crossing > 0, "{}", hot.0.statistics());
 }
 
+/// A loop that begins with numbers on both sides of a page's end and rewrites an instruction further down. What reads
+/// the numbers one by one may be a longer block than the one that could not read them together.
+fn crossing(rounds: u32, distance: usize) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut again, mut constant) = (a.create_label(), a.create_label());
+    a.mov(ebp, rounds).unwrap();
+    a.mov(rsi, (DATA | 0xFFF) - 7).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.mov(rax, qword_ptr(rsi)).unwrap();
+    a.add(rbx, qword_ptr(rsi + 8)).unwrap();
+    a.add(qword_ptr(rsi + 16), rax).unwrap();
+    a.inc(qword_ptr(rsi)).unwrap();
+    (0..distance).for_each(|_| a.nop().unwrap());
+    a.set_label(&mut constant).unwrap();
+    a.add(rdx, 0x1234_5678).unwrap();
+    a.lea(rdi, ptr(constant)).unwrap();
+    a.inc(dword_ptr(rdi + 3)).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(again).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
 #[test]
 fn random_blocks_come_to_the_same_end() {
-    let mut expected = guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, 12);
     let end = Icount(10_000_000);
-    assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
-    for chaos in 1..60 {
-        let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, 12);
-        assert_eq!(random.0.run(end, &mut Empty), Stop::Halted, "chaos {chaos}");
-        assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
+    for code in [program(12), crossing(300, 0), crossing(300, 10), crossing(300, 40), crossing(300, 100)] {
+        let mut expected = guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, &code);
+        assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
+        for chaos in 1..60 {
+            let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
+            assert_eq!(random.0.run(end, &mut Empty), Stop::Halted, "chaos {chaos}");
+            assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
+        }
     }
 }
