@@ -1,14 +1,15 @@
 //! Guest-physical RAM as the engine sees it: host pointers behind bounds checks.
 
+use std::any::Any;
 use std::sync::Arc;
 
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::Past;
 
-/// The machine's RAM. The bitmap records the pages that devices write; the engine keeps its own.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+/// RAM that nobody but the vCPU writes.
+pub type GuestMemory = GuestMemoryMmap;
 
 /// Size of a page and of every per-page record, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -29,7 +30,7 @@ pub struct PhysMemory {
     regions: Vec<Region>,
     /// What is to be kept of pages before they are written.
     past: Option<Arc<Past>>,
-    _owner: GuestMemory,
+    _owner: Box<dyn Any + Send>,
 }
 
 // SAFETY: the pointers belong to the mapping in `_owner`, which is itself Send; the single vCPU that owns this
@@ -37,19 +38,20 @@ pub struct PhysMemory {
 unsafe impl Send for PhysMemory {}
 
 impl PhysMemory {
-    /// Takes the machine's RAM. Regions must start and end on page boundaries.
-    pub fn new(memory: GuestMemory) -> PhysMemory {
+    /// Takes the machine's RAM, however it notes what devices write: the engine has notes of its own. Regions must
+    /// start and end on page boundaries.
+    pub fn new<B: Bitmap + Send + Sync + 'static>(memory: GuestMemoryMmap<B>) -> PhysMemory {
         let regions = memory
             .iter()
             .map(|region| {
-                let region: &vm_memory::GuestRegionMmap<AtomicBitmap> = region;
+                let region: &vm_memory::GuestRegionMmap<B> = region;
                 Region { start: region.start_addr().0, len: region.len(), host: region.as_ptr() }
             })
             .collect::<Vec<_>>();
         for region in &regions {
             assert!(region.start % PAGE_SIZE == 0 && region.len % PAGE_SIZE == 0, "RAM is made of whole pages");
         }
-        PhysMemory { regions, past: None, _owner: memory }
+        PhysMemory { regions, past: None, _owner: Box::new(memory) }
     }
 
     /// One past the highest guest-physical address of RAM.

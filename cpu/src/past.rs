@@ -6,13 +6,17 @@
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::memory::{GuestMemory, PAGE_SIZE, PageBytes};
+use crate::memory::{PAGE_SIZE, PageBytes};
+
+/// Copies a page of RAM as it is now.
+type ReadPage = dyn Fn(GuestAddress, &mut PageBytes) + Send + Sync;
 
 /// Some pages at one moment. The engine is given it with [`crate::engine::Engine::keep_past`].
 pub struct Past {
-    memory: GuestMemory,
+    read: Box<ReadPage>,
     /// Ascending.
     pages: Vec<u64>,
     /// For each page: null, [`taken`], or the content that was kept.
@@ -26,10 +30,16 @@ fn taken() -> *mut PageBytes {
 
 impl Past {
     /// The present, before anything else happens to these pages of RAM, in ascending order and each once.
-    pub fn new(memory: GuestMemory, pages: Vec<u64>) -> Past {
+    pub fn new<B: Bitmap + Send + Sync + 'static>(memory: GuestMemoryMmap<B>, pages: Vec<u64>) -> Past {
         assert!(pages.is_sorted_by(|a, b| a < b), "ascending, each once");
         let contents = pages.iter().map(|_| AtomicPtr::new(null_mut())).collect();
-        Past { memory, pages, contents }
+        let read = move |gpa, content: &mut PageBytes| {
+            if memory.read_slice(content, gpa).is_err() {
+                // Not RAM.
+                content.fill(0);
+            }
+        };
+        Past { read: Box::new(read), pages, contents }
     }
 
     /// The pages.
@@ -82,11 +92,7 @@ impl Past {
     }
 
     fn copy(&self, index: usize, content: &mut PageBytes) {
-        let gpa = GuestAddress(self.pages[index].wrapping_mul(PAGE_SIZE));
-        if self.memory.read_slice(content, gpa).is_err() {
-            // Not RAM.
-            content.fill(0);
-        }
+        (self.read)(GuestAddress(self.pages[index].wrapping_mul(PAGE_SIZE)), content);
     }
 }
 
@@ -105,6 +111,7 @@ impl Drop for Past {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::GuestMemory;
 
     const PAGES: u64 = 64;
 

@@ -10,7 +10,6 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 
 pub mod acpi;
 pub mod cmos;
@@ -23,6 +22,7 @@ pub mod power;
 pub mod random;
 pub mod serial;
 pub mod virtio;
+mod written;
 
 pub use cmos::Cmos;
 pub use disk::{CowDisk, Disk};
@@ -33,9 +33,10 @@ pub use power::Power;
 pub use random::{Latency, RandomStream};
 pub use serial::Serial;
 pub use virtio::{Block, Console, Entropy, Net, VirtioMmio};
+pub use written::WrittenPages;
 
-/// The machine's RAM; the bitmap records the pages that devices write.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+/// The machine's RAM, which notes the pages that devices write.
+pub type GuestMemory = GuestMemoryMmap<WrittenPages>;
 
 /// Nanoseconds of virtual time since power-on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]

@@ -5,7 +5,7 @@ use std::io::Cursor;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use orrery_cpu::memory::GuestMemory;
+use orrery_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Guest-physical addresses of what is put into memory before power-on, all below 1 MiB.

@@ -11,8 +11,8 @@
 
 use std::sync::Arc;
 
-use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
-use vm_memory::bitmap::AtomicBitmap;
+use orrery_cpu::memory::PAGE_SIZE;
+use orrery_devices::{GuestMemory, WrittenPages};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use crate::chain::Hash;
@@ -259,16 +259,9 @@ pub fn read_page(memory: &GuestMemory, page: u64, content: &mut PageBytes) -> bo
 pub fn take_device_dirty(memory: &GuestMemory) -> Vec<u64> {
     let mut pages = Vec::new();
     for region in memory.iter() {
-        let mapping: &MmapRegion<AtomicBitmap> = region;
-        let bitmap = mapping.bitmap();
         let first = region.start_addr().0 / PAGE_SIZE;
-        for (word_index, word) in bitmap.get_and_reset().into_iter().enumerate() {
-            let mut rest = word;
-            while rest != 0 {
-                pages.push(first + word_index as u64 * 64 + u64::from(rest.trailing_zeros()));
-                rest &= rest - 1;
-            }
-        }
+        let mapping: &MmapRegion<WrittenPages> = region;
+        pages.extend(mapping.bitmap().take().into_iter().map(|page| first + page));
     }
     pages
 }

@@ -4,6 +4,7 @@
 #![allow(missing_docs)]
 
 use super::residents::RESIDENTS_MAX;
+use super::signals::SignalStack;
 use crate::state::CpuState;
 use std::mem::offset_of;
 
@@ -154,6 +155,8 @@ pub struct VcpuBlock {
     pub jumps: [JumpEntry; JUMP_ENTRIES],
     /// Indexed by class, then 0 for reads and 1 for writes.
     pub tlb: [[Tlb; 2]; CLASSES],
+    /// Where signal handlers run while translated code does: here it costs nothing until one does.
+    pub signal_stack: [u8; SignalStack::SIZE],
 }
 
 /// Offsets of the fields that emitted code uses.

@@ -21,6 +21,7 @@ use super::thunks::{self, Thunks, exit};
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request, SiteKind, Translator};
 use super::translations::{Purpose, Shared, Translations, start};
 use super::{Chaos, EngineConfig, EngineError, Stop};
+use crate::Icount;
 use crate::bus::{Bus, TscLine};
 use crate::exception::Exception;
 use crate::memory::{PAGE_SIZE, PhysMemory};
@@ -29,7 +30,6 @@ use crate::paging::is_canonical;
 use crate::state::{CpuState, XsaveImage, control, rflags, seg};
 use crate::system::availability::{self, Unit};
 use crate::system::{self, ExecError, Outcome, alignment};
-use crate::{Icount, memory::GuestMemory};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -109,8 +109,6 @@ pub struct Core {
     /// Exceptions one after another, see [`Stop::Unfinished`].
     deliveries: Deliveries,
     bus: Option<*mut (dyn Bus + 'static)>,
-    /// Where signal handlers run while translated code does.
-    signal_memory: Vec<u8>,
     pub config: EngineConfig,
     chaos: Option<Chaos>,
     pub features: ModelFeatures,
@@ -120,9 +118,8 @@ pub struct Core {
 unsafe impl Send for Core {}
 
 impl Core {
-    pub fn new(memory: GuestMemory, features: ModelFeatures, config: EngineConfig) -> Result<Box<Core>, EngineError> {
+    pub fn new(memory: PhysMemory, features: ModelFeatures, config: EngineConfig) -> Result<Box<Core>, EngineError> {
         signals::install();
-        let memory = PhysMemory::new(memory);
         let page_count = (memory.end() / PAGE_SIZE) as usize;
         let t = Translations::new(config.code_cache_bytes, page_count).map_err(EngineError::CodeMemory)?;
         let mut core = Core::over(memory, features, config, t)?;
@@ -134,18 +131,17 @@ impl Core {
 
     /// A core that begins with translations that another one has frozen, over memory with the same content.
     pub fn branch(
-        memory: GuestMemory,
+        memory: PhysMemory,
         features: ModelFeatures,
         config: EngineConfig,
         shared: &Arc<Shared>,
         invalid: &[u32],
     ) -> Result<Box<Core>, EngineError> {
         signals::install();
-        let end = PhysMemory::new(memory.clone()).end();
-        let t = Translations::branch(shared, config.code_cache_bytes, (end / PAGE_SIZE) as usize)
-            .map_err(EngineError::CodeMemory)?;
+        let page_count = (memory.end() / PAGE_SIZE) as usize;
+        let t = Translations::branch(shared, config.code_cache_bytes, page_count).map_err(EngineError::CodeMemory)?;
         let Some(t) = t else { return Core::new(memory, features, config) };
-        let mut core = Core::over(PhysMemory::new(memory), features, config, t)?;
+        let mut core = Core::over(memory, features, config, t)?;
         for index in invalid {
             core.t.kill(*index);
         }
@@ -196,7 +192,6 @@ impl Core {
             unfinished: None,
             deliveries: Deliveries::default(),
             bus: None,
-            signal_memory: vec![0; SignalStack::SIZE],
             config,
             chaos,
             features,
@@ -586,8 +581,8 @@ impl Core {
         let bus: *mut (dyn Bus + '_) = bus;
         // SAFETY: only the lifetime is forgotten; `self.bus` is cleared before `run` returns.
         self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
-        let mut memory = std::mem::take(&mut self.signal_memory);
-        let stack = SignalStack::install(&mut memory);
+        // SAFETY: the vCPU block is owned by this core, and only signal handlers use this part of it.
+        let stack = SignalStack::install(unsafe { &mut (*self.block).signal_stack });
         let previous = signals::gs_base();
         signals::set_gs_base(self.block as u64);
         self.load_fpu();
@@ -603,7 +598,6 @@ impl Core {
         fpu::reset_host();
         signals::set_gs_base(previous);
         drop(stack);
-        self.signal_memory = memory;
         self.bus = None;
         stop
     }

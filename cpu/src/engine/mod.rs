@@ -40,10 +40,12 @@ mod undefined;
 use std::sync::Arc;
 
 use crate::bus::Bus;
-use crate::memory::GuestMemory;
+use crate::memory::PhysMemory;
 use crate::model::ModelFeatures;
 use crate::state::CpuState;
 use crate::{Icount, Past};
+use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::Bitmap;
 
 pub use archive::Archive;
 pub use kvm::{KvmCosts, KvmError, available as kvm_available, measure as measure_kvm};
@@ -204,11 +206,15 @@ pub struct Engine {
 
 impl Engine {
     /// An engine over the machine's RAM, with all-zero state.
-    pub fn new(memory: GuestMemory, features: ModelFeatures, config: EngineConfig) -> Result<Engine, EngineError> {
+    pub fn new<B: Bitmap + Send + Sync + 'static>(
+        memory: GuestMemoryMmap<B>,
+        features: ModelFeatures,
+        config: EngineConfig,
+    ) -> Result<Engine, EngineError> {
         if !std::arch::is_x86_feature_detected!("avx2") {
             return Err(EngineError::Processor("AVX2"));
         }
-        Ok(Engine { core: core::Core::new(memory, features, config)? })
+        Ok(Engine { core: core::Core::new(PhysMemory::new(memory), features, config)? })
     }
 
     /// What this engine has translated so far, for the engines of branches.
@@ -219,8 +225,12 @@ impl Engine {
 
     /// An engine over memory whose content is that of the frozen engine's when it was frozen, with all-zero state:
     /// it begins with its translations. Costs the same however many they are.
-    pub fn branch(frozen: &FrozenTranslations, memory: GuestMemory) -> Result<Engine, EngineError> {
-        let core = core::Core::branch(memory, frozen.features, frozen.config.clone(), &frozen.shared, &frozen.invalid)?;
+    pub fn branch<B: Bitmap + Send + Sync + 'static>(
+        frozen: &FrozenTranslations,
+        memory: GuestMemoryMmap<B>,
+    ) -> Result<Engine, EngineError> {
+        let FrozenTranslations { shared, invalid, features, config } = frozen;
+        let core = core::Core::branch(PhysMemory::new(memory), *features, config.clone(), shared, invalid)?;
         Ok(Engine { core })
     }
 

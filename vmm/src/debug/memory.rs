@@ -1,9 +1,9 @@
 //! Guest memory as the debugger reads it: through page tables, without changing accessed bits or anything else.
 
 use orrery_cpu::CpuState;
-use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::paging::is_canonical;
 use orrery_cpu::state::control;
+use orrery_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 const FRAME: u64 = 0x000F_FFFF_FFFF_F000;

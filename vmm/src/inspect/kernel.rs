@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use orrery_cpu::CpuState;
-use orrery_cpu::memory::GuestMemory;
+use orrery_devices::GuestMemory;
 
 use super::InspectError;
 use super::btf::{BTF_MAX, Btf, BtfError};

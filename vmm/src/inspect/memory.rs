@@ -5,9 +5,9 @@
 use std::ops::Range;
 
 use orrery_cpu::CpuState;
-use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::paging::{PHYSICAL_ADDRESS_MASK, entry, is_canonical};
 use orrery_cpu::state::control;
+use orrery_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 /// A page that translations are asked for one by one, in bytes.

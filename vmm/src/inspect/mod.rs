@@ -49,8 +49,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use orrery_cpu::CpuState;
-use orrery_cpu::memory::GuestMemory;
 use orrery_devices::CowDisk;
+use orrery_devices::GuestMemory;
 
 pub use kernel::Module;
 pub use mappings::{MappedFile, Mapping};

@@ -4,8 +4,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::{Icount, Past};
+use orrery_devices::GuestMemory;
 use orrery_devices::lapic::MsrError;
 use orrery_devices::{Context, CowDisk, Device, Effect, VirtualNs};
 use orrery_devices::{acpi, layout};

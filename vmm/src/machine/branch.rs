@@ -13,8 +13,9 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use orrery_cpu::engine::{Engine, EngineError, FrozenTranslations, Observation};
-use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
+use orrery_cpu::memory::PAGE_SIZE;
 use orrery_cpu::{CpuState, Icount};
+use orrery_devices::GuestMemory;
 
 use super::dirty::DirtyPages;
 use super::save::LastSave;

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use orrery_cpu::engine::EngineConfig;
-use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
+use orrery_cpu::memory::PAGE_SIZE;
+use orrery_devices::GuestMemory;
 use orrery_guest_image::Image;
 use vm_memory::{Bytes, GuestAddress};
 

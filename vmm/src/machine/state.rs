@@ -4,9 +4,10 @@
 use std::collections::VecDeque;
 
 use orrery_cpu::engine::{Engine, EngineConfig};
-use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
+use orrery_cpu::memory::PAGE_SIZE;
 use orrery_cpu::state::InvalidState;
 use orrery_cpu::{CpuState, Icount};
+use orrery_devices::GuestMemory;
 use orrery_devices::VirtualNs;
 use orrery_devices::disk::{AttachError, Base, CowDisk, Overlay};
 use serde::{Deserialize, Serialize};

@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::{io, slice};
 
-use orrery_cpu::memory::{GuestMemory, PAGE_SIZE};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use orrery_cpu::memory::PAGE_SIZE;
+use orrery_devices::{GuestMemory, WrittenPages};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
@@ -179,7 +179,7 @@ impl FrozenFile {
             let start = region.first_page * PAGE_SIZE;
             let bytes = region.view.size();
             let failed = |reason: String| RamError::Map { start, bytes: bytes as u64, reason };
-            let mapping = MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::with_len(bytes))
+            let mapping = MmapRegionBuilder::new_with_bitmap(bytes, WrittenPages::default())
                 .with_file_offset(region.file.clone())
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
@@ -225,7 +225,7 @@ impl Region {
 }
 
 /// Replaces the shared mapping of a region by a private one of the same bytes at the same place.
-fn make_private(region: &GuestRegionMmap<AtomicBitmap>, file: &FileOffset) -> io::Result<()> {
+fn make_private(region: &GuestRegionMmap<WrittenPages>, file: &FileOffset) -> io::Result<()> {
     let offset = i64::try_from(file.start()).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: the range is exactly the mapping that `region` owns, and stays mapped with the same content and rights.
     let mapped = unsafe {

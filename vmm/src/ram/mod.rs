@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
-use orrery_cpu::memory::GuestMemory;
 use orrery_devices::layout::ram_ranges;
+use orrery_devices::{GuestMemory, WrittenPages};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 pub use frozen::{FrozenFile, FrozenRam, Page};
@@ -63,7 +63,7 @@ pub fn create(bytes: u64) -> Result<GuestMemory, RamError> {
 }
 
 /// Asks for huge pages, which make the engine's loads and stores cheaper. Only an advice: failure is fine.
-fn advise(region: &GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>) {
+fn advise(region: &GuestRegionMmap<WrittenPages>) {
     // SAFETY: the range is exactly the mapping that `region` owns, and MADV_HUGEPAGE changes no content.
     unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
 }

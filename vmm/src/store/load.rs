@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use orrery_cpu::engine::EngineConfig;
-use orrery_cpu::memory::GuestMemory;
+use orrery_devices::GuestMemory;
 use orrery_devices::disk::{Base, Overlay, PAGE_LEN, Page};
 use orrery_guest_image::Image;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::PathBuf;
 
 use clap::Parser;
-use orrery_cpu::memory::GuestMemory;
+use orrery_devices::GuestMemory;
 use orrery_guest_image::deb::Package;
 use orrery_guest_image::{Image, format, kernel};
 use orrery_vmm::boot::{self, Kernel};

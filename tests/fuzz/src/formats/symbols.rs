@@ -73,7 +73,7 @@ pub fn kernel_symbols(data: &[u8]) {
 /// A guest whose memory and registers are the input's.
 pub fn inspector(data: &[u8]) {
     thread_local! {
-        static MEMORY: orrery_cpu::memory::GuestMemory = ram::create(16 << 20).expect("16 MiB of memory");
+        static MEMORY: orrery_devices::GuestMemory = ram::create(16 << 20).expect("16 MiB of memory");
     }
     let mut bytes = Bytes::new(data);
     MEMORY.with(|memory| {
