@@ -9,7 +9,7 @@ const PAGES: u64 = WORDS as u64 * 64;
 /// proportional to what was added, and an empty set of any range has next to no memory.
 #[derive(Debug, Default)]
 pub struct PageSet {
-    /// One bit per page, in pieces that are there once something was added.
+    /// One bit per page, in pieces that are there once something was added, up to the last of these.
     bits: Vec<Option<Box<[u64; WORDS]>>>,
     pages: Vec<u64>,
     end: u64,
@@ -18,7 +18,7 @@ pub struct PageSet {
 impl PageSet {
     /// An empty set of pages below `end`.
     pub fn new(end: u64) -> PageSet {
-        PageSet { bits: vec![None; end.div_ceil(PAGES) as usize], pages: Vec::new(), end }
+        PageSet { bits: Vec::new(), pages: Vec::new(), end }
     }
 
     /// Adds a page; true if it was not there. Pages at the end and beyond are ignored.
@@ -27,7 +27,11 @@ impl PageSet {
         if page >= self.end {
             return false;
         }
-        let piece = self.bits[(page / PAGES) as usize].get_or_insert_with(|| Box::new([0; WORDS]));
+        let at = (page / PAGES) as usize;
+        if at >= self.bits.len() {
+            self.bits.resize(at + 1, None);
+        }
+        let piece = self.bits[at].get_or_insert_with(|| Box::new([0; WORDS]));
         let word = &mut piece[(page % PAGES / 64) as usize];
         let bit = 1 << (page % 64);
         let fresh = *word & bit == 0;

@@ -22,13 +22,14 @@ const BRANCHES_EACH: usize = 4;
 pub struct Recent {
     /// Index of the first of these blocks; above all if there are none and never will be.
     first: u32,
+    /// Empty until there is one.
     lists: Vec<u32>,
 }
 
 impl Recent {
     /// For a branch that begins with so many blocks.
     pub fn new(blocks: usize) -> Recent {
-        if blocks == 0 { Recent::none() } else { Recent { first: blocks as u32, lists: vec![0; LISTS] } }
+        if blocks == 0 { Recent::none() } else { Recent { first: blocks as u32, lists: Vec::new() } }
     }
 
     /// No blocks are recent.
@@ -53,46 +54,67 @@ impl Recent {
 
     /// The list to which the block belongs that has this index and start, if it is recent.
     pub fn list_of(&mut self, index: u32, start: u64) -> Option<&mut u32> {
-        if index >= self.first { self.lists.get_mut(hash(start, LISTS) as usize) } else { None }
+        if index < self.first {
+            return None;
+        }
+        if self.lists.is_empty() {
+            self.lists = vec![0; LISTS];
+        }
+        self.lists.get_mut(hash(start, LISTS) as usize)
     }
 }
 
-/// How much longer exits serve instead of branches, for each page of the code that a branch shares.
-pub struct Patience(Vec<u8>);
+/// How often exits have served instead of branches, for each page of the code that a branch shares.
+pub struct Patience {
+    pages: usize,
+    /// Empty until one has.
+    served: Vec<u8>,
+}
 
 impl Patience {
     /// For a branch that begins with so many bytes of code.
     pub fn new(code: usize) -> Patience {
-        Patience(vec![PATIENCE; code.div_ceil(PAGE)])
+        Patience { pages: code.div_ceil(PAGE), served: Vec::new() }
     }
 
     /// A branch at this offset in the code could be led to its target: true if it is to wait.
     pub fn waits(&mut self, at: u32) -> bool {
-        let left = self.0.get_mut(at as usize / PAGE).filter(|left| **left > 0);
-        left.map(|left| *left -= 1).is_some()
+        let served = self.page(at).filter(|served| **served < PATIENCE);
+        served.map(|served| *served += 1).is_some()
     }
 
     /// The page with this offset has been written.
     pub fn written(&mut self, at: u32) {
-        if let Some(left) = self.0.get_mut(at as usize / PAGE) {
-            *left = 0;
+        if let Some(served) = self.page(at) {
+            *served = PATIENCE;
         }
+    }
+
+    fn page(&mut self, at: u32) -> Option<&mut u8> {
+        let page = at as usize / PAGE;
+        if page < self.pages && self.served.is_empty() {
+            self.served = vec![0; self.pages];
+        }
+        self.served.get_mut(page)
     }
 }
 
-/// How often groups of accesses have crossed a page lately, for some blocks.
+/// How often groups of accesses have crossed a page lately, for some blocks. Empty until one has.
 pub struct Crossings(Vec<(u32, u32, u64)>);
 
 impl Crossings {
     /// Nothing counted yet.
     pub fn new() -> Crossings {
-        Crossings(vec![(0, 0, 0); CROSSINGS])
+        Crossings(Vec::new())
     }
 
     /// It has happened in the block at this icount: true if that was often.
     pub fn count(&mut self, block: u32, now: u64) -> bool {
         const OFTEN: u32 = 32;
         const INSTRUCTIONS_BETWEEN: u64 = 2_000;
+        if self.0.is_empty() {
+            self.0 = vec![(0, 0, 0); CROSSINGS];
+        }
         let (counted, count, since) = &mut self.0[block as usize % CROSSINGS];
         if *counted != block || *count == 0 {
             (*counted, *count, *since) = (block, 0, now);

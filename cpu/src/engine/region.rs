@@ -45,7 +45,7 @@ impl MemoryFile {
                 *bytes += (offset + len).clamp(first, end) - offset.clamp(first, end);
             }
         }
-        let Ok(region) = Region::map(self.size, libc::MAP_SHARED, self.descriptor.as_raw_fd()) else { return };
+        let Ok(region) = Region::aligned(self.size, libc::MAP_SHARED, self.descriptor.as_raw_fd()) else { return };
         for (piece, _) in filled.iter().enumerate().filter(|(_, bytes)| **bytes >= LARGE / 4) {
             let at = region.at(piece * LARGE);
             // The host makes large pages of what is there, so something has to be: one byte, which is zero already.
@@ -72,6 +72,13 @@ impl MemoryFile {
     }
 }
 
+/// A fresh mapping; with MAP_FIXED, at `at`, where the caller has reserved as much.
+fn map(at: *mut u8, size: usize, protection: libc::c_int, flags: libc::c_int, fd: libc::c_int) -> io::Result<*mut u8> {
+    // SAFETY: what is mapped was not in use, see above.
+    let base = unsafe { libc::mmap(at.cast(), size, protection, flags | libc::MAP_NORESERVE, fd, 0) };
+    if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast()) }
+}
+
 /// One mapping, unmapped when dropped.
 pub struct Region {
     base: *mut u8,
@@ -84,19 +91,16 @@ unsafe impl Send for Region {}
 impl Region {
     /// Reserves `size` zeroed bytes, or maps `file` privately: what is written stays here.
     pub fn new(size: usize, file: Option<&MemoryFile>) -> io::Result<Region> {
-        match file {
-            None => Region::map(size, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
-            Some(file) => Region::map(size, libc::MAP_PRIVATE, file.descriptor.as_raw_fd()),
-        }
+        let Some(file) = file else {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let base = map(std::ptr::null_mut(), size, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+            return Ok(Region { base, size });
+        };
+        Region::aligned(size, libc::MAP_PRIVATE, file.descriptor.as_raw_fd())
     }
 
-    /// At an address at which large pages can be mapped.
-    fn map(size: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Region> {
-        let map = |at: *mut u8, size: usize, protection, flags, fd| {
-            // SAFETY: a fresh mapping, or one over a reservation that was made for it just now.
-            let base = unsafe { libc::mmap(at.cast(), size, protection, flags | libc::MAP_NORESERVE, fd, 0) };
-            if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast::<u8>()) }
-        };
+    /// Maps a file at an address at which large pages can be mapped.
+    fn aligned(size: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Region> {
         let reserved = size.checked_add(LARGE).ok_or(io::ErrorKind::OutOfMemory)?;
         let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let start = map(std::ptr::null_mut(), reserved, libc::PROT_NONE, nothing, -1)?;
