@@ -7,9 +7,11 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 
+use common::user::{has_kvm, user};
 use common::*;
 use iced_x86::code_asm::*;
 use orrery_cpu::Icount;
+use orrery_cpu::engine::{EngineConfig, EngineKind};
 use orrery_vmm::chain::Hash;
 use orrery_vmm::debug::stub::{self, Disconnected};
 use orrery_vmm::debug::watch::What;
@@ -71,8 +73,12 @@ fn record(directory: &Path, image: &orrery_guest_image::Image) -> RunReference {
 }
 
 fn session(run: &RunReference, icount: u64) -> Session {
-    let subject = Subject::open(run.clone(), MomentOptions::default()).unwrap();
-    Session::open(subject, icount, &mut |_| false).unwrap()
+    session_in(EngineKind::Soft, run, icount)
+}
+
+fn session_in(engine: EngineKind, run: &RunReference, icount: u64) -> Session {
+    let options = MomentOptions { engine: EngineConfig { engine, ..Default::default() }, ..Default::default() };
+    Session::open(Subject::open(run.clone(), options).unwrap(), icount, &mut |_| false).unwrap()
 }
 
 fn end_of(run: &RunReference) -> u64 {
@@ -358,8 +364,10 @@ fn gdb(session: &mut Session, commands: &[String]) -> Option<String> {
         command.args(["-ex", line]);
     }
     let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    // It must not wait for its words to be read.
+    let output = std::thread::spawn(|| child.wait_with_output().unwrap());
     let ended = stub::serve(session, listener.accept().unwrap().0).unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = output.join().unwrap();
     let words = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(!matches!(ended, Disconnected::Broken(_)), "{ended:?}:\n{words}");
     Some(words.into_owned())
@@ -433,4 +441,57 @@ fn gdb_goes_forwards_and_backwards() {
     assert!(words.contains("there is no such command"), "{words}");
     assert!(words.contains("run guest-1-001 seed 1"), "{words}");
     assert!(words.contains("efer") && words.contains("v8_float"), "{words}");
+}
+
+/// What gdb sees of a program in user mode: stops and all registers, forwards and backwards. In between the program runs.
+fn seen_by_gdb(run: &RunReference, engine: EngineKind) -> Option<String> {
+    let mut there = session_in(engine, run, 1_000_000);
+    let mut lines = Vec::new();
+    let mut enter = |line: &str| lines.push(line.to_owned());
+    for moment in [2_345_678, 1_234_567, 3_456_789] {
+        enter(&format!("monitor goto {moment}"));
+        enter("maintenance flush register-cache");
+        enter("info all-registers");
+        enter("stepi");
+        enter("break *$rip");
+        for _ in 0..2 {
+            enter("continue");
+            enter("info all-registers");
+        }
+        enter("reverse-continue");
+        enter("delete");
+        enter(&format!("watch *(long*){:#x}", DATA + 0x1238));
+        enter("continue");
+        enter("info all-registers");
+        enter("reverse-continue");
+        enter("delete");
+        enter("reverse-stepi");
+        enter("info all-registers");
+    }
+    enter("monitor goto 3999999");
+    enter("maintenance flush register-cache");
+    enter("info all-registers");
+    enter("detach");
+    let words = gdb(&mut there, &lines)?;
+    assert_eq!(there.position().icount, 3_999_999, "{words}");
+    let visits = there.machine().engine_statistics().kvm_visits;
+    assert_eq!(visits > 0, engine == EngineKind::Kvm, "{engine:?} was {visits} times in a virtual machine");
+    Some(words)
+}
+
+#[test]
+fn gdb_sees_the_same_in_the_kvm_engine() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let run = record(directory.path(), &user(12));
+    assert!(end_of(&run) > 4_000_000);
+    let Some(soft) = seen_by_gdb(&run, EngineKind::Soft) else { return };
+    assert_eq!(soft.matches("Breakpoint").count(), 12, "{soft}");
+    assert_eq!(soft.matches("\ncs             0x23").count(), 16, "{soft}");
+    let kvm = seen_by_gdb(&run, EngineKind::Kvm).unwrap();
+    let without_port =
+        |words: &str| words.lines().filter(|line| !line.contains("127.0.0.1")).collect::<Vec<_>>().join("\n");
+    assert_eq!(without_port(&soft), without_port(&kvm));
 }

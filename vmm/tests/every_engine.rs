@@ -219,6 +219,41 @@ fn a_run_without_enough_memory_says_so_or_is_the_same() {
     assert!(same > 0 && refused > 0, "{same} runs and {refused} refusals");
 }
 
+#[test]
+fn one_mapping_that_fails_is_told_or_makes_no_difference() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    image_file(directory.path(), "guest.img", &user(4));
+    let library = directory.path().join("mmap.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/mmap.c");
+    // What links Rust programs compiles C.
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-O1", source, "-o"]).arg(&library).output().unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let expected = chain(&record(directory.path(), "soft").output().unwrap());
+    assert!(expected.is_some());
+    let (mut software, mut refused) = (0, 0);
+    for call in 0.. {
+        let mut run = record(directory.path(), "kvm");
+        let output = run.env("LD_PRELOAD", &library).env("MMAP_FAILS", call.to_string()).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        if output.status.success() {
+            assert_eq!(chain(&output), expected, "call {call}: {errors}");
+            software += errors.matches("went on in software").count();
+        } else {
+            assert_eq!(output.status.code(), Some(231), "call {call}: {errors}");
+            assert!(errors.lines().any(|line| line.starts_with("orrery: ")), "call {call}: {errors}");
+            assert!(!errors.contains("panicked"), "call {call}: {errors}");
+            refused += 1;
+        }
+        if !errors.contains("made to fail") {
+            break;
+        }
+    }
+    assert!(software > 0 && refused > 0, "{software} runs went on in software and {refused} were refused");
+}
+
 /// Icounts of the run's snapshots.
 fn snapshots(run: &RunReference) -> Vec<u64> {
     let text = std::fs::read_to_string(run.path.join("snapshots.jsonl")).unwrap_or_default();
