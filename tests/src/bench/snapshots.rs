@@ -87,49 +87,20 @@ impl Guest {
         Ok(Guest { parent, template })
     }
 
-    /// Measures the lines that `wanted` names; `mib` is the guest's memory as the lines' names say it.
-    pub fn measure(&mut self, mib: u64, wanted: &dyn Fn(&str) -> bool, rounds: usize) -> Result<Vec<Line>> {
-        let mut lines = Vec::new();
-        let branch = format!("branch-{mib}");
-        if wanted(&branch) {
-            lines.push(self.branch(&branch, rounds)?);
-        }
-        if mib == 512 {
-            let each: [(&str, Measure); 5] = [
-                ("reset-50", Guest::reset),
-                ("branches-per-second", Guest::throughput),
-                ("branch-recycled", Guest::recycled),
-                ("grandchild-512", Guest::grandchild),
-                ("live-1000", Guest::live),
-            ];
-            for (name, measure) in each.into_iter().filter(|(name, _)| wanted(name)) {
-                lines.push(measure(self, name, rounds)?);
-            }
-        }
-        Ok(lines)
+    /// Measures the lines that `wanted` names, but for those of [`branches`].
+    pub fn measure(&mut self, wanted: &dyn Fn(&str) -> bool, rounds: usize) -> Result<Vec<Line>> {
+        let each: [(&str, Measure); 5] = [
+            ("reset-50", Guest::reset),
+            ("branches-per-second", Guest::throughput),
+            ("branch-recycled", Guest::recycled),
+            ("grandchild-512", Guest::grandchild),
+            ("live-1000", Guest::live),
+        ];
+        each.into_iter().filter(|(name, _)| wanted(name)).map(|(name, measure)| measure(self, name, rounds)).collect()
     }
 
     fn child(&self) -> Result<Machine> {
         Ok(self.template.branch(self.template.seed(), None)?)
-    }
-
-    fn branch(&mut self, name: &str, rounds: usize) -> Result<Line> {
-        self.parent.reset()?;
-        // So that freezing it again costs little.
-        self.parent.state_hash();
-        let (mut made, mut micros) = (Vec::new(), Vec::new());
-        // They live on, so that none goes on in the memory of another.
-        let mut children = Vec::new();
-        for _ in 0..rounds {
-            let template = self.parent.freeze()?;
-            let before = Instant::now();
-            let mut child = template.branch(template.seed(), None)?;
-            made.push(micros_since(before));
-            run(&mut child, 1)?;
-            micros.push(micros_since(before));
-            children.push(child);
-        }
-        Ok(Line::of(name, micros).with("made_p50_us", Line::of("", made).p50_us))
     }
 
     fn reset(&mut self, name: &str, rounds: usize) -> Result<Line> {
@@ -205,6 +176,33 @@ impl Guest {
         }
         Ok(Line::of(name, micros).with("beyond_parent_mib", mib))
     }
+}
+
+/// Measures new branches of each guest, in turn: so all lines find the host in the same state. Where there is a hypervisor
+/// below, a page that it has to provide first takes ten times as long as another.
+pub fn branches(guests: &mut [(&str, Guest)], rounds: usize) -> Result<Vec<Line>> {
+    for (_, guest) in guests.iter_mut() {
+        // So that freezing it again costs little.
+        guest.parent.state_hash();
+    }
+    let mut samples = vec![(Vec::new(), Vec::new()); guests.len()];
+    // They live on, so that none goes on in the memory of another.
+    let mut children = Vec::new();
+    for _ in 0..rounds {
+        for ((_, guest), (made, micros)) in guests.iter_mut().zip(&mut samples) {
+            let template = guest.parent.freeze()?;
+            let before = Instant::now();
+            let mut child = template.branch(template.seed(), None)?;
+            made.push(micros_since(before));
+            run(&mut child, 1)?;
+            micros.push(micros_since(before));
+            children.push(child);
+        }
+    }
+    let line = |((name, _), (made, micros)): (&(&str, Guest), _)| {
+        Line::of(name, micros).with("made_p50_us", Line::of("", made).p50_us)
+    };
+    Ok(guests.iter().zip(samples).map(line).collect())
 }
 
 /// Snapshots on disk of the image `go`, and back; the store is made below `directory` and removed again.

@@ -58,7 +58,11 @@ fn main() -> Result<ExitCode> {
     if let (Some(image), Some(at)) = (&arguments.image, arguments.at) {
         let image = Image::open(image)?;
         let named = !arguments.only.is_empty() && arguments.only.iter().all(|name| !name.starts_with("warm-"));
-        figures.lines = Guest::at(&image, 512, at)?.measure(512, &wanted, rounds)?;
+        let mut guests = [("branch-512", Guest::at(&image, 512, at)?)];
+        if wanted("branch-512") {
+            figures.lines = snapshots::branches(&mut guests, rounds)?;
+        }
+        figures.lines.extend(guests[0].1.measure(&wanted, rounds)?);
         if !named {
             figures.lines.push(warm::measure("warm", &image, &Course::new(at, 10_000_000, rounds))?);
         }
@@ -66,17 +70,20 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let image = Image::open(guests::image(&["filler"])?)?;
-    for mib in [512, 4096] {
-        let of_this = |name: &str| {
-            !name.ends_with("-disk") && !name.starts_with("warm-") && name.ends_with("-4096") == (mib == 4096)
-        };
-        if NAMES.iter().any(|(name, _)| wanted(name) && of_this(name)) {
-            let mut guest = Guest::boot(&image, mib)?;
-            let lines = guest.measure(mib, &wanted, rounds)?;
-            lines.iter().for_each(|line| println!("{}", line.text()));
-            figures.lines.extend(lines);
-        }
+    let mut guests = Vec::new();
+    for (name, mib) in [("branch-512", 512), ("branch-4096", 4096)].into_iter().filter(|(name, _)| wanted(name)) {
+        guests.push((name, Guest::boot(&image, mib)?));
     }
+    let mut lines = snapshots::branches(&mut guests, rounds)?;
+    drop(guests);
+    let others = |name: &str| {
+        !["branch-512", "branch-4096"].contains(&name) && !name.ends_with("-disk") && !name.starts_with("warm-")
+    };
+    if NAMES.iter().any(|(name, _)| wanted(name) && others(name)) {
+        lines.extend(Guest::boot(&image, 512)?.measure(&wanted, rounds)?);
+    }
+    lines.iter().for_each(|line| println!("{}", line.text()));
+    figures.lines.extend(lines);
     let built = |name: &str| {
         let path = workshop::target().join("images").join(name);
         Image::open(&path).with_context(|| format!("`make images` builds {}", path.display()))
