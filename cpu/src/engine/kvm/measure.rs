@@ -1,7 +1,6 @@
 //! What this host's KVM costs, for `orrery doctor`.
 
 use super::super::assembler::Assembler;
-use super::super::block::VcpuBlock;
 use super::super::region::Region;
 use super::tables::Arena;
 use super::vm::{Exit, Vm};
@@ -41,7 +40,6 @@ pub fn measure() -> Result<KvmCosts, KvmError> {
     let no_memory = |error: &dyn std::fmt::Display| KvmError::Memory(error.to_string());
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).map_err(|error| no_memory(&error))?;
     let memory = PhysMemory::new(memory);
-    let block = Region::new(size_of::<VcpuBlock>(), None).map_err(|error| no_memory(&error))?;
     let code = Region::new(CODE_BYTES, None).map_err(|error| no_memory(&error))?;
     let mut a = Assembler::default();
     a.start(0);
@@ -52,7 +50,7 @@ pub fn measure() -> Result<KvmCosts, KvmError> {
     unsafe { std::ptr::copy_nonoverlapping(a.bytes.as_ptr(), code.at(0), a.bytes.len()) };
     let tables = Arena::new(CODE_BYTES as u64, 0)?;
     let place = (code.at(0) as u64, code.at(CODE_BYTES) as u64);
-    let mut vm = Vm::new(&memory, &tables, &block, place, None)?;
+    let mut vm = Vm::new(&memory, &tables, place, None)?;
     let linear = tables.code_linear();
 
     let exit_ns = median(|| {

@@ -25,7 +25,6 @@ pub use vm::KvmError;
 use super::block::{Class, ITLB_ENTRIES, JumpEntry, VcpuBlock};
 use super::core::Core;
 use super::mode::Mode;
-use super::region::Region;
 use crate::memory::PAGE_SIZE;
 use crate::paging::is_canonical;
 use crate::state::{gpr, rflags};
@@ -43,9 +42,6 @@ const OVERDRAFT: i64 = super::translate::MAX_INSTRUCTIONS as i64;
 pub struct Direct {
     vm: Vm,
     tables: Arena,
-    /// What translated code in the VM reaches through GS. It is a vCPU block without a host address in it.
-    block: *mut VcpuBlock,
-    _room: Region,
     /// The mode that the entries of its instruction TLB stand for, and which of them are in use.
     mode: Mode,
     pages_used: Vec<u16>,
@@ -53,25 +49,20 @@ pub struct Direct {
     marked: bool,
 }
 
-// SAFETY: the block is in the region that this value owns.
-unsafe impl Send for Direct {}
-
 impl Direct {
     fn new(core: &Core) -> Result<Direct, KvmError> {
-        let room = Region::new(size_of::<VcpuBlock>(), None).map_err(|error| KvmError::Memory(error.to_string()))?;
         let code = (core.t.code_start(), core.t.code_end());
         let tables = Arena::new(code.1 - code.0, (core.memory.end() / PAGE_SIZE) as usize)?;
-        let vm = Vm::new(&core.memory, &tables, &room, code, core.config.kvm_fails)?;
-        let block: *mut VcpuBlock = room.at(0).cast();
-        let mut direct =
-            Direct { vm, tables, block, _room: room, mode: Mode(0), pages_used: Vec::new(), marked: false };
+        let vm = Vm::new(&core.memory, &tables, code, core.config.kvm_fails)?;
+        let mut direct = Direct { vm, tables, mode: Mode(0), pages_used: Vec::new(), marked: false };
         direct.forget_jumps();
         Ok(direct)
     }
 
     fn block(&mut self) -> &mut VcpuBlock {
-        // SAFETY: zeroed memory is a valid block, it is in `_room`, and the VM does not run while the reference lives.
-        unsafe { &mut *self.block }
+        // SAFETY: zeroed memory is a valid block, it lives as long as the arena, and the VM does not run while the
+        // reference lives.
+        unsafe { &mut *self.tables.block() }
     }
 
     fn forget_jumps(&mut self) {

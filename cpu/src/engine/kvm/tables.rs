@@ -5,14 +5,20 @@
 //! page of them that the VM may have seen is never changed but by filling it: to take something away, the pages on the
 //! way to it are copied, and the VM gets another root (`fresh` pages are those that it has not seen yet).
 
+use super::super::block::VcpuBlock;
 use super::super::hash::FastMap;
 use super::super::region::Region;
-use super::vm::{BLOCK, BLOCK_BYTES, CODE, EXIT, RAM};
+use super::vm::{CODE, EXIT, RAM};
 use super::{EXIT_DISTANCE, KvmError};
 use crate::memory::PAGE_SIZE;
+use std::mem::offset_of;
 
-/// Bytes of guest-physical memory for the VM's own tables.
-pub const ARENA_BYTES: u64 = 64 << 20;
+/// Bytes of guest-physical memory for the VM's own tables. Behind them is the vCPU block that translated code in the VM
+/// reaches through GS, but for its software TLBs.
+const ARENA_BYTES: u64 = 64 << 20;
+const BLOCK_BYTES: u64 = (offset_of!(VcpuBlock, tlb) as u64).next_multiple_of(PAGE_SIZE);
+/// What of the arena is memory of the VM.
+pub const SLOT_BYTES: u64 = ARENA_BYTES + BLOCK_BYTES;
 /// Where things are in the arena.
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
@@ -116,7 +122,8 @@ fn index(linear: u64, level: u32) -> u64 {
 impl Arena {
     /// Tables for a VM with `code_bytes` of code and so many pages of RAM.
     pub fn new(code_bytes: u64, page_count: usize) -> Result<Arena, KvmError> {
-        let region = Region::new(ARENA_BYTES as usize, None).map_err(|error| KvmError::Memory(error.to_string()))?;
+        let bytes = ARENA_BYTES as usize + size_of::<VcpuBlock>();
+        let region = Region::new(bytes, None).map_err(|error| KvmError::Memory(error.to_string()))?;
         let mut arena = Arena {
             region,
             places: Places::draw(),
@@ -139,7 +146,7 @@ impl Arena {
             arena.map(root, arena.places.system + at, at | rights | no_execute, 0);
         }
         for at in (0..BLOCK_BYTES).step_by(PAGE_SIZE as usize) {
-            arena.map(root, arena.places.block + at, (BLOCK + at) | rights | USER | NO_EXECUTE, 0);
+            arena.map(root, arena.places.block + at, (ARENA_BYTES + at) | rights | USER | NO_EXECUTE, 0);
         }
         let way_out = arena.places.code - EXIT_DISTANCE as u64;
         arena.map(root, way_out, EXIT | rights | USER | NO_EXECUTE, 0);
@@ -160,6 +167,11 @@ impl Arena {
     /// Where the arena's first pages are in the VM.
     pub fn linear(&self, at: u64) -> u64 {
         self.places.system + at
+    }
+
+    /// The vCPU block, zeroed at first. It has no host address in it.
+    pub fn block(&self) -> *mut VcpuBlock {
+        self.region.at(ARENA_BYTES as usize).cast()
     }
 
     /// Where the vCPU block is in the VM.

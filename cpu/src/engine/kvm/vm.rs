@@ -3,19 +3,15 @@
 //!
 //! General registers, segments and CR3 travel in `kvm_run` (KVM_CAP_SYNC_REGS), so that a round trip is one system call.
 
-use super::super::block::VcpuBlock;
-use super::super::region::Region;
-use super::tables::{ARENA_BYTES, Arena, EXCEPTION_STACK_TOP, GDT, IDT, STUBS, TSS};
+use super::tables::{Arena, EXCEPTION_STACK_TOP, GDT, IDT, SLOT_BYTES, STUBS, TSS};
 use crate::memory::PhysMemory;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
-use std::mem::offset_of;
 
-/// Guest-physical addresses in the VM. The page tables and all else that is the VM's own is at 0.
-pub const BLOCK: u64 = 0x1_0000_0000;
+/// Guest-physical addresses in the VM. The arena, with the page tables and all else that is the VM's own, is at 0.
 /// A page that nothing is behind: a store there leaves KVM.
 pub const EXIT: u64 = 0x1_8000_0000;
 pub const CODE: u64 = 0x2_0000_0000;
@@ -26,9 +22,6 @@ const KERNEL_CS: u16 = 0x10;
 const USER_SS: u16 = 0x1B;
 const USER_CS: u16 = 0x23;
 const TSS_SELECTOR: u16 = 0x28;
-
-/// Bytes of the vCPU block that translated code reaches in the VM: all but the software TLBs.
-pub const BLOCK_BYTES: u64 = offset_of!(VcpuBlock, tlb) as u64;
 
 /// A call to KVM failed, or KVM lacks something.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -152,14 +145,8 @@ fn fill_arena(arena: &Arena) {
 }
 
 impl Vm {
-    /// A VM with the guest's RAM, the code memory and a vCPU block of its own in it.
-    pub fn new(
-        memory: &PhysMemory,
-        arena: &Arena,
-        block: &Region,
-        code: (u64, u64),
-        fails: Option<u32>,
-    ) -> Result<Vm, KvmError> {
+    /// A VM with the guest's RAM, the code memory and the arena in it.
+    pub fn new(memory: &PhysMemory, arena: &Arena, code: (u64, u64), fails: Option<u32>) -> Result<Vm, KvmError> {
         let mut calls = Calls::new(fails);
         let kvm = calls.make("opening /dev/kvm", Kvm::new)?;
         if !kvm.check_extension(Cap::SyncRegs) {
@@ -168,9 +155,8 @@ impl Vm {
         let vm = calls.make("KVM_CREATE_VM", || kvm.create_vm())?;
         // KVM on VMX without unrestricted guests wants it; elsewhere it is harmless.
         let _ = vm.set_tss_address(0xFFFB_D000);
-        let mut slots =
-            vec![(0, ARENA_BYTES, arena.host()), (BLOCK, BLOCK_BYTES.next_multiple_of(4096), block.at(0) as u64)];
-        slots.push((CODE, code.1 - code.0, code.0));
+        // Each slot more takes KVM some milliseconds.
+        let mut slots = vec![(0, SLOT_BYTES, arena.host()), (CODE, code.1 - code.0, code.0)];
         slots.extend(memory.regions().map(|(start, len, host)| (RAM + start, len, host as u64)));
         for (slot, (guest_phys_addr, memory_size, userspace_addr)) in (0..).zip(slots) {
             let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
@@ -238,7 +224,7 @@ impl Vm {
 
     /// Makes KVM forget all that it knows of the arena's pages.
     pub fn forget_arena(&mut self, arena: &Arena) -> Result<(), KvmError> {
-        for memory_size in [0, ARENA_BYTES] {
+        for memory_size in [0, SLOT_BYTES] {
             let region =
                 kvm_userspace_memory_region { memory_size, userspace_addr: arena.host(), ..Default::default() };
             let vm = &self.vm;

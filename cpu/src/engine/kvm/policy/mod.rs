@@ -6,32 +6,19 @@
 //! behind them is a *tail*. For each address space it measures what an instruction of a tail costs in both engines,
 //! everything counted that it took until the kernel was entered, and goes where it is less.
 
+mod space;
+
 use super::super::EngineKind;
 use super::super::core::Core;
 use super::super::hash::FastMap;
 use super::ROOT_MASK;
+use space::{Choice, Space};
 
 /// Instructions of a stretch of user code that the soft engine executes anyhow: a shorter one is not worth a visit.
 const HEAD: i64 = 50_000;
-/// What is measured counts half as much after so many instructions.
-const MEMORY: u64 = 8_000_000;
-/// What the soft engine must have run for a measurement, in tails and instructions.
-const SOFT_TAILS: u32 = 2;
-const SOFT_INSTRUCTIONS: u64 = 1_000_000;
 /// What a tail costs in the VM at the least, until one has cost less. Where tails take less than half as much again in the
 /// soft engine, there is no trial.
 const VISIT_NS: u64 = 60_000;
-/// Tails of a trial. The first ones, in the VM, make the translations. Of the others one in three is left to the soft
-/// engine; they are measured.
-const TRIAL_TAILS: u32 = 15;
-const TRIAL_MEASURED: u32 = 9;
-/// After a trial that has failed: instructions until the next one, doubled each time.
-const PATIENCE_MIN: u64 = 20_000_000;
-const PATIENCE_MAX: u64 = 320_000_000;
-/// While the VM is faster, every so many tails one is left to the soft engine, to see how it does; more at first.
-const SOFT_EVERY: u32 = 64;
-/// The VM must be faster by one part in so many: what it costs the soft engine later is not measured.
-const MARGIN: u64 = 16;
 /// What tails in the VM may have cost more than they would have in software: if it is more, there are none until it is
 /// half as much. One nanosecond of it is forgotten in so many.
 const LOSS_MAX_NS: u64 = 3_000_000;
@@ -40,151 +27,6 @@ const LOSS_FORGOTTEN: u64 = 64;
 const HASH_NS: u64 = 1200;
 /// Address spaces that are remembered.
 const SPACES_MAX: usize = 512;
-
-/// What instructions have cost lately.
-#[derive(Clone, Copy, Default)]
-struct Rate {
-    /// In thousandths.
-    tails: u64,
-    instructions: u64,
-    ns: u64,
-}
-
-impl Rate {
-    fn add(&mut self, instructions: u64, ns: u64) {
-        self.tails += 1000;
-        self.instructions += instructions;
-        self.ns += ns;
-        while self.instructions > MEMORY {
-            self.tails /= 2;
-            self.instructions /= 2;
-            self.ns /= 2;
-        }
-    }
-
-    /// What a tail takes.
-    fn tail_ns(&self) -> u64 {
-        self.ns.saturating_mul(1000) / self.tails.max(1)
-    }
-
-    /// What so many instructions would take; None if nothing is known.
-    fn cost(&self, instructions: u64) -> Option<u64> {
-        let whole = u128::from(self.ns) * u128::from(instructions);
-        (self.instructions > 0).then(|| (whole / u128::from(self.instructions)) as u64)
-    }
-
-    /// Clearly less for the same than `other`.
-    fn is_below(&self, other: &Rate) -> bool {
-        let both = |ns: u64, instructions: u64| u128::from(ns) * u128::from(instructions);
-        let (mine, others) = (both(self.ns, other.instructions), both(other.ns, self.instructions));
-        self.instructions > 0 && mine + mine / u128::from(MARGIN) < others
-    }
-}
-
-/// What is done with the tails of an address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Left to the soft engine until this icount.
-    Rest { until: u64 },
-    /// In the soft engine, and measured; so many so far.
-    Soft { tails: u32 },
-    /// In the VM, to see how it does; so many are left.
-    Trial { left: u32 },
-    /// In the VM: it is faster; so many so far.
-    Vm { tails: u32 },
-}
-
-/// Who executes a tail that is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Choice {
-    Soft,
-    Vm,
-}
-
-/// One address space.
-#[derive(Clone, Copy)]
-struct Space {
-    soft: Rate,
-    vm: Rate,
-    phase: Phase,
-    /// How long to wait after the next trial, if it fails.
-    patience: u64,
-}
-
-impl Default for Space {
-    fn default() -> Space {
-        let (soft, vm) = (Rate::default(), Rate::default());
-        Space { soft, vm, phase: Phase::Soft { tails: 0 }, patience: PATIENCE_MIN }
-    }
-}
-
-impl Space {
-    /// Who executes the next tail; None if it is left to the soft engine and is not measured.
-    fn choose(&mut self, icount: u64) -> Option<Choice> {
-        // A machine that goes back to an earlier state has an earlier icount.
-        if let Phase::Rest { until } = self.phase
-            && (icount >= until || until - icount > PATIENCE_MAX)
-        {
-            self.soft = Rate::default();
-            self.phase = Phase::Soft { tails: 0 };
-        }
-        let soft = match self.phase {
-            Phase::Rest { .. } => return None,
-            Phase::Soft { .. } => true,
-            Phase::Trial { left } => left <= TRIAL_MEASURED && left.is_multiple_of(3),
-            Phase::Vm { tails } => tails.is_power_of_two() || tails.is_multiple_of(SOFT_EVERY),
-        };
-        Some(if soft { Choice::Soft } else { Choice::Vm })
-    }
-
-    /// A tail has ended in one of the engines, at that icount. In the VM one costs `visit_ns` at the least.
-    fn ran(&mut self, choice: Choice, instructions: u64, ns: u64, icount: u64, visit_ns: u64) {
-        let rate = if choice == Choice::Vm { &mut self.vm } else { &mut self.soft };
-        rate.add(instructions.max(1), ns);
-        match &mut self.phase {
-            Phase::Rest { .. } => {}
-            Phase::Soft { tails } => {
-                *tails += 1;
-                if *tails >= SOFT_TAILS && self.soft.instructions >= SOFT_INSTRUCTIONS {
-                    if self.soft.tail_ns() > visit_ns * 3 / 2 {
-                        self.phase = Phase::Trial { left: TRIAL_TAILS };
-                    } else {
-                        self.give_up(icount);
-                    }
-                }
-            }
-            Phase::Trial { left } => {
-                *left -= 1;
-                match *left {
-                    TRIAL_MEASURED => (self.soft, self.vm) = Default::default(),
-                    0 => self.judge(icount),
-                    _ => {}
-                }
-            }
-            Phase::Vm { tails } => {
-                *tails += 1;
-                if !self.vm.is_below(&self.soft) {
-                    self.judge(icount);
-                }
-            }
-        }
-    }
-
-    fn judge(&mut self, icount: u64) {
-        if self.vm.is_below(&self.soft) {
-            self.patience = PATIENCE_MIN;
-            self.phase = Phase::Vm { tails: 3 };
-        } else {
-            self.give_up(icount);
-        }
-    }
-
-    /// No visits for a while.
-    fn give_up(&mut self, icount: u64) {
-        self.phase = Phase::Rest { until: icount.saturating_add(self.patience) };
-        self.patience = (self.patience * 2).min(PATIENCE_MAX);
-    }
-}
 
 /// The tail that is under way.
 #[derive(Clone, Copy)]
@@ -281,7 +123,7 @@ impl Policy {
     /// What a tail has cost so far, and what it would have cost in the soft engine: instructions, nanoseconds each.
     fn costs(&self, tail: &Tail, icount: u64, now_ns: u64) -> (u64, u64, u64) {
         let (ran, took) = (icount.saturating_sub(tail.icount), now_ns.saturating_sub(tail.ns));
-        let soft = self.spaces.get(&tail.space).and_then(|space| space.soft.cost(ran)).unwrap_or(took);
+        let soft = self.spaces.get(&tail.space).and_then(|space| space.soft_ns(ran)).unwrap_or(took);
         (ran, took, soft)
     }
 
@@ -296,7 +138,7 @@ impl Policy {
         }
         let space = self.spaces.get_mut(&tail.space)?;
         space.ran(tail.choice, ran, took, icount, self.visit_ns);
-        matches!(space.phase, Phase::Rest { .. }).then_some(tail.space)
+        space.rests().then_some(tail.space)
     }
 
     /// The tail, which is in the VM, has cost so much there that it had better go on in software.
@@ -402,15 +244,18 @@ impl Core {
 
 #[cfg(test)]
 mod tests {
+    use super::space::TRIAL_TAILS;
     use super::*;
 
     const SPACE: u64 = 0x1000;
-    /// What the soft engine needs for a thousand instructions in these tests.
+    /// What the soft engine needs for a thousand instructions in most of these tests.
     const SOFT_NS: u64 = 300;
 
     /// A machine whose costs are made up.
     #[derive(Default)]
     struct Course {
+        /// What the soft engine needs for a thousand instructions, if it is not the constant.
+        soft_ns: Option<u64>,
         policy: Policy,
         icount: u64,
         now_ns: u64,
@@ -427,7 +272,7 @@ mod tests {
             const EXITS: u64 = 16;
             self.policy.begin(SPACE, self.icount, self.now_ns);
             self.vm_tails += u32::from(self.policy.is_in_vm());
-            let soft_ns = instructions * SOFT_NS / 1000;
+            let soft_ns = instructions * self.soft_ns.unwrap_or(SOFT_NS) / 1000;
             for _ in 0..EXITS {
                 if self.policy.is_in_vm() && self.policy.regrets(self.icount, self.now_ns) {
                     self.policy.end(self.icount, self.now_ns);
@@ -470,6 +315,26 @@ mod tests {
             assert!((1..=14 * 16).contains(&course.vm_tails), "{} tails at {vm_ns} ns", course.vm_tails);
             course.assert_loss_is_bounded();
         }
+    }
+
+    #[test]
+    fn what_stays_the_same_is_not_tried_again_and_again() {
+        let mut course = Course::default();
+        course.tails(4000, 1 << 20, 350_000);
+        let trials = course.vm_tails / (TRIAL_TAILS - 3);
+        assert!((2..=7).contains(&trials), "{trials} trials in 4000 tails");
+        // Other code, and the next trial is as near as one is after a failure.
+        course.soft_ns = Some(2 * SOFT_NS);
+        let before = course.vm_tails;
+        course.tails(1000, 1 << 20, 350_000);
+        assert!(course.vm_tails - before > 650, "{} tails in the VM", course.vm_tails - before);
+    }
+
+    #[test]
+    fn a_hopeless_trial_is_short() {
+        let mut course = Course::default();
+        course.tails(20, 1 << 20, 420_000);
+        assert!((6..=8).contains(&course.vm_tails), "{} tails in the VM", course.vm_tails);
     }
 
     #[test]
