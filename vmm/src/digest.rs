@@ -11,12 +11,13 @@
 
 use std::sync::Arc;
 
-use orrery_cpu::memory::PAGE_SIZE;
+use orrery_cpu::memory::{PAGE_SIZE, PageBytes};
 use orrery_devices::{GuestMemory, WrittenPages};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use crate::chain::Hash;
-use crate::page_hash::{PAGES_AT_ONCE, PageBytes, ZERO_PAGE, content_hashes};
+use crate::page_hash::{PAGES_AT_ONCE, ZERO_PAGE, content_hashes};
+use crate::ram::host_page;
 
 /// A page's digest, and the sum of many.
 pub type Lanes = [u64; 4];
@@ -102,7 +103,7 @@ impl MemoryDigest {
 
     /// Hashes the given pages of RAM again. Pages outside RAM are ignored. Nothing writes to RAM meanwhile.
     pub fn update(&mut self, memory: &GuestMemory, pages: impl IntoIterator<Item = u64>) {
-        self.update_from(|page| page_bytes(memory, page), pages);
+        self.update_from(|page| host_page(memory, page), pages);
     }
 
     /// Hashes the given pages again, many of them on several processors. Pages without content are ignored.
@@ -240,19 +241,9 @@ impl MemoryDigest {
     }
 }
 
-/// The bytes of a page of RAM as they are, for as long as nothing writes there; None if the page is not RAM.
-fn page_bytes(memory: &GuestMemory, page: u64) -> Option<&PageBytes> {
-    let gpa = GuestAddress(page.checked_mul(PAGE_SIZE)?);
-    let slice = memory.get_slice(gpa, PAGE_SIZE as usize).ok()?;
-    // SAFETY: the slice is a whole page of a mapping that lives as long as `memory`, and `u8` has no alignment. The
-    // vCPU and the devices run on the thread that has called, and nobody else writes to RAM.
-    Some(unsafe { &*slice.ptr_guard().as_ptr().cast::<PageBytes>() })
-}
-
 /// Copies a page of RAM; false if the page is not RAM.
 pub fn read_page(memory: &GuestMemory, page: u64, content: &mut PageBytes) -> bool {
-    use vm_memory::Bytes;
-    page.checked_mul(PAGE_SIZE).is_some_and(|gpa| memory.read_slice(content, GuestAddress(gpa)).is_ok())
+    host_page(memory, page).map(|found| *content = *found).is_some()
 }
 
 /// Takes the page numbers that devices have written since the last call, sorted, and forgets them.
@@ -269,7 +260,7 @@ pub fn take_device_dirty(memory: &GuestMemory) -> Vec<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     #[test]
     fn incremental_equals_from_scratch() {

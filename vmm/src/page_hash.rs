@@ -6,12 +6,9 @@
 
 use blake3::IncrementCounter;
 use blake3::platform::Platform;
-use orrery_cpu::memory::PAGE_SIZE;
+use orrery_cpu::memory::{PAGE_SIZE, PageBytes};
 
 use crate::chain::Hash;
-
-/// The bytes of one page.
-pub type PageBytes = [u8; PAGE_SIZE as usize];
 
 /// The content hash of a page of zeros.
 pub const ZERO_PAGE: Hash = Hash([0; 32]);
@@ -37,12 +34,6 @@ fn is_zero(content: &[u8]) -> bool {
     // SAFETY: any bytes are valid u64 values; align_to returns what is aligned and leaves the rest in the ends.
     let (head, words, tail) = unsafe { content.align_to::<u64>() };
     words.iter().all(|w| *w == 0) && head.iter().chain(tail).all(|b| *b == 0)
-}
-
-/// The content hash of one page.
-pub fn content_hash(content: &[u8]) -> Hash {
-    assert_eq!(content.len() as u64, PAGE_SIZE);
-    if is_zero(content) { ZERO_PAGE } else { Hash(*blake3::hash(content).as_bytes()) }
 }
 
 /// The content hashes of up to [`PAGES_AT_ONCE`] pages, in their order.

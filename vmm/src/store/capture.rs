@@ -11,7 +11,6 @@ use crate::digest::MemoryDigest;
 use crate::machine::Machine;
 use crate::machine::hashing::{HashWork, Hashed, Wanted};
 use crate::machine::state::MachineState;
-use crate::page_hash::{ZERO_PAGE, content_hash};
 
 /// What the next capture of the same timeline builds on.
 #[derive(Clone)]
@@ -100,11 +99,8 @@ impl CaptureStart {
                 if before.and_then(|before| before.get(page)).is_some_and(|old| std::ptr::eq(old.bytes(), bytes)) {
                     continue;
                 }
-                // A page of zeros over a base that is not must be in the table.
-                let hash = match content_hash(bytes) {
-                    ZERO_PAGE => Hash(*blake3::hash(bytes).as_bytes()),
-                    hash => hash,
-                };
+                // A page of zeros, too: over a base that is not, it must be in the table.
+                let hash = Hash(*blake3::hash(bytes).as_bytes());
                 contents.extend_from_slice(bytes);
                 changed.push(Changed { space: index as Space + 1, page: *page, hash });
             }
