@@ -15,8 +15,9 @@ use iced_x86::{Decoder, DecoderOptions};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Most bytes of an archive; what is translated beyond is not kept. Room for a kernel's boot and a runtime's start.
-const BYTES_MAX: usize = 64 << 20;
+/// Most bytes of an archive; what is translated beyond is not kept. Room for a kernel's boot and a runtime's start: a JVM's
+/// programs of ten seconds fill 140 MB.
+const BYTES_MAX: usize = 256 << 20;
 
 /// What a translation was asked for, besides the bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
