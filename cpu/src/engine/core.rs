@@ -2,8 +2,9 @@
 
 use super::assembler::Assembler;
 use super::block::{CLASSES, Class, VcpuBlock, empty_tag};
+use super::coherence::Used;
 use super::deliveries::Deliveries;
-use super::mmu::{Commit, Used};
+use super::mmu::Commit;
 use super::mode::Mode;
 use super::region::{Region, Reused};
 use super::signals;

@@ -9,6 +9,7 @@ mod assembler;
 mod block;
 mod classify;
 mod code;
+mod coherence;
 mod core;
 mod debug;
 mod deliveries;
@@ -39,6 +40,7 @@ mod thunks;
 mod translate;
 mod translations;
 mod undefined;
+mod window;
 
 use std::sync::Arc;
 
