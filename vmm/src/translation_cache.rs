@@ -83,15 +83,17 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     if metadata.uid() != user || metadata.mode() & 0o022 != 0 || metadata.len() > DIRECTORY_BYTES_MAX {
         return None;
     }
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    file.read_to_end(&mut bytes).ok()?;
-    let (header, body) = bytes.split_at_checked(HEADER)?;
-    if header[..8] != *MAGIC || header[8..12] != VERSION.to_le_bytes() || header[12..] != *blake3::hash(body).as_bytes()
+    let mut header = [0; HEADER];
+    file.read_exact(&mut header).ok()?;
+    let mut body = Vec::with_capacity((metadata.len() as usize).saturating_sub(HEADER));
+    file.read_to_end(&mut body).ok()?;
+    if header[..8] != *MAGIC
+        || header[8..12] != VERSION.to_le_bytes()
+        || header[12..] != *blake3::hash(&body).as_bytes()
     {
         return None;
     }
-    bytes.drain(..HEADER);
-    Some(bytes)
+    Some(body)
 }
 
 /// Writes beside the file and renames, so that a reader finds the old one or the new one.
