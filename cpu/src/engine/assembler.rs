@@ -445,6 +445,13 @@ impl Assembler {
         self.gs_op(false, op::STORE, host::RAX, disp);
     }
 
+    /// `mov eax, 0; lahf; mov gs:[disp], eax`: as `save_flags`, with OF known to be clear. One instruction less that
+    /// reads flags, for which processors have few units, and which branches share.
+    pub fn save_flags_without_overflow(&mut self, disp: u32) {
+        self.put(&[0xB8, 0, 0, 0, 0, 0x9F]);
+        self.gs_op(false, op::STORE, host::RAX, disp);
+    }
+
     /// `lahf; and eax, 0x4000; mov ecx, gs:[disp]; and ecx, ~0x4000; or eax, ecx; mov gs:[disp], eax`: ZF to a slot.
     pub fn merge_zero_flag(&mut self, disp: u32) {
         self.put(&[0x9F, 0x25, 0x00, 0x40, 0x00, 0x00]);
@@ -518,6 +525,7 @@ mod tests {
             (text(|a| a.upper_half_in_eax()), "vextractf128 xmm0,ymm0,1; xor eax,eax; vptest xmm0,xmm0; setne al"),
             (text(|a| a.imul_rax_gs(0x40)), "imul rax,gs:[40h]"),
             (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
+            (text(|a| a.save_flags_without_overflow(8)), "mov eax,0; lahf; mov gs:[8],eax"),
             (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
             (
                 text(|a| a.merge_zero_flag(8)),

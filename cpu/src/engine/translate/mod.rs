@@ -17,7 +17,7 @@ pub(super) use status::Flags;
 
 use memory::address_size;
 use places::{Holds, ScratchRegisters};
-use status::Source;
+use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
@@ -194,7 +194,7 @@ pub(super) enum Cold {
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
     /// what the budget was charged for the rest of the block, and go to the target.
-    Side { patch: u32, target: u64, ip: u64, save_flags: bool, unretired: u32, same_stack: bool },
+    Side { patch: u32, target: u64, ip: u64, save_flags: Option<Overflow>, unretired: u32, same_stack: bool },
     /// `patch` leads here when the stack window does not cover the block.
     Window { patch: u32 },
     /// `patch` leads here from a call that missed the jump cache: push the return address, unless the target is not
@@ -223,6 +223,8 @@ pub struct Translator {
     first_site: u32,
     first_emulated: u32,
     pub(super) flags: Flags,
+    /// What is known of OF where only the host has the flags.
+    overflow: Overflow,
     /// What gives the flags that `flags` is about, if that can be repeated.
     source: Option<Source>,
     needs: Vec<Need>,
@@ -266,6 +268,7 @@ impl Translator {
             first_site: 0,
             first_emulated: 0,
             flags: Flags::Slot,
+            overflow: Overflow::Any,
             source: None,
             needs: Vec::new(),
             scratch: ScratchRegisters::default(),
@@ -437,8 +440,8 @@ impl Translator {
                 }
                 Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
                     self.a.land(patch);
-                    if save_flags {
-                        self.a.save_flags(field::FLAGS);
+                    if let Some(overflow) = save_flags {
+                        self.store_flags(overflow);
                     }
                     let kind = |patch| SiteKind::Link { target, patch, same_stack };
                     self.leave_early(inhabited, ip, unretired, kind);

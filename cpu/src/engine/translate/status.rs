@@ -12,6 +12,20 @@ pub(in crate::engine) enum Flags {
     Source,
 }
 
+/// What is known of OF.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Overflow {
+    Any,
+    Clear,
+}
+
+impl Overflow {
+    /// Behind an instruction that gives the flags.
+    fn behind(ins: &Instruction) -> Overflow {
+        if ins.rflags_cleared() & RflagsBits::OF != 0 { Overflow::Clear } else { Overflow::Any }
+    }
+}
+
 /// A host instruction without memory operand that gives the flags that an earlier one gave, while the guest registers
 /// that it reads are what they were.
 #[derive(Clone, Copy)]
@@ -28,7 +42,7 @@ impl Translator {
             self.repeat();
         }
         if self.flags == Flags::Host {
-            self.a.save_flags(field::FLAGS);
+            self.store_flags(self.overflow);
             self.scratch.forget(host::RAX);
             self.flags = Flags::Both;
         }
@@ -75,7 +89,15 @@ impl Translator {
     pub(super) fn repeat(&mut self) {
         let source = self.source.expect("flags that are nowhere have a source");
         self.emit(&source.instruction).expect("what was encoded once can be encoded again");
-        self.flags = Flags::Host;
+        (self.flags, self.overflow) = (Flags::Host, Overflow::behind(&source.instruction));
+    }
+
+    /// The host's flags to the slot. Uses RAX.
+    pub(super) fn store_flags(&mut self, overflow: Overflow) {
+        match overflow {
+            Overflow::Any => self.a.save_flags(field::FLAGS),
+            Overflow::Clear => self.a.save_flags_without_overflow(field::FLAGS),
+        }
     }
 
     /// Before an instruction at which the host may fault: the flags are in the host or in the slot.
@@ -89,7 +111,7 @@ impl Translator {
     pub(super) fn settle(&mut self, source: Option<Instruction>) {
         if let Some(source) = source {
             self.emit(&source).expect("what was encoded once can be encoded again");
-            self.a.save_flags(field::FLAGS);
+            self.store_flags(Overflow::behind(&source));
         }
     }
 
@@ -125,7 +147,7 @@ impl Translator {
 
     /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
     pub(super) fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
-        self.flags = Flags::Host;
+        (self.flags, self.overflow) = (Flags::Host, Overflow::behind(ins));
         self.source = if self.mode.is_direct() { None } else { source(ins, out, &self.home) };
     }
 }
