@@ -13,6 +13,8 @@ pub type GuestMemory = GuestMemoryMmap;
 
 /// Size of a page and of every per-page record, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
+/// The bits of an address that say where in its page it is.
+pub const PAGE_MASK: u64 = PAGE_SIZE - 1;
 
 /// The bytes of one page.
 pub type PageBytes = [u8; PAGE_SIZE as usize];

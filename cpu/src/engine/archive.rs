@@ -159,6 +159,10 @@ impl Archive {
 
     /// Keeps the translation that the translator has just made at `origin`.
     pub fn add(&self, request: &Request, origin: u32, translator: &Translator, placed: &Placed) {
+        // A record is longer than its code: one that cannot fit need not be made.
+        if self.kept.len() + self.fresh().len() + translator.a.bytes.len() > BYTES_MAX {
+            return;
+        }
         let mut code = translator.a.bytes.clone();
         for relocation in &translator.relocations {
             match *relocation {

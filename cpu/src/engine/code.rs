@@ -8,7 +8,7 @@ use super::mode::Mode;
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request};
 use super::translations::{Purpose, Shared, start};
 use crate::exception::Exception;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::paging::is_canonical;
 use std::sync::Arc;
 
@@ -110,7 +110,7 @@ impl Core {
             return Ok(Ok(cached));
         }
         let translation = self.walk(vpage << 12, false, true, class)?;
-        if self.memory.host(translation.gpa & !(PAGE_SIZE - 1), PAGE_SIZE).is_none() {
+        if self.memory.host(translation.gpa & !PAGE_MASK, PAGE_SIZE).is_none() {
             return Ok(Err(self.unsupported("code outside RAM", &[])));
         }
         let page = (translation.gpa / PAGE_SIZE) as u32;

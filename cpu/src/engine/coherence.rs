@@ -7,9 +7,8 @@
 use super::block::{ITLB_ENTRIES, empty_tag, window_of};
 use super::core::Core;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
-const PAGE_MASK: u64 = PAGE_SIZE - 1;
 /// The address bits of CR3.
 const ROOT_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 /// Slow writes after which a page that was a table is taken for an ordinary one again.

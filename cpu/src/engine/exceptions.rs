@@ -13,8 +13,8 @@ use crate::exception::Exception;
 use crate::memory::PAGE_SIZE;
 use crate::paging::is_canonical;
 use crate::state::{CpuState, control, rflags, seg};
-use crate::system;
-use crate::system::availability::{self, Unit};
+use crate::system::availability::Unit;
+use crate::system::{self, availability};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 impl Core {

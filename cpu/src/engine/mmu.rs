@@ -7,11 +7,9 @@ use super::mode::class;
 use super::pages::{IS_TABLE, MANY_BASES};
 use super::translate::{First, SiteKind};
 use crate::exception::Exception;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::paging::{self, Access, Translation, is_canonical};
 use crate::system::alignment;
-
-const PAGE_MASK: u64 = PAGE_SIZE - 1;
 
 /// A write of an operand that was handed out in a bounce buffer.
 pub struct Commit {

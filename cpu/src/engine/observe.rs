@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::core::Core;
 use super::mmu::Intent;
 use crate::Icount;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
 /// The address bits of CR3 that name an address space. Bit 12 tells the two halves of a kernel with page-table
 /// isolation apart, which share their user pages.
@@ -390,7 +390,7 @@ impl Core {
     /// writing, which instructions that read and write use too).
     #[inline]
     pub fn observes_page(&self, linear: u64, gpa: u64, write: bool) -> bool {
-        let (linear, gpa) = (linear & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
+        let (linear, gpa) = (linear & !PAGE_MASK, gpa & !PAGE_MASK);
         self.observed.watchpoints.iter().any(|w| (write || w.read) && w.overlaps(Some(linear), gpa, PAGE_SIZE, None))
     }
 

@@ -2,9 +2,7 @@
 
 use super::block::{Class, SPARE_WINDOWS, SpareWindow, WINDOW_SPANS, window_of};
 use super::core::Core;
-use crate::memory::PAGE_SIZE;
-
-const PAGE_MASK: u64 = PAGE_SIZE - 1;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
 impl Core {
     /// Forgets the stack windows. Their distance stays: the running block may still add it.

@@ -8,7 +8,7 @@ use super::operand::{linear, mask, read_memory, write_gpr, write_memory};
 use super::{Executed, Outcome, Privilege, System, retire};
 use super::{alignment, arithmetic};
 use crate::exception::Exception;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::state::{CpuState, gpr, rflags, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -101,7 +101,7 @@ impl StringOp {
         let offset = self.offset(state, register);
         let at = linear(state, segment, offset, self.size, write)?;
         alignment::check(state, at, self.size)?;
-        let in_page = at & (PAGE_SIZE - 1);
+        let in_page = at & PAGE_MASK;
         // The second case: the element itself reaches over the end of the address size.
         if in_page + size > PAGE_SIZE || mask(self.width) - offset < size - 1 {
             return Ok((at, 0));

@@ -8,7 +8,7 @@ use super::availability::{avx_refused, sse_refused, x87_refused, xsave_refused};
 use super::operand::{address, unchecked_address, write_memory};
 use super::{ExecError, Executed, GP0, Privilege, System, alignment, retire};
 use crate::exception::Exception;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::state::{CpuState, XSAVE_SIZE, control, gpr};
 use iced_x86::{EncodingKind, Instruction};
 
@@ -140,7 +140,7 @@ fn require_writable(state: &mut CpuState, at: u64, size: usize, sys: &mut dyn Sy
     let last = at.wrapping_add(size as u64 - 1);
     sys.page_pointer(state, at, 1, true, Privilege::Current)?;
     if last / PAGE_SIZE != at / PAGE_SIZE {
-        sys.page_pointer(state, last & !(PAGE_SIZE - 1), 1, true, Privilege::Current)?;
+        sys.page_pointer(state, last & !PAGE_MASK, 1, true, Privilege::Current)?;
     }
     Ok(())
 }

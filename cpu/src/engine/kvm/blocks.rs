@@ -6,7 +6,7 @@ use super::super::core::Core;
 use super::super::mode::Mode;
 use super::super::translate::SiteKind;
 use super::super::translations::{Purpose, start};
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
 impl Core {
     /// Identity of the code page at `vpage`, entered in the VM's instruction TLB; None if the soft engine should look.
@@ -28,7 +28,7 @@ impl Core {
             Some(known) => self.t.code_pages[known].page,
             None => {
                 let translation = self.walk(vpage << 12, false, true, Class::User).ok()?;
-                self.memory.host(translation.gpa & !(PAGE_SIZE - 1), PAGE_SIZE)?;
+                self.memory.host(translation.gpa & !PAGE_MASK, PAGE_SIZE)?;
                 (translation.gpa / PAGE_SIZE) as u32
             }
         };

@@ -201,7 +201,7 @@ impl Translator {
         self.a.lea(true, host::RCX, Some(host::RCX), None, 1);
         self.faults.push((self.a.here() as u32, emulated));
         let high = self.a.jrcxz();
-        if self.flags == Flags::Host {
+        if matches!(self.flags, Flags::Host(_)) {
             self.faults.push((self.a.here() as u32, emulated));
             self.a.save_flags(field::FLAGS);
         }

@@ -3,7 +3,7 @@
 use super::super::block::Class;
 use super::super::core::Core;
 use super::ROOT_MASK;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::paging::{PHYSICAL_ADDRESS_MASK, entry};
 
 impl Core {
@@ -15,7 +15,7 @@ impl Core {
         if linear >> 47 != 0 {
             return false;
         }
-        let page = linear & !(PAGE_SIZE - 1);
+        let page = linear & !PAGE_MASK;
         let Some(changed) = self.direct_map(page, write) else { return false };
         let table = page >> 21;
         for distance in 1..=AROUND {
@@ -39,7 +39,7 @@ impl Core {
         }
         // It is marked and changes nothing else: all flags are set.
         let translation = self.walk(linear, write, false, Class::User).ok()?;
-        if translation.gpa & !(PAGE_SIZE - 1) != mapping.gpa || translation.updated != 0 {
+        if translation.gpa & !PAGE_MASK != mapping.gpa || translation.updated != 0 {
             return None;
         }
         if write && self.t.pages.records[page as u32].flags != 0 {

@@ -40,7 +40,7 @@ impl Translator {
             patch,
             target,
             ip: self.ip,
-            save_flags: (self.flags == Flags::Host).then_some(self.overflow),
+            save_flags: if let Flags::Host(overflow) = self.flags { Some(overflow) } else { None },
             unretired: self.unretired() - 1,
             same_stack: self.plan.same_stack(self.position + 1),
         });

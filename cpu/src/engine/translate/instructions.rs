@@ -157,7 +157,7 @@ impl Translator {
         set_memory(&mut out, POINTER);
         self.may_fault_here();
         self.encode(ins, &out);
-        (self.flags, self.overflow, self.source) = (Flags::Host, Overflow::Any, None);
+        (self.flags, self.source) = (Flags::Host(Overflow::Any), None);
     }
 
     pub(super) fn push(&mut self, ins: &Instruction) {

@@ -223,8 +223,6 @@ pub struct Translator {
     first_site: u32,
     first_emulated: u32,
     pub(super) flags: Flags,
-    /// What is known of OF where only the host has the flags.
-    overflow: Overflow,
     /// What gives the flags that `flags` is about, if that can be repeated.
     source: Option<Source>,
     needs: Vec<Need>,
@@ -268,7 +266,6 @@ impl Translator {
             first_site: 0,
             first_emulated: 0,
             flags: Flags::Slot,
-            overflow: Overflow::Any,
             source: None,
             needs: Vec::new(),
             scratch: ScratchRegisters::default(),

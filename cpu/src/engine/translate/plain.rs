@@ -303,7 +303,7 @@ impl Translator {
             self.a.mov(HOME[guest as usize].expect("RAX and RCX have homes"), host::RCX);
         }
         if use_of.flags_out {
-            (self.flags, self.overflow, self.source) = (Flags::Host, Overflow::Any, None);
+            (self.flags, self.source) = (Flags::Host(Overflow::Any), None);
         }
     }
 }

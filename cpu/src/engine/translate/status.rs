@@ -6,7 +6,7 @@ use super::*;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::engine) enum Flags {
     Slot,
-    Host,
+    Host(Overflow),
     Both,
     /// Nowhere, but `Translator::source` gives them again.
     Source,
@@ -41,8 +41,8 @@ impl Translator {
         if self.flags == Flags::Source {
             self.repeat();
         }
-        if self.flags == Flags::Host {
-            self.store_flags(self.overflow);
+        if let Flags::Host(overflow) = self.flags {
+            self.store_flags(overflow);
             self.scratch.forget(host::RAX);
             self.flags = Flags::Both;
         }
@@ -62,7 +62,7 @@ impl Translator {
                 }
                 self.flags = Flags::Both;
             }
-            Flags::Host | Flags::Both => {}
+            Flags::Host(_) | Flags::Both => {}
         }
     }
 
@@ -70,9 +70,9 @@ impl Translator {
     /// [`Translator::lookup_constant`].
     pub(super) fn clobber_flags(&mut self) {
         self.flags = match self.flags {
-            Flags::Host if self.source.is_some() => Flags::Source,
+            Flags::Host(_) if self.source.is_some() => Flags::Source,
             Flags::Source => Flags::Source,
-            Flags::Host | Flags::Both | Flags::Slot => {
+            Flags::Host(_) | Flags::Both | Flags::Slot => {
                 self.save_flags();
                 Flags::Slot
             }
@@ -89,7 +89,7 @@ impl Translator {
     pub(super) fn repeat(&mut self) {
         let source = self.source.expect("flags that are nowhere have a source");
         self.emit(&source.instruction).expect("what was encoded once can be encoded again");
-        (self.flags, self.overflow) = (Flags::Host, Overflow::behind(&source.instruction));
+        self.flags = Flags::Host(Overflow::behind(&source.instruction));
     }
 
     /// The host's flags to the slot. Uses RAX.
@@ -147,7 +147,7 @@ impl Translator {
 
     /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
     pub(super) fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
-        (self.flags, self.overflow) = (Flags::Host, Overflow::behind(ins));
+        self.flags = Flags::Host(Overflow::behind(ins));
         self.source = if self.mode.is_direct() { None } else { source(ins, out, &self.home) };
     }
 }
