@@ -109,6 +109,21 @@ impl Assembler {
         self.imm32(disp);
     }
 
+    /// `op reg, gs:[index * 8 + disp]`
+    pub fn gs_scaled_op(&mut self, opcode: u8, reg: u8, index: u8, disp: u32) {
+        debug_assert!(index != 4);
+        self.bytes.push(0x65);
+        self.rex(true, reg, index, 0);
+        self.put(&[opcode, (reg & 7) << 3 | 4, 0xC0 | (index & 7) << 3 | 5]);
+        self.imm32(disp);
+    }
+
+    /// `shr reg32, count`
+    pub fn shr32(&mut self, reg: u8, count: u8) {
+        debug_assert!(reg < 8);
+        self.put(&[0xC1, 0xE8 | reg, count]);
+    }
+
     pub fn load_gs(&mut self, reg: u8, disp: u32) {
         self.gs_op(true, op::LOAD, reg, disp);
     }

@@ -9,7 +9,7 @@ use crate::state::CpuState;
 use std::mem::offset_of;
 
 /// Largest number of entries of one TLB, as a power of two.
-pub const TLB_BITS_MAX: u32 = 16;
+pub const TLB_BITS_MAX: u32 = 20;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 /// Entries of the jump cache, a power of two.
@@ -42,18 +42,35 @@ pub const fn window_of(class: usize) -> usize {
 /// Number of [`Class`]es.
 pub const CLASSES: usize = 3;
 
-/// One entry of a software TLB: the linear page and the host address of the page.
-#[repr(C, align(16))]
-#[derive(Clone, Copy)]
-pub struct TlbEntry {
-    /// Linear address of the page; an invalid entry holds a page that belongs to another index.
-    pub tag: u64,
-    /// Host address of the page.
-    pub host: u64,
+/// The software TLBs of a class, direct-mapped, for reads and for writes. The index is so wide that translated code
+/// needs no mask; the host provides what is used of them.
+#[repr(C)]
+pub struct Tlb {
+    /// Linear addresses of the pages that may be read, and of those that may be written; an invalid entry holds a page
+    /// that belongs to another index.
+    pub tags: [[u64; TLB_ENTRIES]; 2],
+    /// Host addresses of the pages, for both.
+    pub hosts: [u64; TLB_ENTRIES],
 }
 
-/// One direct-mapped software TLB.
-pub type Tlb = [TlbEntry; TLB_ENTRIES];
+impl Tlb {
+    /// Enters a page. An entry of the other kind is forgotten if it is about another page.
+    pub fn fill(&mut self, index: usize, tag: u64, host: u64, write: bool) {
+        if self.hosts[index] != host {
+            // Memory that nobody has used stays so.
+            if self.hosts[index] != 0 {
+                self.forget(index, !write);
+            }
+            self.hosts[index] = host;
+        }
+        self.tags[write as usize][index] = tag;
+    }
+
+    /// Forgets an entry.
+    pub fn forget(&mut self, index: usize, write: bool) {
+        self.tags[write as usize][index] = empty_tag(index);
+    }
+}
 
 /// Widths of a block's reach around RSP for which the stack window has a size of its own.
 pub const WINDOW_SPANS: [i32; 3] = [64, 256, 1024];
@@ -153,8 +170,8 @@ pub struct VcpuBlock {
     /// What blocks that could be longer have added up, in steps that overflow when they are hot.
     pub heat: [u16; HEAT_PLACES],
     pub jumps: [JumpEntry; JUMP_ENTRIES],
-    /// Indexed by class, then 0 for reads and 1 for writes.
-    pub tlb: [[Tlb; 2]; CLASSES],
+    /// Indexed by class.
+    pub tlb: [Tlb; CLASSES],
     /// Where signal handlers run while translated code does: here it costs nothing until one does.
     pub signal_stack: [u8; SignalStack::SIZE],
 }
@@ -240,8 +257,12 @@ pub mod field {
     pub const fn itlb(class: Class, vpage: u64) -> u32 {
         offset!(itlb) + ((class as usize * ITLB_ENTRIES + vpage as usize % ITLB_ENTRIES) * 4) as u32
     }
-    pub const fn tlb(class: Class, write: bool) -> u32 {
-        offset!(tlb) + ((class as usize * 2 + write as usize) * size_of::<Tlb>()) as u32
+    pub const fn tlb_tags(class: Class, write: bool) -> u32 {
+        let tags = class as usize * size_of::<Tlb>() + write as usize * size_of::<[u64; TLB_ENTRIES]>();
+        offset!(tlb) + tags as u32
+    }
+    pub const fn tlb_hosts(class: Class) -> u32 {
+        offset!(tlb) + (class as usize * size_of::<Tlb>() + offset_of!(Tlb, hosts)) as u32
     }
 }
 

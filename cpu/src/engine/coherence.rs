@@ -4,7 +4,7 @@
 //! it take the slow path, and a write to a present entry forgets what came from it. So a guest never sees a stale
 //! translation, whatever the size of the TLBs and however often they are flushed.
 
-use super::block::{ITLB_ENTRIES, empty_tag, window_of};
+use super::block::{ITLB_ENTRIES, window_of};
 use super::core::Core;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
@@ -14,11 +14,14 @@ const ROOT_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 /// Slow writes after which a page that was a table is taken for an ordinary one again.
 const TABLE_WRITES_MAX: u16 = 600;
 
+/// So many notes of filled entries are looked through for double ones.
+const USED_MAX: usize = 1 << 18;
+
 /// Which TLB indexes are in use, so that flushing costs what was filled.
 #[derive(Default)]
 pub struct Used {
-    pub global: Vec<u16>,
-    pub local: Vec<u16>,
+    pub global: Vec<u32>,
+    pub local: Vec<u32>,
 }
 
 impl Used {
@@ -26,8 +29,8 @@ impl Used {
     /// forgets it early, but one that must be forgotten is always found.
     pub fn add(&mut self, index: usize, kept: bool) {
         let list = if kept { &mut self.global } else { &mut self.local };
-        list.push(index as u16);
-        if list.len() > 4 * super::block::TLB_ENTRIES {
+        list.push(index as u32);
+        if list.len() > USED_MAX {
             list.sort_unstable();
             list.dedup();
         }
@@ -95,14 +98,14 @@ impl Core {
             self.forget_window(window_of(c));
         }
         // SAFETY: the vCPU block is owned by this core and nothing else refers to its TLBs now.
-        let tlb = unsafe { &mut (*self.block).tlb[c][write] };
+        let tlb = unsafe { &mut (*self.block).tlb[c] };
         let used = &mut self.used[c][write];
         for index in used.local.drain(..) {
-            tlb[index as usize].tag = empty_tag(index as usize);
+            tlb.forget(index as usize, write == 1);
         }
         if global {
             for index in used.global.drain(..) {
-                tlb[index as usize].tag = empty_tag(index as usize);
+                tlb.forget(index as usize, write == 1);
             }
         }
     }
@@ -127,9 +130,9 @@ impl Core {
         let tlbs = unsafe { &mut (*self.block).tlb };
         for (tlb, used) in tlbs.iter_mut().zip(&self.used) {
             for index in used[1].local.iter().chain(&used[1].global) {
-                let entry = &mut tlb[1][*index as usize];
-                if entry.host == host as u64 {
-                    entry.tag = empty_tag(*index as usize);
+                let index = *index as usize;
+                if tlb.hosts[index] == host as u64 {
+                    tlb.forget(index, true);
                 }
             }
         }
@@ -150,10 +153,10 @@ impl Core {
         let index = (vpage & self.tlb_mask as u64) as usize;
         // SAFETY: as above.
         let block = unsafe { &mut *self.block };
-        for tlbs in &mut block.tlb {
-            for tlb in tlbs {
-                if tlb[index].tag == vpage << 12 {
-                    tlb[index].tag = empty_tag(index);
+        for tlb in &mut block.tlb {
+            for write in [false, true] {
+                if tlb.tags[write as usize][index] == vpage << 12 {
+                    tlb.forget(index, write);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! What the soft engine consists of, and where its parts meet.
 
 use super::assembler::Assembler;
-use super::block::{CLASSES, Class, VcpuBlock, empty_tag};
+use super::block::{CLASSES, Class, VcpuBlock};
 use super::coherence::Used;
 use super::deliveries::Deliveries;
 use super::mmu::Commit;
@@ -172,8 +172,10 @@ impl Core {
             block.code_start = core.t.code_start();
             block.code_end = core.t.code_end();
             block.fault_exit = core.t.address(thunks.exit_fault as u32);
-            for tlb in block.tlb.iter_mut().flatten() {
-                tlb[0].tag = empty_tag(0);
+            for tlb in &mut block.tlb {
+                for write in [false, true] {
+                    tlb.forget(0, write);
+                }
             }
             // RIP 0 looks at entry 0: make it miss.
             block.jumps[0].rip = 1;

@@ -93,9 +93,7 @@ impl Core {
     fn fill(&mut self, linear: u64, page: u64, host_page: u64, global: bool, class: Class, write: bool) {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
-        let entry = unsafe { &mut (*self.block).tlb[class as usize][write as usize][index] };
-        entry.tag = linear & !PAGE_MASK;
-        entry.host = host_page;
+        unsafe { (*self.block).tlb[class as usize].fill(index, linear & !PAGE_MASK, host_page, write) };
         let kept = survives_address_space(linear, global);
         self.used[class as usize][write as usize].add(index, kept);
         if class == Class::User {
@@ -359,9 +357,9 @@ impl Core {
     fn probe(&self, linear: u64, len: u64, write: bool, class: Class) -> Option<*mut u8> {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
-        let entry = unsafe { &(*self.block).tlb[class as usize][write as usize][index] };
-        let offset = linear ^ entry.tag;
-        (offset <= PAGE_SIZE - len).then(|| (entry.host + offset) as *mut u8)
+        let tlb = unsafe { &(*self.block).tlb[class as usize] };
+        let offset = linear ^ tlb.tags[write as usize][index];
+        (offset <= PAGE_SIZE - len).then(|| (tlb.hosts[index] + offset) as *mut u8)
     }
 
     /// Splits an access at the page boundary and calls `each` with the target of every piece.

@@ -108,7 +108,7 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> EngineConfig {
         EngineConfig {
-            tlb_bits: 16,
+            tlb_bits: 20,
             chaining: true,
             grouping: true,
             resident_uses: residents::WORTH_IT,

@@ -66,8 +66,9 @@ impl Core {
     fn written_page(&self, linear: u64, class: Class) -> Option<u64> {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
-        let entry = unsafe { (*self.block).tlb[class as usize][1][index] };
+        let tlb = unsafe { &(*self.block).tlb[class as usize] };
+        let (tag, host) = (tlb.tags[1][index], tlb.hosts[index]);
         // Supervisor code has one window; with SMAP suspended the TLB may hold pages that it must not cover.
-        (class != Class::KernelAc && entry.tag == linear & !PAGE_MASK).then(|| entry.host.wrapping_sub(entry.tag))
+        (class != Class::KernelAc && tag == linear & !PAGE_MASK).then(|| host.wrapping_sub(tag))
     }
 }

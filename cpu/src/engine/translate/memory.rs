@@ -46,7 +46,10 @@ impl Translator {
     ) {
         let base = base.map(|guest| self.held(guest, host::RCX));
         let index = index.map(|(guest, scale)| (self.held(guest, host::RAX), scale));
-        self.a.lea(wide, dst, base, index, disp);
+        match (base, index, disp) {
+            (Some(base), None, 0) if wide => self.a.mov(dst, base),
+            _ => self.a.lea(wide, dst, base, index, disp),
+        }
         if dst == host::RAX || dst == host::RCX {
             self.scratch.forget(dst);
         }
@@ -86,15 +89,18 @@ impl Translator {
             self.site_in_rax(site);
             self.jump_away(self.thunks.memory);
         } else {
-            let tlb = field::tlb(class, write || first.is_some_and(|first| first.others_write));
-            self.a.rorx_eax_ecx(8);
-            self.a.and32(host::RAX, self.tlb_mask << 4);
-            self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+            let tags = field::tlb_tags(class, write || first.is_some_and(|first| first.others_write));
+            self.a.mov32(host::RAX, host::RCX);
+            self.a.shr32(host::RAX, 12);
+            if self.tlb_mask as usize + 1 < TLB_ENTRIES {
+                self.a.and32(host::RAX, self.tlb_mask);
+            }
+            self.a.gs_scaled_op(op::XOR, host::RCX, host::RAX, tags);
             self.a.cmp_imm(host::RCX, 4096 - size as i32);
             let patch = self.a.jcc(cc::A, 0);
             let group = first.map(|_| (self.ip, self.unretired()));
-            self.cold.push(Cold::Memory { patch, site, tlb, source: self.source_in_need(), group });
-            self.a.gs_base_op(true, op::ADD, host::RCX, host::RAX, tlb + 8);
+            self.cold.push(Cold::Memory { patch, site, tags, source: self.source_in_need(), group });
+            self.a.gs_scaled_op(op::ADD, host::RCX, host::RAX, field::tlb_hosts(class));
         }
         let here = self.a.here();
         if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
@@ -140,7 +146,8 @@ impl Translator {
         self.scratch = ScratchRegisters::default();
         let kind = SiteKind::Memory { size: size as u16, read, write, class, careful: false, first: None, resume: 0 };
         let site = self.site(kind, self.unretired());
-        let entry = field::tlb(class, write) + 16 * ((address >> 12) as u32 & self.tlb_mask);
+        let place = 8 * ((address >> 12) as u32 & self.tlb_mask);
+        let entry = field::tlb_tags(class, write) + place;
         let tag = address & !0xFFF;
         if tag as i64 == tag as i32 as i64 {
             self.a.cmp_gs_imm(entry, tag as u32);
@@ -150,7 +157,7 @@ impl Translator {
         }
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Constant { patch, site, address, source: self.source_in_need() });
-        self.a.load_gs(host::RCX, entry + 8);
+        self.a.load_gs(host::RCX, field::tlb_hosts(class) + place);
         self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
         let here = self.a.here();
         if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {

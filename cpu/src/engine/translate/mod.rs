@@ -21,7 +21,7 @@ use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, JUMP_ENTRIES, WINDOW_SPANS, field, window_of};
+use super::block::{Class, JUMP_ENTRIES, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
@@ -187,7 +187,7 @@ pub struct NeedsMoreBytes;
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
     /// instruction, that crosses a page: give back what the budget was charged, and go on without groups.
-    Memory { patch: u32, site: u32, tlb: u32, source: Option<Instruction>, group: Option<(u64, u32)> },
+    Memory { patch: u32, site: u32, tags: u32, source: Option<Instruction>, group: Option<(u64, u32)> },
     /// `patch` leads here: take the slow path with an address that is known.
     Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
     /// `patch` leads here: leave with the site.
@@ -380,7 +380,7 @@ impl Translator {
         for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
             let inhabited = self.inhabited.contains(&number);
             match cold {
-                Cold::Memory { patch, site, tlb, source, group } => {
+                Cold::Memory { patch, site, tags, source, group } => {
                     self.a.land(patch);
                     if let Some((ip, unretired)) = group {
                         self.a.cmp_imm(host::RCX, 0xFFF);
@@ -389,7 +389,7 @@ impl Translator {
                         self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
                         self.a.land(missed);
                     }
-                    self.a.gs_base_op(true, op::XOR, host::RCX, host::RAX, tlb);
+                    self.a.gs_scaled_op(op::XOR, host::RCX, host::RAX, tags);
                     self.settle(source);
                     self.slow_access(site, inhabited);
                 }
