@@ -355,15 +355,15 @@ impl Assembler {
         self.imm32(disp);
     }
 
-    /// `jmp gs:[rax + disp]`
-    pub fn jmp_gs_rax(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0xA0]);
+    /// `jmp gs:[rax * 8 + disp]`
+    pub fn jmp_gs_scaled_rax(&mut self, disp: u32) {
+        self.put(&[0x65, 0xFF, 0x24, 0xC5]);
         self.imm32(disp);
     }
 
-    /// `rorx eax, ecx, count`: flags are untouched.
-    pub fn rorx_eax_ecx(&mut self, count: u8) {
-        self.put(&[0xC4, 0xE3, 0x7B, 0xF0, 0xC1, count]);
+    /// `movzx eax, cx`
+    pub fn movzx16_eax_ecx(&mut self) {
+        self.put(&[0x0F, 0xB7, 0xC1]);
     }
 
     /// `sub dword gs:[disp], 1`
@@ -510,8 +510,10 @@ mod tests {
             (text(|a| a.gs_op(false, op::STORE, RAX, 0x10)), "mov gs:[10h],eax"),
             (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
             (text(|a| a.load_gs16_eax(0x20)), "movzx eax,word ptr gs:[20h]"),
-            (text(|a| a.rorx_eax_ecx(28)), "rorx eax,ecx,1Ch"),
-            (text(|a| a.jmp_gs_rax(0x2008)), "jmp qword ptr gs:[rax+2008h]"),
+            (text(|a| a.gs_scaled_op(op::CMP, RCX, RAX, 0x1000)), "cmp rcx,gs:[rax*8+1000h]"),
+            (text(|a| a.shr32(RAX, 12)), "shr eax,0Ch"),
+            (text(|a| a.movzx16_eax_ecx()), "movzx eax,cx"),
+            (text(|a| a.jmp_gs_scaled_rax(0x2008)), "jmp qword ptr gs:[rax*8+2008h]"),
             (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),
             (text(|a| a.heat(0x30)), "add word ptr gs:[30h],10h"),
             (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),

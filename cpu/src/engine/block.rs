@@ -12,7 +12,7 @@ use std::mem::offset_of;
 pub const TLB_BITS_MAX: u32 = 20;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
-/// Entries of the jump cache, a power of two.
+/// Entries of the jump cache: translated code takes 16 bits of the target for an index.
 pub const JUMP_ENTRIES: usize = 1 << 16;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
@@ -73,7 +73,7 @@ impl Tlb {
 }
 
 /// Widths of a block's reach around RSP for which the stack window has a size of its own.
-pub const WINDOW_SPANS: [i32; 3] = [64, 256, 1024];
+pub const WINDOW_SPANS: [i32; 5] = [64, 128, 256, 512, 1024];
 
 /// Linear memory around RSP that is contiguous in the host, writable, and watched by nobody: what it covers needs no
 /// look into a TLB. It is a copy of some write TLB entries and is forgotten with them.
@@ -83,7 +83,7 @@ pub struct StackWindow {
     /// Linear address of the first byte.
     pub low: u64,
     /// For each of [`WINDOW_SPANS`]: how many places from `low` on can hold that span. 0 if there is no window.
-    pub places: [u64; 3],
+    pub places: [u64; WINDOW_SPANS.len()],
     /// Host minus linear address.
     pub distance: u64,
 }
@@ -109,13 +109,50 @@ impl SpareWindow {
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 128]);
 
-/// Where an indirect branch to `rip` goes; an entry that holds no address looked up in it is empty.
-#[repr(C, align(16))]
-#[derive(Clone, Copy)]
-pub struct JumpEntry {
-    pub rip: u64,
-    /// Host address of the translation's checked entry.
-    pub host: u64,
+/// Where indirect branches go: entry by the low bits of the target. One that holds no address looked up in it is empty.
+#[repr(C)]
+pub struct JumpCache {
+    /// Targets.
+    pub rips: [u64; JUMP_ENTRIES],
+    /// Host addresses of the checked entries of their translations; 0 in empty entries.
+    pub hosts: [u64; JUMP_ENTRIES],
+}
+
+impl JumpCache {
+    /// Host address of the translation at `rip`, if it is known.
+    pub fn get(&self, rip: u64) -> Option<u64> {
+        let at = rip as usize % JUMP_ENTRIES;
+        (self.rips[at] == rip && self.hosts[at] != 0).then_some(self.hosts[at])
+    }
+
+    /// The entry for `rip` is empty.
+    pub fn has_room(&self, rip: u64) -> bool {
+        self.hosts[rip as usize % JUMP_ENTRIES] == 0
+    }
+
+    /// Enters where a branch to `rip` goes.
+    pub fn set(&mut self, rip: u64, host: u64) {
+        let at = rip as usize % JUMP_ENTRIES;
+        (self.rips[at], self.hosts[at]) = (rip, host);
+    }
+
+    /// The entries that are in use: target and host address.
+    pub fn known(&self) -> impl Iterator<Item = (u64, u64)> {
+        let pairs = self.rips.iter().zip(&self.hosts);
+        pairs.filter(|(_, host)| **host != 0).map(|(rip, host)| (*rip, *host))
+    }
+
+    /// Empties the cache.
+    pub fn clear(&mut self) {
+        self.rips.fill(0);
+        self.hosts.fill(0);
+        self.seal();
+    }
+
+    /// Makes a cache of zeroes an empty one: target 0 looks at entry 0.
+    pub fn seal(&mut self) {
+        self.rips[0] = 1;
+    }
 }
 
 /// See the module's text.
@@ -169,7 +206,7 @@ pub struct VcpuBlock {
     pub window_patience: u32,
     /// What blocks that could be longer have added up, in steps that overflow when they are hot.
     pub heat: [u16; HEAT_PLACES],
-    pub jumps: [JumpEntry; JUMP_ENTRIES],
+    pub jumps: JumpCache,
     /// Indexed by class.
     pub tlb: [Tlb; CLASSES],
     /// Where signal handlers run while translated code does: here it costs nothing until one does.
@@ -219,8 +256,8 @@ pub mod field {
     pub const SLOW_SITE: u32 = offset!(slow_site);
     pub const FAULT_R11: u32 = offset!(fault_r11);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
-    pub const JUMP_RIP: u32 = offset!(jumps);
-    pub const JUMP_HOST: u32 = offset!(jumps) + 8;
+    pub const JUMP_RIP: u32 = offset!(jumps.rips);
+    pub const JUMP_HOST: u32 = offset!(jumps.hosts);
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
     pub const fn heat(rip: u64) -> u32 {

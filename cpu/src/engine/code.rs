@@ -1,7 +1,7 @@
 //! Finding and making the blocks that translated code consists of.
 
 use super::Stop;
-use super::block::{CLASSES, ITLB_ENTRIES, JUMP_ENTRIES, JumpEntry};
+use super::block::{CLASSES, ITLB_ENTRIES};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
@@ -27,14 +27,10 @@ impl Core {
         }
     }
 
-    /// Empties the jump cache: no entry holds an address that looks at it.
+    /// Empties the jump cache.
     pub fn forget_jumps(&mut self) {
         // SAFETY: translated code is not running.
-        unsafe {
-            (*self.block).jumps = [JumpEntry { rip: 0, host: 0 }; JUMP_ENTRIES];
-            // RIP 0 looks at entry 0: make it miss.
-            (*self.block).jumps[0].rip = 1;
-        }
+        unsafe { (*self.block).jumps.clear() };
     }
 
     /// Enters what is known of branches to the page of `rip` from the engine that this one branched off.
@@ -42,9 +38,8 @@ impl Core {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &mut (*self.block).jumps };
         for &Jump { rip, checked } in self.t.inherited_jumps(rip) {
-            let entry = &mut jumps[rip as usize % JUMP_ENTRIES];
-            if entry.host == 0 {
-                *entry = JumpEntry { rip, host: self.t.address(checked) };
+            if jumps.has_room(rip) {
+                jumps.set(rip, self.t.address(checked));
             }
         }
     }
@@ -53,8 +48,7 @@ impl Core {
     pub fn freeze(&mut self) -> std::io::Result<(Arc<Shared>, Vec<u32>)> {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &(*self.block).jumps };
-        let known = jumps.iter().filter(|entry| entry.host != 0);
-        self.t.freeze(|t| known.map(|entry| Jump { rip: entry.rip, checked: t.offset(entry.host) }).collect())
+        self.t.freeze(|t| jumps.known().map(|(rip, host)| Jump { rip, checked: t.offset(host) }).collect())
     }
 
     /// Makes a block unreachable: whoever enters it looks it up again.

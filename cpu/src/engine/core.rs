@@ -177,8 +177,7 @@ impl Core {
                     tlb.forget(0, write);
                 }
             }
-            // RIP 0 looks at entry 0: make it miss.
-            block.jumps[0].rip = 1;
+            block.jumps.seal();
         }
         Ok(core)
     }

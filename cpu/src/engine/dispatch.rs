@@ -1,7 +1,7 @@
 //! The dispatcher: enters blocks, and acts on why they come back.
 
 use super::Stop;
-use super::block::{JUMP_ENTRIES, JumpEntry, flags_from_slot, flags_to_slot, window_of};
+use super::block::{flags_from_slot, flags_to_slot, window_of};
 use super::core::{Core, Pending};
 use super::debug::PENDING;
 use super::fpu;
@@ -427,9 +427,8 @@ impl Core {
             Follow::Link(branch) => self.t.link_to(branch, index),
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
-                let entry = JumpEntry { rip, host: self.t.address(checked) };
                 // SAFETY: translated code is not running.
-                unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES] = entry };
+                unsafe { (*self.block).jumps.set(rip, self.t.address(checked)) };
                 self.inherit_jumps(rip);
             }
             Follow::Without { patch, .. } => {
@@ -440,9 +439,9 @@ impl Core {
                 // The jump cache may have led here: what is at this address now is another page or mode.
                 let (rip, checked) = (target.rip, self.t.address(target.checked));
                 // SAFETY: translated code is not running.
-                let entry = unsafe { &mut (*self.block).jumps[rip as usize % JUMP_ENTRIES] };
-                if entry.rip == rip && rip != 0 {
-                    entry.host = checked;
+                let jumps = unsafe { &mut (*self.block).jumps };
+                if jumps.get(rip).is_some() {
+                    jumps.set(rip, checked);
                 }
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid

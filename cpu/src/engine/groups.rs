@@ -85,7 +85,9 @@ pub struct Member {
     pub offset: i32,
 }
 
-/// Offsets from RSP that a block may reach in the stack window.
+/// Widest reach of a block in the stack window.
+const WINDOW_SPAN_MAX: i32 = WINDOW_SPANS[WINDOW_SPANS.len() - 1];
+/// Offsets from RSP that a block may reach in it.
 const WINDOW_REACH: std::ops::Range<i32> = -1024..2048;
 
 /// The plan for one block.
@@ -190,7 +192,7 @@ impl Plan {
         let high = low + size;
         let (min, max) = self.window.unwrap_or((low, high));
         let (min, max) = (min.min(low), max.max(high));
-        let near = min >= WINDOW_REACH.start && max <= WINDOW_REACH.end && max - min <= WINDOW_SPANS[2];
+        let near = min >= WINDOW_REACH.start && max <= WINDOW_REACH.end && max - min <= WINDOW_SPAN_MAX;
         if near {
             self.window = Some((min, max));
             self.windowed[i][which as usize] = true;

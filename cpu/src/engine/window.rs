@@ -15,7 +15,7 @@ impl Core {
     pub fn forget_window(&mut self, which: usize) {
         // SAFETY: the vCPU block is owned by this core.
         unsafe {
-            (*self.block).windows[which].places = [0; 3];
+            (*self.block).windows[which].places = [0; WINDOW_SPANS.len()];
             if std::mem::take(&mut self.spares_used[which]) {
                 (*self.block).spares[which].iter_mut().for_each(|spare| spare.page = SpareWindow::NONE);
             }

@@ -1,7 +1,7 @@
 //! Translated blocks for the virtual machine: which one is at RIP, what is translated ahead of it, and how they lead to
 //! one another.
 
-use super::super::block::{Class, ITLB_ENTRIES, JUMP_ENTRIES, JumpEntry};
+use super::super::block::{Class, ITLB_ENTRIES};
 use super::super::core::Core;
 use super::super::mode::Mode;
 use super::super::translate::SiteKind;
@@ -127,8 +127,8 @@ impl Core {
     fn direct_seed_jump(&mut self, index: u32) {
         let (rip, checked) = (self.t.blocks[index].rip, self.t.blocks[index].checked);
         // SAFETY: translated code is not running.
-        let known = unsafe { (*self.block).jumps[rip as usize % JUMP_ENTRIES].rip };
-        if known == rip && rip != 0 {
+        let jumps = unsafe { &(*self.block).jumps };
+        if jumps.get(rip).is_some() {
             self.direct_jump(rip, checked);
         }
     }
@@ -137,14 +137,13 @@ impl Core {
     pub(super) fn direct_jump(&mut self, target: u64, checked: u32) {
         let direct = self.direct();
         let host = direct.tables.code_linear() + u64::from(checked);
-        direct.block().jumps[target as usize % JUMP_ENTRIES] = JumpEntry { rip: target, host };
+        direct.block().jumps.set(target, host);
     }
 
     /// Leads what leads to a block that is not valid any more to the one that took its place.
     pub(super) fn direct_forward(&mut self, old: u32, index: u32) {
         let (target, invalid) = (self.t.blocks[index], self.t.blocks[old]);
-        let entry = self.direct().block().jumps[target.rip as usize % JUMP_ENTRIES];
-        if entry.rip == target.rip && target.rip != 0 {
+        if self.direct().block().jumps.get(target.rip).is_some() {
             self.direct_jump(target.rip, target.checked);
         }
         if !invalid.valid && invalid.identity == target.identity && invalid.rip == target.rip {

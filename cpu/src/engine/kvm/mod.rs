@@ -22,7 +22,7 @@ pub use policy::Policy;
 use policy::thread_ns;
 pub use vm::KvmError;
 
-use super::block::{Class, ITLB_ENTRIES, JumpEntry, VcpuBlock};
+use super::block::{Class, ITLB_ENTRIES, VcpuBlock};
 use super::core::Core;
 use super::mode::Mode;
 use crate::memory::PAGE_SIZE;
@@ -55,7 +55,7 @@ impl Direct {
         let tables = Arena::new(code.1 - code.0, (core.memory.end() / PAGE_SIZE) as usize)?;
         let vm = Vm::new(&core.memory, &tables, code, core.config.kvm_fails)?;
         let mut direct = Direct { vm, tables, mode: Mode(0), pages_used: Vec::new(), marked: false };
-        direct.forget_jumps();
+        direct.block().jumps.clear();
         Ok(direct)
     }
 
@@ -63,13 +63,6 @@ impl Direct {
         // SAFETY: zeroed memory is a valid block, it lives as long as the arena, and the VM does not run while the
         // reference lives.
         unsafe { &mut *self.tables.block() }
-    }
-
-    fn forget_jumps(&mut self) {
-        let jumps = &mut self.block().jumps;
-        jumps.fill(JumpEntry { rip: 0, host: 0 });
-        // RIP 0 looks at entry 0: make it miss.
-        jumps[0].rip = 1;
     }
 
     fn forget_pages(&mut self) {
@@ -118,7 +111,7 @@ impl Core {
     pub fn direct_clear_code(&mut self) {
         if let Some(direct) = &mut self.direct {
             direct.forget_pages();
-            direct.forget_jumps();
+            direct.block().jumps.clear();
         }
     }
 

@@ -148,7 +148,7 @@ impl Translator {
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Call { patch, site, back: back as u32 });
         self.push_short(back as u32);
-        self.a.jmp_gs_rax(field::JUMP_HOST);
+        self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
         true
     }
 
@@ -161,9 +161,8 @@ impl Translator {
 
     /// Compares RCX with its entry in the jump cache, which RAX leads to.
     pub(super) fn look_up_jump(&mut self) {
-        self.a.rorx_eax_ecx(28);
-        self.a.and32(host::RAX, (JUMP_ENTRIES as u32 - 1) << 4);
-        self.a.gs_base_op(true, op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+        self.a.movzx16_eax_ecx();
+        self.a.gs_scaled_op(op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
     }
 
     /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the
@@ -179,6 +178,6 @@ impl Translator {
         self.look_up_jump();
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Indirect { patch, site });
-        self.a.jmp_gs_rax(field::JUMP_HOST);
+        self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
     }
 }
