@@ -148,6 +148,65 @@ fn a_branch_begins_with_translations_and_keeps_its_changes_to_itself() {
     assert_eq!(again(&mut late, CODE), 2);
 }
 
+/// However much the parent has translated since its translations went into a file: branches begin with what is right.
+#[test]
+fn branches_of_later_moments_begin_with_what_is_right() {
+    const BLOCKS: u64 = 30_000;
+    // inc rbx; jmp to what follows. A block each.
+    let mut code = [0x48, 0xFF, 0xC3, 0xEB, 0x00].repeat(BLOCKS as usize);
+    code.push(0xF4);
+    let start = |engine: &mut Engine| {
+        *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
+        engine.state_replaced();
+    };
+    let memory = guest_memory(&code);
+    let config = EngineConfig { code_cache_bytes: 64 << 20, ..EngineConfig::default() };
+    let mut parent = Engine::new(memory.clone(), ModelFeatures::default(), config).expect("an engine");
+    start(&mut parent);
+    let run = |engine: &mut Engine, blocks: u64| {
+        let before = engine.statistics().translated;
+        let limit = Icount(engine.icount().0 + 2 * blocks);
+        assert_eq!(engine.run(limit, &mut Empty), Stop::Limit);
+        engine.statistics().translated - before
+    };
+    let child = |frozen: &_, code: &[u8], blocks: u64, rbx: u64| {
+        let mut child = Engine::branch(frozen, guest_memory(code)).expect("an engine");
+        start(&mut child);
+        let translated = run(&mut child, blocks);
+        assert_eq!(child.state().gpr[gpr::RBX], rbx);
+        translated
+    };
+    assert!(run(&mut parent, 27_000) >= 27_000);
+    let first = parent.freeze().expect("memory for a copy");
+    assert!(child(&first, &code, 27_000, 27_000) < 10);
+    // A little more: branches have it too.
+    assert!(run(&mut parent, 200) >= 200);
+    let second = parent.freeze().expect("memory for a copy");
+    assert!(child(&second, &code, 27_200, 27_200) < 10);
+    assert!((200..220).contains(&child(&first, &code, 27_200, 27_200)), "the earlier ones are what they were");
+    // More: branches begin with what was there before, but for what is not right any more.
+    assert!(run(&mut parent, 2_700) >= 2_700);
+    code[2] = 0xCB;
+    memory.write_obj(0xCBu8, GuestAddress(CODE + 2)).expect("inside RAM");
+    parent.memory_written(CODE + 2, 1);
+    let third = parent.freeze().expect("memory for a copy");
+    let translated = child(&third, &code, 29_900, 29_898);
+    assert!((2_000..3_000).contains(&translated), "{translated}");
+    // Unless all are wanted.
+    let all = parent.freeze_all().expect("memory for a copy");
+    assert!(child(&all, &code, 29_900, 29_898) < 30);
+    // A branch that is frozen itself, and its branch.
+    let mut branch = Engine::branch(&second, guest_memory(&code)).expect("an engine");
+    branch.memory_written(CODE + 2, 1);
+    start(&mut branch);
+    assert!((70..120).contains(&run(&mut branch, 27_260)));
+    for all in [false, true] {
+        let frozen = if all { branch.freeze_all() } else { branch.freeze() }.expect("memory for a copy");
+        assert!(child(&frozen, &code, 27_260, 27_258) < 10);
+    }
+    assert_eq!(parent.state().gpr[gpr::RBX], 29_900);
+}
+
 /// A machine whose time-stamp counter starts at 1000 and counts 3 for each instruction, and which may say so.
 struct Ticking {
     says_so: bool,

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::*;
 use iced_x86::code_asm::*;
 use orrery_cpu::Icount;
@@ -265,7 +267,7 @@ fn a_branch_in_the_place_of_one_of_another_moment_is_a_new_one() {
 #[test]
 fn the_engine_of_a_dropped_branch_serves_the_next_unless_it_is_another_kind() {
     let image = wanderer(1_500, 200);
-    let template = machine_at(&image, 5_000).freeze().unwrap();
+    let template = machine_at(&image, 5_000).freeze_only().unwrap();
     let entries = |machine: &Machine| machine.engine_statistics().entries;
     let mut child = branch(&template, SEED);
     assert_eq!(entries(&child), 0);
@@ -303,6 +305,123 @@ fn prepared_branches_are_like_others() {
         for (index, child) in children.iter_mut().enumerate() {
             assert_eq!(child.take_inputs(), []);
             assert_eq!(finish(child), expected[index % 2]);
+        }
+    }
+}
+
+/// A template has gone ahead to learn what its branches translate. They are the same machines as without, whether they go
+/// on in the memory of the one that did or in memory of their own.
+#[test]
+fn what_is_learned_changes_no_future() {
+    let image = wanderer(3_000, 500);
+    for at in [1, 777, 20_000, 40_001] {
+        let mut parent = machine_at(&image, at);
+        parent.take_output();
+        let template = parent.freeze_only().unwrap();
+        let hash = parent.state_hash();
+        let expected = [SEED, OTHER].map(|seed| finish(&mut branch(&template, seed)));
+        let mut learned = machine_at(&image, at);
+        learned.take_output();
+        let template = learned.freeze().unwrap();
+        assert_eq!((learned.icount(), learned.pages_since_branch()), (Icount(at), 0));
+        assert!(learned.take_output().is_empty() && learned.take_inputs().is_empty());
+        assert_eq!(learned.state_hash(), hash);
+        let mut children: Vec<_> = (0..6).map(|index| branch(&template, [SEED, OTHER][index % 2])).collect();
+        for (index, child) in children.iter_mut().enumerate() {
+            assert_eq!((child.icount(), child.pages_since_branch()), (Icount(at), 0));
+            assert!(child.take_output().is_empty() && child.take_inputs().is_empty());
+            assert_eq!(child.engine_statistics().entries, 0, "nothing has run");
+            if index % 2 == 0 {
+                assert_eq!(child.state_hash(), hash);
+            }
+            assert_eq!(finish(child), expected[index % 2], "child {index} at {at}");
+            child.reset().unwrap();
+            assert_eq!(finish(child), expected[index % 2], "child {index} at {at}, again");
+        }
+        // A template of a branch that began with what was learned, and knows more since.
+        let mut child = branch(&template, SEED);
+        run_until(&mut child, at + 10_000);
+        child.take_output();
+        let (template, later) = (child.freeze().unwrap(), finish(&mut child));
+        assert_eq!(later.0, expected[0].0);
+        (0..3).map(|_| branch(&template, SEED)).for_each(|mut child| assert_eq!(finish(&mut child), later));
+        assert_eq!(finish(&mut learned), expected[0]);
+    }
+}
+
+#[test]
+fn branches_need_not_translate_what_was_learned() {
+    let image = guest(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 1_000).unwrap();
+        a.set_label(&mut again).unwrap();
+        for _ in 0..100 {
+            let mut next = a.create_label();
+            a.add(eax, ecx).unwrap();
+            a.jmp(next).unwrap();
+            a.set_label(&mut next).unwrap();
+        }
+        a.dec(ecx).unwrap();
+        a.jne(again).unwrap();
+        exit(a, 0);
+    });
+    let translated = |template: &Template| {
+        // The first goes on in the memory of a machine that has been ahead.
+        let mut children = [SEED, SEED].map(|seed| branch(template, seed));
+        children.each_mut().map(|child| {
+            run_until(child, 20_001);
+            child.engine_statistics().translated
+        })
+    };
+    let [cold, _] = translated(&machine_at(&image, 1).freeze_only().unwrap());
+    let learned = translated(&machine_at(&image, 1).freeze().unwrap());
+    // Blocks that end at a limit are left.
+    assert!(learned.iter().all(|count| count * 4 < cold), "{learned:?} of {cold}");
+}
+
+/// Looking ahead has an end whatever the guest does, and leaves the guest where it was.
+#[test]
+fn a_guest_cannot_keep_the_one_that_looks_ahead() {
+    let endless = |write: &dyn Fn(&mut CodeAssembler)| guest(|a| write(a));
+    let long_string = endless(&|a| {
+        // Four gigabytes, byte by byte.
+        a.xor(esi, esi).unwrap();
+        a.mov(rcx, -1i64).unwrap();
+        a.rep().lodsb().unwrap();
+    });
+    let long_strings = endless(&|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.mov(edi, DATA as u32).unwrap();
+        a.mov(ecx, 0x40_0000).unwrap();
+        a.rep().stosb().unwrap();
+        a.jmp(again).unwrap();
+    });
+    let halted = endless(&|a| {
+        a.sti().unwrap();
+        a.hlt().unwrap();
+    });
+    let faults = endless(&|a| {
+        a.nop().unwrap();
+        a.ud2().unwrap();
+    });
+    let output = endless(&|a| {
+        let mut again = a.create_label();
+        a.mov(dx, SERIAL).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.out(dx, al).unwrap();
+        a.jmp(again).unwrap();
+    });
+    for image in [long_string, long_strings, halted, faults, output] {
+        let mut machine = machine_at(&image, 1);
+        let hash = machine.state_hash();
+        let begin = Instant::now();
+        let template = machine.freeze().unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        assert_eq!((machine.state_hash(), machine.icount(), machine.ended()), (hash, Icount(1), None));
+        for mut child in [SEED, SEED].map(|seed| branch(&template, seed)) {
+            assert_eq!((child.state_hash(), child.icount(), child.ended()), (hash, Icount(1), None));
+            assert!(child.take_output().is_empty() && !child.is_unfinished());
         }
     }
 }

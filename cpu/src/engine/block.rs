@@ -136,9 +136,9 @@ impl JumpCache {
         (self.rips[at], self.hosts[at]) = (rip, host);
     }
 
-    /// The entries that are in use: target and host address.
-    pub fn known(&self) -> impl Iterator<Item = (u64, u64)> {
-        let pairs = self.rips.iter().zip(&self.hosts);
+    /// The entries among these that are in use: target and host address.
+    pub fn known(&self, among: std::ops::Range<usize>) -> impl Iterator<Item = (u64, u64)> {
+        let pairs = self.rips[among.clone()].iter().zip(&self.hosts[among]);
         pairs.filter(|(_, host)| **host != 0).map(|(rip, host)| (*rip, *host))
     }
 

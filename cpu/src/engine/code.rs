@@ -1,16 +1,16 @@
 //! Finding and making the blocks that translated code consists of.
 
 use super::Stop;
-use super::block::{CLASSES, ITLB_ENTRIES};
+use super::block::{CLASSES, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
+use super::region::PAGE;
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request};
-use super::translations::{Purpose, Shared, start};
+use super::translations::{Purpose, Start, start};
 use crate::exception::Exception;
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::paging::is_canonical;
-use std::sync::Arc;
 
 impl Core {
     /// Forgets all translated code.
@@ -35,20 +35,46 @@ impl Core {
 
     /// Enters what is known of branches to the page of `rip` from the engine that this one branched off.
     pub fn inherit_jumps(&mut self, rip: u64) {
+        if self.exact_jumps {
+            return;
+        }
         // SAFETY: translated code is not running.
         let jumps = unsafe { &mut (*self.block).jumps };
-        for &Jump { rip, checked } in self.t.inherited_jumps(rip) {
+        for &Jump { rip, checked } in self.t.inherited_jumps(rip).into_iter().flatten() {
             if jumps.has_room(rip) {
                 jumps.set(rip, self.t.address(checked));
             }
         }
     }
 
-    /// Translations for engines that branch off, and the blocks of them that are not valid at present.
-    pub fn freeze(&mut self) -> std::io::Result<(Arc<Shared>, Vec<u32>)> {
+    /// Enters the branches that the engine which this one branched off has seen ahead: without looking, since looking at what
+    /// the host has not provided costs as much as writing there.
+    pub fn foresee_jumps(&mut self) {
+        // SAFETY: translated code is not running.
+        let jumps = unsafe { &mut (*self.block).jumps };
+        for &Jump { rip, checked } in self.t.foreseen_jumps() {
+            jumps.set(rip, self.t.address(checked));
+        }
+    }
+
+    /// Translations for engines that branch off: all of them, or most.
+    pub fn freeze(&mut self, all: bool) -> std::io::Result<Start> {
+        let jumps = self.known_jumps()?;
+        self.t.freeze(all, jumps)
+    }
+
+    /// What is in the jump cache. Does not touch the parts of it that were never used.
+    fn known_jumps(&self) -> std::io::Result<Vec<Jump>> {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &(*self.block).jumps };
-        self.t.freeze(|t| jumps.known().map(|(rip, host)| Jump { rip, checked: t.offset(host) }).collect())
+        let hosts = std::mem::offset_of!(VcpuBlock, jumps.hosts);
+        let first = hosts / PAGE * PAGE;
+        let mut known = Vec::new();
+        for page in self.room.region().provided(first, hosts - first + size_of_val(&jumps.hosts))? {
+            let index = |offset: usize| (offset.saturating_sub(hosts) / size_of::<u64>()).min(JUMP_ENTRIES);
+            known.extend(jumps.known(index(page)..index(page + PAGE)));
+        }
+        Ok(known.into_iter().map(|(rip, host)| Jump { rip, checked: self.t.offset(host) }).collect())
     }
 
     /// Makes a block unreachable: whoever enters it looks it up again.

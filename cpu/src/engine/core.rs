@@ -10,7 +10,7 @@ use super::region::{Region, Reused};
 use super::signals;
 use super::thunks::{self, Thunks};
 use super::translate::{SiteKind, Translator};
-use super::translations::{Shared, Translations};
+use super::translations::{Start, Translations};
 use super::{Chaos, EngineConfig, EngineError};
 use crate::Icount;
 use crate::bus::{Bus, TscLine};
@@ -20,7 +20,6 @@ use crate::model::ModelFeatures;
 use crate::state::{CpuState, rflags};
 use iced_x86::Instruction;
 use std::mem::offset_of;
-use std::sync::Arc;
 
 /// What the slow path of a memory access left for the dispatcher.
 pub enum Pending {
@@ -42,7 +41,7 @@ pub struct Core {
     pub policy: super::kvm::Policy,
     pub block: *mut VcpuBlock,
     /// Where the block stands.
-    _room: Reused,
+    pub room: Reused,
     pub memory: PhysMemory,
     pub translator: Translator,
     /// Everything that translation leaves behind.
@@ -63,6 +62,10 @@ pub struct Core {
     pub spares_used: [bool; 2],
     /// Guest-physical address of the top-level table that the cached translations come from.
     pub root: u64,
+    /// The jump cache gets only what is looked for, see [`super::Engine::look_ahead`].
+    pub exact_jumps: bool,
+    /// What was seen ahead is in the jump cache.
+    pub foreseen: bool,
     pub tlb_mask: u32,
     pub thunks: Thunks,
     pub last_mode: [Mode; CLASSES],
@@ -101,18 +104,13 @@ impl Core {
         memory: PhysMemory,
         features: ModelFeatures,
         config: EngineConfig,
-        shared: &Arc<Shared>,
-        invalid: &[u32],
+        start: &Start,
     ) -> Result<Box<Core>, EngineError> {
         signals::install();
         let page_count = (memory.end() / PAGE_SIZE) as usize;
-        let t = Translations::branch(shared, config.code_cache_bytes, page_count).map_err(EngineError::CodeMemory)?;
+        let t = Translations::branch(start, config.code_cache_bytes, page_count).map_err(EngineError::CodeMemory)?;
         let Some(t) = t else { return Core::new(memory, features, config) };
-        let mut core = Core::over(memory, features, config, t)?;
-        for index in invalid {
-            core.t.kill(*index);
-        }
-        Ok(core)
+        Core::over(memory, features, config, t)
     }
 
     /// The translator's buffer holds the doors afterwards.
@@ -135,7 +133,7 @@ impl Core {
             policy: Default::default(),
             // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
             block: room.region().at(0).cast(),
-            _room: room,
+            room,
             memory,
             translator,
             t,
@@ -150,6 +148,8 @@ impl Core {
             itlb_used: Default::default(),
             spares_used: [false; 2],
             root: 0,
+            exact_jumps: false,
+            foreseen: false,
             tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
             thunks,
             last_mode: [Mode(0); CLASSES],

@@ -37,6 +37,9 @@ enum Follow {
     },
 }
 
+/// Instructions of a run for which it is worth while to be ready for what comes.
+const LONG: u64 = 10_000;
+
 impl Core {
     /// Executes until the icount is `limit`, or another reason to stop.
     pub fn run(&mut self, limit: Icount, bus: &mut dyn Bus) -> Stop {
@@ -54,6 +57,10 @@ impl Core {
         self.load_fpu();
         if self.unfinished.is_none() {
             self.debug_hits = 0;
+        }
+        if !self.foreseen && self.limit - now >= LONG {
+            self.foresee_jumps();
+            self.foreseen = true;
         }
         let limit = Icount(self.limit);
         self.tsc_line = self.bus().tsc_line(limit);

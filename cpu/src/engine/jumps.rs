@@ -44,6 +44,11 @@ impl Jumps {
         &self.jumps
     }
 
+    /// The same target is among them.
+    pub fn know(&self, jump: &Jump) -> bool {
+        self.near(jump.rip).contains(jump)
+    }
+
     /// Those in the page of `rip`, and perhaps others.
     pub fn near(&self, rip: u64) -> &[Jump] {
         let list = list(&Jump { rip, checked: 0 });

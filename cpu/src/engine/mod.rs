@@ -190,17 +190,15 @@ impl Chaos {
 /// Translations that a branch's engine begins with; see [`Engine::freeze`].
 #[derive(Clone)]
 pub struct FrozenTranslations {
-    shared: std::sync::Arc<translations::Shared>,
-    /// Blocks that are not valid any more.
-    invalid: Vec<u32>,
+    start: translations::Start,
     features: ModelFeatures,
     config: EngineConfig,
 }
 
 impl FrozenTranslations {
-    /// Both are the same but for blocks that have become invalid.
-    pub fn are_those_of(&self, other: &FrozenTranslations) -> bool {
-        std::sync::Arc::ptr_eq(&self.shared, &other.shared)
+    /// Most of both is the same.
+    pub fn are_like(&self, other: &FrozenTranslations) -> bool {
+        self.start.is_like(&other.start)
     }
 }
 
@@ -222,10 +220,26 @@ impl Engine {
         Ok(Engine { core: core::Core::new(PhysMemory::new(memory), features, config)? })
     }
 
-    /// What this engine has translated so far, for the engines of branches.
+    /// What this engine has translated so far, for the engines of branches: most of it, where all would cost much.
     pub fn freeze(&mut self) -> Result<FrozenTranslations, EngineError> {
-        let (shared, invalid) = self.core.freeze().map_err(EngineError::CodeMemory)?;
-        Ok(FrozenTranslations { shared, invalid, features: self.core.features, config: self.core.config.clone() })
+        self.freeze_translations(false)
+    }
+
+    /// The engine works for others from now on, or no longer: what it does is to be known to those that branch off after
+    /// [`Engine::freeze_all`].
+    pub fn look_ahead(&mut self, on: bool) {
+        self.core.exact_jumps = on;
+        self.core.foreseen = true;
+    }
+
+    /// All that this engine has translated so far, and where its branches went.
+    pub fn freeze_all(&mut self) -> Result<FrozenTranslations, EngineError> {
+        self.freeze_translations(true)
+    }
+
+    fn freeze_translations(&mut self, all: bool) -> Result<FrozenTranslations, EngineError> {
+        let start = self.core.freeze(all).map_err(EngineError::CodeMemory)?;
+        Ok(FrozenTranslations { start, features: self.core.features, config: self.core.config.clone() })
     }
 
     /// An engine over memory whose content is that of the frozen engine's when it was frozen, with all-zero state:
@@ -234,8 +248,8 @@ impl Engine {
         frozen: &FrozenTranslations,
         memory: GuestMemoryMmap<B>,
     ) -> Result<Engine, EngineError> {
-        let FrozenTranslations { shared, invalid, features, config } = frozen;
-        let core = core::Core::branch(PhysMemory::new(memory), *features, config.clone(), shared, invalid)?;
+        let FrozenTranslations { start, features, config } = frozen;
+        let core = core::Core::branch(PhysMemory::new(memory), *features, config.clone(), start)?;
         Ok(Engine { core })
     }
 
@@ -339,6 +353,11 @@ impl Engine {
     /// What the engine has done so far, for tuning. It says nothing about the guest.
     pub fn statistics(&self) -> &Statistics {
         &self.core.statistics
+    }
+
+    /// Counts from zero again.
+    pub fn forget_statistics(&mut self) {
+        self.core.statistics = Statistics::default();
     }
 
     /// Numbers of the pages (guest-physical address / 4096) that may have been written since the last call, in

@@ -19,6 +19,7 @@ const BRANCHES: usize = 1 << 9;
 const BRANCHES_EACH: usize = 4;
 
 /// The lists of the blocks that a branch has made itself.
+#[derive(Clone)]
 pub struct Recent {
     /// Index of the first of these blocks; above all if there are none and never will be.
     first: u32,

@@ -9,6 +9,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Size of the host's large pages. A mapping of them costs one fault where small ones cost five hundred, or thirty.
 const LARGE: usize = 2 << 20;
+/// Size of the host's pages.
+pub const PAGE: usize = 4096;
 /// Most regions that wait to be used again.
 const SPARES_MAX: usize = 16;
 
@@ -21,15 +23,10 @@ pub struct MemoryFile {
 impl MemoryFile {
     /// A file of `size` zero bytes.
     pub fn new(size: usize) -> io::Result<MemoryFile> {
-        // SAFETY: the name is a C string and the flags are valid; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"orrery-translations".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nobody else owns.
-        let descriptor = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: the name is a C string.
+        let descriptor = owned(unsafe { libc::memfd_create(c"orrery-translations".as_ptr(), libc::MFD_CLOEXEC) })?;
         // SAFETY: a system call without pointers.
-        if unsafe { libc::ftruncate(fd, size as libc::off_t) } != 0 {
+        if unsafe { libc::ftruncate(descriptor.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(MemoryFile { descriptor, size })
@@ -72,6 +69,15 @@ impl MemoryFile {
     }
 }
 
+/// The descriptor that a system call has just made, or its error.
+fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A fresh mapping; with MAP_FIXED, at `at`, where the caller has reserved as much.
 fn map(at: *mut u8, size: usize, protection: libc::c_int, flags: libc::c_int, fd: libc::c_int) -> io::Result<*mut u8> {
     // SAFETY: what is mapped was not in use, see above.
@@ -91,15 +97,14 @@ unsafe impl Send for Region {}
 impl Region {
     /// Reserves `size` zeroed bytes, or maps `file` privately: what is written stays here.
     pub fn new(size: usize, file: Option<&MemoryFile>) -> io::Result<Region> {
-        let Some(file) = file else {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let base = map(std::ptr::null_mut(), size, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
-            return Ok(Region { base, size });
+        let (flags, descriptor) = match file {
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+            Some(file) => (libc::MAP_PRIVATE, file.descriptor.as_raw_fd()),
         };
-        Region::aligned(size, libc::MAP_PRIVATE, file.descriptor.as_raw_fd())
+        Region::aligned(size, flags, descriptor)
     }
 
-    /// Maps a file at an address at which large pages can be mapped.
+    /// A mapping at an address at which large pages can be mapped.
     fn aligned(size: usize, flags: libc::c_int, fd: libc::c_int) -> io::Result<Region> {
         let reserved = size.checked_add(LARGE).ok_or(io::ErrorKind::OutOfMemory)?;
         let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -130,15 +135,75 @@ impl Region {
 
     /// Makes all bytes zero again; touches only those that the host has provided.
     fn zero(&mut self) -> io::Result<()> {
-        let mut resident = vec![0u8; self.size.div_ceil(4096)];
-        // SAFETY: the range is the whole mapping, and there is a byte for each of its pages.
-        if unsafe { libc::mincore(self.base.cast(), self.size, resident.as_mut_ptr()) } != 0 {
+        for offset in self.provided(0, self.size)? {
+            // SAFETY: inside the mapping, of which this value is the only owner.
+            unsafe { self.base.add(offset).write_bytes(0, (self.size - offset).min(PAGE)) };
+        }
+        Ok(())
+    }
+
+    /// Offsets of the pages among `len` bytes at `offset`, the begin of a page, that the host has provided.
+    pub fn provided(&self, offset: usize, len: usize) -> io::Result<Vec<usize>> {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size), "inside the region");
+        let mut resident = vec![0u8; len.div_ceil(PAGE)];
+        // SAFETY: the range is inside the mapping, and there is a byte for each of its pages.
+        if unsafe { libc::mincore(self.base.add(offset).cast(), len, resident.as_mut_ptr()) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        for (page, _) in resident.iter().enumerate().filter(|(_, state)| **state & 1 != 0) {
-            let offset = page * 4096;
-            // SAFETY: inside the mapping, of which this value is the only owner.
-            unsafe { self.base.add(offset).write_bytes(0, (self.size - offset).min(4096)) };
+        let pages = resident.iter().enumerate().filter(|(_, state)| **state & 1 != 0);
+        Ok(pages.map(|(page, _)| offset + page * PAGE).collect())
+    }
+
+    /// Offsets of the pages in these ranges (offset, length) that are no longer those of the file that is mapped here: they
+    /// were written.
+    pub fn written(&self, extents: &[(usize, usize)]) -> io::Result<Vec<usize>> {
+        // Documentation/admin-guide/mm/pagemap.rst of Linux: eight bytes for each page of the address space.
+        const PRESENT: u64 = 1 << 63;
+        const SWAPPED: u64 = 1 << 62;
+        const OF_FILE: u64 = 1 << 61;
+        let pagemap = owned(
+            // SAFETY: the path is a C string.
+            unsafe { libc::open(c"/proc/self/pagemap".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) },
+        )?;
+        let mut entries = Vec::new();
+        let mut written = Vec::new();
+        for (offset, len) in extents {
+            let first = offset / PAGE * PAGE;
+            entries.resize(((offset + len).div_ceil(PAGE) - first / PAGE) * 8, 0u8);
+            let at = self.at(first) as usize / PAGE * 8;
+            // SAFETY: the buffer is valid for its length.
+            let read = unsafe {
+                libc::pread(pagemap.as_raw_fd(), entries.as_mut_ptr().cast(), entries.len(), at as libc::off_t)
+            };
+            if read != entries.len() as isize {
+                return Err(io::Error::last_os_error());
+            }
+            for (index, entry) in entries.as_chunks::<8>().0.iter().enumerate() {
+                let entry = u64::from_ne_bytes(*entry);
+                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+                    written.push(first + index * PAGE);
+                }
+            }
+        }
+        Ok(written)
+    }
+
+    /// Maps a file with the same content over it, privately, as [`Region::new`] does; the first `executable` bytes, whole
+    /// pages, are to be so. If that fails the content is what it was.
+    pub fn map_over(&mut self, file: &MemoryFile, executable: usize) -> io::Result<()> {
+        assert!(file.size == self.size && executable <= self.size && executable.is_multiple_of(PAGE));
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let data = libc::PROT_READ | libc::PROT_WRITE;
+        for (from, to, protection) in [(0, executable, data | libc::PROT_EXEC), (executable, self.size, data)] {
+            if from == to {
+                continue;
+            }
+            let (at, fd) = (self.at(from), file.descriptor.as_raw_fd());
+            // SAFETY: a part of the mapping that this value owns, which keeps its content and its rights.
+            let base = unsafe { libc::mmap(at.cast(), to - from, protection, flags, fd, from as libc::off_t) };
+            if base == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
         }
         Ok(())
     }
@@ -150,6 +215,13 @@ impl Region {
         // SAFETY: the range is inside the mapping that this value owns.
         let result = unsafe { libc::mprotect(self.base.add(offset).cast(), len, protection) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Writes `bytes` at `offset`.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.size), "inside the region");
+        // SAFETY: inside the mapping, checked above; it is writable.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(offset), bytes.len()) };
     }
 
     /// Host address of `offset`.
@@ -288,8 +360,6 @@ pub struct Layout {
     end: usize,
 }
 
-const PAGE: usize = 4096;
-
 impl Layout {
     /// Room for `capacity` elements of `T`; returns its offset.
     pub fn room<T>(&mut self, capacity: usize) -> usize {
@@ -351,6 +421,29 @@ mod tests {
         assert!(region.at(0).cast::<u8>().align_offset(LARGE) == 0);
         let set: Vec<usize> = (0..3 * LARGE + PAGE).filter(|at| region.bytes(*at, 1)[0] != 0).collect();
         assert_eq!(set, [LARGE - 1, LARGE, 3 * LARGE]);
+    }
+
+    #[test]
+    fn what_was_written_is_known_and_what_is_mapped_over_stays() {
+        let file = MemoryFile::new(8 * PAGE).unwrap();
+        file.write(0, &[7; 8 * PAGE]).unwrap();
+        let mut region = Region::new(8 * PAGE, Some(&file)).unwrap();
+        let all = [(0, 3 * PAGE), (3 * PAGE, 5 * PAGE)];
+        let read: u32 = (0..8).map(|page| u32::from(region.bytes(page * PAGE, 1)[0])).sum();
+        assert_eq!(read, 56);
+        assert!(region.written(&all).unwrap().is_empty(), "only read");
+        region.write(2 * PAGE + 5, &[1]);
+        region.write(6 * PAGE, &[2]);
+        assert_eq!(region.written(&all).unwrap(), [2 * PAGE, 6 * PAGE]);
+        assert_eq!(region.written(&[(2 * PAGE + 1, 1), (3 * PAGE, 5)]).unwrap(), [2 * PAGE]);
+        let copy = MemoryFile::new(8 * PAGE).unwrap();
+        copy.write(0, region.bytes(0, 8 * PAGE)).unwrap();
+        region.map_over(&copy, 3 * PAGE).unwrap();
+        assert!(region.written(&all).unwrap().is_empty());
+        assert_eq!([2 * PAGE + 5, 6 * PAGE, 7 * PAGE].map(|at| region.bytes(at, 1)[0]), [1, 2, 7]);
+        region.write(6 * PAGE, &[3]);
+        assert_eq!(region.written(&all).unwrap(), [6 * PAGE]);
+        assert_eq!(region.bytes(2 * PAGE, 6), [7, 7, 7, 7, 7, 1]);
     }
 
     #[test]

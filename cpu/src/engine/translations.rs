@@ -5,16 +5,17 @@
 //! with the translations of its parent, at a cost that does not depend on their number.
 
 mod blocks;
+mod sharing;
 
-use super::jumps::{Jump, Jumps};
 use super::mode::Mode;
 use super::pages::{Cover, PageRecord, Pages};
 use super::recent::{Branch, Branches, Crossings, Patience, Recent};
-use super::region::{Array, Layout, MemoryFile, Region};
+use super::region::{Array, Layout, Region};
 use super::translate::{MAX_RECORDS, Site};
 use iced_x86::Instruction;
 use std::io;
-use std::sync::Arc;
+
+pub use sharing::Start;
 
 /// Lists of blocks with the same hash; a power of two.
 const BLOCK_LISTS: usize = 1 << 17;
@@ -195,33 +196,16 @@ pub struct Translations {
     /// Bytes of code with which it all began.
     code_begun: usize,
     offsets: Offsets,
-    /// Blocks killed since `frozen` was made.
-    killed: Vec<u32>,
     /// How often all code was forgotten: indexes of blocks and sites live no longer.
     pub clears: u64,
     /// How often all address translations were forgotten.
     pub flushes: u64,
-    frozen: Option<Frozen>,
-    /// What it all began with.
-    origin: Option<Arc<Shared>>,
+    /// What is mapped below: all there was when this engine branched off, or when it was frozen itself.
+    origin: Option<Start>,
+    /// Blocks killed since then; a few more than [`Translations::freeze`] cares for.
+    killed: Vec<u32>,
     // Last: the arrays point into it.
     region: Region,
-}
-
-/// What `freeze` returned before, and what has happened since.
-struct Frozen {
-    shared: Arc<Shared>,
-    clears: u64,
-}
-
-/// Translations in a file in memory, which nobody changes any more.
-pub struct Shared {
-    file: MemoryFile,
-    offsets: Offsets,
-    lengths: Lengths,
-    kept: usize,
-    /// Where indirect branches went.
-    jumps: Jumps,
 }
 
 /// One of `size` lists; `size` is a power of two.
@@ -242,19 +226,6 @@ impl Translations {
         let offsets = Offsets::new(code_capacity, page_count);
         let region = Region::new(offsets.size, None)?;
         Translations::over(region, offsets, Lengths::default(), 0)
-    }
-
-    /// A private copy of shared translations, for a machine whose memory is what it was when they were frozen.
-    /// None if they are of another geometry.
-    pub fn branch(shared: &Arc<Shared>, code_bytes: usize, page_count: usize) -> io::Result<Option<Translations>> {
-        let code_capacity = code_bytes.clamp(1 << 20, 1 << 31).next_multiple_of(4096);
-        if Offsets::new(code_capacity, page_count) != shared.offsets {
-            return Ok(None);
-        }
-        let region = Region::new(shared.offsets.size, Some(&shared.file))?;
-        let mut translations = Translations::over(region, shared.offsets, shared.lengths, shared.kept)?;
-        translations.origin = Some(Arc::clone(shared));
-        Ok(Some(translations))
     }
 
     fn over(region: Region, offsets: Offsets, lengths: Lengths, kept: usize) -> io::Result<Translations> {
@@ -282,11 +253,10 @@ impl Translations {
             code_kept: kept,
             code_begun: lengths.code,
             offsets,
-            killed: Vec::new(),
             clears: 0,
             flushes: lengths.flushes,
-            frozen: None,
             origin: None,
+            killed: Vec::new(),
             region,
         })
     }
@@ -295,7 +265,6 @@ impl Translations {
     pub fn clear(&mut self) {
         self.clears += 1;
         self.origin = None;
-        self.killed.clear();
         self.code_used = self.code_kept;
         for code_page in self.code_pages.iter() {
             self.pages.forget_code(code_page.page);
@@ -396,78 +365,5 @@ impl Translations {
         // SAFETY: as above.
         unsafe { (self.address(at) as *mut u8).write(0xE9) };
         self.patch_rel32(at + 1, target);
-    }
-
-    // Sharing --------------------------------------------------------------------------------------------------
-
-    fn lengths(&self) -> Lengths {
-        Lengths {
-            code: self.code_used,
-            blocks: self.blocks.len(),
-            sites: self.sites.len(),
-            emulated: self.emulated.len(),
-            faults: self.faults.len(),
-            code_pages: self.code_pages.len(),
-            covers: self.pages.covers_extent().1 / size_of::<Cover>(),
-            flushes: self.flushes,
-        }
-    }
-
-    /// Translations for branches, and the blocks of them that are not valid at present. Copies all of them, unless
-    /// what was copied before is still almost the same. `jumps` says where indirect branches have gone.
-    pub fn freeze(&mut self, jumps: impl FnOnce(&Translations) -> Vec<Jump>) -> io::Result<(Arc<Shared>, Vec<u32>)> {
-        const KILLED_MAX: usize = 32;
-        if let Some(frozen) = &self.frozen
-            && frozen.clears == self.clears
-            && self.killed.len() <= KILLED_MAX
-            && self.code_used - frozen.shared.lengths.code <= frozen.shared.lengths.code / 8
-        {
-            let known = |index: &u32| (*index as usize) < frozen.shared.lengths.blocks;
-            let since = self.killed.iter().copied().filter(known).collect();
-            return Ok((frozen.shared.clone(), since));
-        }
-        self.settle_recent();
-        let shared = Arc::new(self.copy(self.with_inherited(jumps(self)))?);
-        self.frozen = Some(Frozen { shared: shared.clone(), clears: self.clears });
-        self.killed.clear();
-        Ok((shared, Vec::new()))
-    }
-
-    /// Those jumps and the ones that were inherited.
-    fn with_inherited(&self, mut jumps: Vec<Jump>) -> Jumps {
-        jumps.extend(self.origin.iter().flat_map(|origin| origin.jumps.all()));
-        jumps.retain(|jump| (jump.checked as usize) < self.code_used);
-        Jumps::new(jumps)
-    }
-
-    fn copy(&self, jumps: Jumps) -> io::Result<Shared> {
-        let file = MemoryFile::new(self.offsets.size)?;
-        let mut extents = vec![
-            (self.offsets.code, self.code_used),
-            self.pages.covers_extent(),
-            self.block_lists.extent(),
-            self.page_lists.extent(),
-            self.ungrouped.0.extent(),
-            self.hot.0.extent(),
-            self.code_pages.extent(),
-            self.blocks.extent(),
-            self.faults.extent(),
-            self.emulated.extent(),
-            self.sites.extent(),
-        ];
-        // Page records are many and mostly empty: only pages of them that say something.
-        let (offset, len) = self.pages.records_extent();
-        for piece in (0..len).step_by(4096) {
-            let extent = (offset + piece, (len - piece).min(4096));
-            if self.region.bytes(extent.0, extent.1).iter().any(|b| *b != 0) {
-                extents.push(extent);
-            }
-        }
-        extents.sort_unstable();
-        file.expect(&extents);
-        for (offset, len) in extents {
-            file.write(offset, self.region.bytes(offset, len))?;
-        }
-        Ok(Shared { file, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept, jumps })
     }
 }

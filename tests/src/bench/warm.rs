@@ -4,8 +4,8 @@
 //! Two machines run the same way. At some moments the one is frozen, and branches of it run a million instructions each;
 //! the other just goes on, so its figure is what those instructions cost where nobody branches: with all that it has
 //! translated so far, and what is new in them to be translated. Branches are of three kinds: the first of a template, in
-//! the memory of a branch of an earlier moment (but for the first moment of all); recycled ones, each with a seed of its
-//! own, in the memory of one that was dropped just before; and ones that live at once, in memory that nobody has used.
+//! the memory of the one that has looked ahead; recycled ones, each with a seed of its own, in the memory of one that was
+//! dropped just before; and ones that live at once, all in RAM that nobody has used.
 
 use std::time::Instant;
 
@@ -52,10 +52,16 @@ pub fn measure(name: &str, image: &Image, course: &Course) -> Result<Line> {
         let taken = million(&mut alone)?;
         samples.parent.push(taken);
         run(&mut alone, course.step - MILLION)?;
-        samples.branches(&parent.freeze()?, taken, moment)?;
+        let before = Instant::now();
+        let template = parent.freeze_only()?;
+        samples.frozen.push(micros_since(before));
+        let before = Instant::now();
+        template.learn();
+        samples.learned.push(micros_since(before));
+        samples.branches(&template, taken, moment)?;
         if moment % COLD_EVERY == 0 {
             let saved = parent.save();
-            let template = Machine::restore(image, &saved, Default::default())?.freeze()?;
+            let template = Machine::restore(image, &saved, Default::default())?.freeze_only()?;
             samples.cold.push(million(&mut template.branch(template.seed(), None)?)?);
         }
         run(&mut parent, course.step)?;
@@ -92,6 +98,8 @@ struct Samples {
     parent: Vec<f64>,
     cold: Vec<f64>,
     dropped: Vec<f64>,
+    frozen: Vec<f64>,
+    learned: Vec<f64>,
 }
 
 impl Samples {
@@ -135,6 +143,8 @@ impl Samples {
             .with("parent_p50_us", median(self.parent))
             .with("cold_p50_us", median(self.cold))
             .with("dropping_p50_us", median(self.dropped))
+            .with("freezing_p50_us", median(self.frozen))
+            .with("learning_p50_us", median(self.learned))
     }
 }
 

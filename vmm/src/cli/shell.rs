@@ -22,7 +22,7 @@ pub(super) fn open_branch(arguments: &MomentArgs) -> Result<(Place, Agent), Fail
     let (place, moment) = place::open(arguments)?;
     let mut machine = moment.machine;
     let seed = machine.seed();
-    let template = machine.freeze().map_err(|error| Failure::new(exit::HOST, error))?;
+    let template = machine.freeze_only().map_err(|error| Failure::new(exit::HOST, error))?;
     let branch = template.branch(seed, Some(Vec::new())).map_err(|error| Failure::new(exit::HOST, error))?;
     Ok((place, agent_of(branch)?))
 }

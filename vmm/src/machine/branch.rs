@@ -71,6 +71,8 @@ pub(super) struct Frozen {
     /// The digest as it was known, and the pages written after that: hashed when somebody asks.
     stale_digest: (MemoryDigest, Vec<u64>),
     translations: FrozenTranslations,
+    /// The same with those of what comes next, see [`Template::learn`].
+    learned: OnceLock<FrozenTranslations>,
     /// What the next save of a branch builds on.
     saved: Option<Box<LastSave>>,
 }
@@ -109,8 +111,16 @@ impl Machine {
     /// from now on, and [`Machine::reset`] leads back here if the machine has no earlier branch point.
     ///
     /// The first time this costs the same for any size of memory, but the pages that the machine touches afterwards
-    /// are mapped and copied again. On a machine that is a branch already it costs the pages that it has written.
+    /// are mapped and copied again. On a machine that is a branch already it costs the pages that it has written. Beside
+    /// that it costs what [`Template::learn`] does, so that branches need not begin cold.
     pub fn freeze(&mut self) -> Result<Template, BranchError> {
+        let template = self.freeze_only()?;
+        template.learn();
+        Ok(template)
+    }
+
+    /// Freezes the machine without looking at what comes next: for who goes back to this moment or branches off once.
+    pub fn freeze_only(&mut self) -> Result<Template, BranchError> {
         self.settle_hash();
         self.collect_dirty();
         let ram = Arc::new(match &self.origin {
@@ -137,6 +147,7 @@ impl Machine {
             digest: OnceLock::new(),
             stale_digest: (digest, stale),
             translations: self.engine.freeze()?,
+            learned: OnceLock::new(),
             saved: self.saved.clone(),
         });
         let inherited = || self.origin.as_ref()?.stock.upgrade();
@@ -248,7 +259,7 @@ impl Template {
         let ram = self.ram();
         let spare = self.take(&ram);
         let spare = match spare {
-            Some(spare) => self.adapt(spare, ram)?,
+            Some(spare) => self.adapt(spare, ram, self.frozen.learned.get().is_some())?,
             None => self.spare()?,
         };
         Ok(self.machine(spare, start))
@@ -266,8 +277,9 @@ impl Template {
         Some(stock.remove(at))
     }
 
-    /// Makes a spare of another moment one of this moment: costs the pages in which either differs from the file.
-    fn adapt(&self, mut spare: Spare, ram: Arc<FrozenRam>) -> Result<Spare, BranchError> {
+    /// Makes a spare of another moment one of this moment, with a new engine if it needs one or that is better: costs the
+    /// pages in which either differs from the file.
+    fn adapt(&self, mut spare: Spare, ram: Arc<FrozenRam>, new_engine: bool) -> Result<Spare, BranchError> {
         if Arc::ptr_eq(&spare.frozen, &self.frozen) {
             return Ok(spare);
         }
@@ -282,8 +294,9 @@ impl Template {
             engine.take_dirty();
             *before = ram;
         }
-        if !spare.frozen.translations.are_those_of(&self.frozen.translations) {
-            spare.engine = Engine::branch(&self.frozen.translations, spare.memory.clone())?;
+        let translations = self.frozen.translations();
+        if new_engine || !spare.frozen.translations.are_like(translations) {
+            spare.engine = Engine::branch(translations, spare.memory.clone())?;
         }
         spare.frozen = Arc::clone(&self.frozen);
         Ok(spare)
@@ -293,7 +306,7 @@ impl Template {
     fn spare(&self) -> Result<Spare, BranchError> {
         let ram = self.frozen.ram()?;
         let memory = ram.map()?;
-        let engine = Engine::branch(&self.frozen.translations, memory.clone())?;
+        let engine = Engine::branch(self.frozen.translations(), memory.clone())?;
         let dirty = DirtyPages::new(ram::end(&memory) / PAGE_SIZE);
         Ok(Spare { engine, dirty, memory, ram, frozen: Arc::clone(&self.frozen) })
     }
@@ -328,6 +341,25 @@ impl Template {
 
     fn origin(&self, ram: Arc<FrozenRam>, start: MachineState) -> Origin {
         Origin { frozen: Arc::clone(&self.frozen), stock: Arc::downgrade(&self.stock), ram, start }
+    }
+
+    /// A branch with a new engine, to go ahead: in memory that waits, if there is any.
+    pub(super) fn scout(&self) -> Result<Machine, BranchError> {
+        let ram = self.ram();
+        let spare = match self.take(&ram) {
+            Some(spare) => self.adapt(spare, ram, true)?,
+            None => self.spare()?,
+        };
+        Ok(self.machine(spare, start(&self.frozen.state, self.seed(), None)))
+    }
+
+    pub(super) fn has_learned(&self) -> bool {
+        self.frozen.learned.get().is_some()
+    }
+
+    pub(super) fn keep_learned(&self, translations: FrozenTranslations) {
+        // If somebody else was faster, theirs are as good.
+        let _ = self.frozen.learned.set(translations);
     }
 
     /// Makes the next `count` branches fast, at most [`SPARES_MAX`], as those are that come after others: so many machines
@@ -368,6 +400,11 @@ impl Template {
 }
 
 impl Frozen {
+    /// What the engines of branches begin with.
+    fn translations(&self) -> &FrozenTranslations {
+        self.learned.get().unwrap_or(&self.translations)
+    }
+
     /// RAM for another branch. As long as few pages differ from the file, or few branches were made, they copy those
     /// pages; when that has cost as much as a file of its own costs, that is made. So nobody pays much more than
     /// twice what would have been best.

@@ -110,7 +110,7 @@ impl Machine {
     /// Freezes this moment as the first point of a history. At most about `bytes_max` bytes of pages are kept for
     /// later points.
     pub fn begin_checkpoints(&mut self, bytes_max: u64) -> Result<Checkpoints, BranchError> {
-        let base = self.freeze()?.ram();
+        let base = self.freeze_only()?.ram();
         let at = self.icount().0;
         self.dirty.history.take();
         let points = BTreeMap::from([(at, Point { state: self.state(), pages: Vec::new() })]);

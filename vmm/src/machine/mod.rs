@@ -12,6 +12,7 @@ mod devices;
 pub mod dirty;
 mod hash;
 pub mod hashing;
+mod learn;
 mod save;
 pub mod state;
 mod transfer;

@@ -175,7 +175,12 @@ impl Perturbed {
                 restored.replay(self.replayed.get(entered..).unwrap_or_default().to_vec());
                 *machine = restored;
             }
-            Entry::Branch => *machine = machine.freeze()?.branch(machine.seed(), None)?,
+            Entry::Branch => {
+                let template = machine.freeze()?;
+                // The first branch goes on in the memory of one that has been ahead, the second in its own.
+                let _first = template.branch(machine.seed(), None)?;
+                *machine = template.branch(machine.seed(), None)?;
+            }
             Entry::Rewind { ahead } => {
                 let mut branch = machine.freeze()?.branch(machine.seed(), None)?;
                 let ahead = Icount(branch.icount().0.saturating_add(ahead));

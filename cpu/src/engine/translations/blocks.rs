@@ -25,11 +25,6 @@ impl Translations {
         block.is_some_and(|block| block.valid && block.start() == start && block.purpose == purpose)
     }
 
-    /// Where indirect branches near `rip` went before this engine branched off.
-    pub fn inherited_jumps(&self, rip: u64) -> &[Jump] {
-        self.origin.as_ref().map_or(&[], |origin| origin.jumps.near(rip))
-    }
-
     /// Adds a block, to be found from now on. Its `next` is set here.
     pub fn add_block(
         &mut self,
@@ -83,8 +78,8 @@ impl Translations {
     pub fn kill(&mut self, index: u32) -> bool {
         let superseded = std::mem::take(&mut self.blocks[index].superseded);
         let valid = self.unlink(index);
-        if (valid || superseded) && self.frozen.is_some() {
-            self.killed.push(index);
+        if valid || superseded {
+            self.note_killed(index);
         }
         valid
     }
