@@ -120,6 +120,83 @@ fn crossing(rounds: u32, distance: usize) -> Vec<u8> {
     a.assemble(CODE).expect("it can be assembled")
 }
 
+/// A recursive function, called `rounds` times. In each fifth round every call of it returns four bytes further than it
+/// came from, past an addition, and at last one returns to what is no address.
+fn calls(rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut outer, mut function, mut leaf) = (a.create_label(), a.create_label(), a.create_label());
+    let (mut further, mut elsewhere, mut back) = (a.create_label(), a.create_label(), a.create_label());
+    a.mov(ebp, rounds).unwrap();
+    a.mov(esi, 5).unwrap();
+    a.set_label(&mut outer).unwrap();
+    a.mov(edi, 3).unwrap();
+    a.call(function).unwrap();
+    a.add(rdx, 0x10).unwrap();
+    a.add(rdx, 0x100).unwrap();
+    a.dec(esi).unwrap();
+    a.cmovs(esi, dword_ptr(DATA)).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(outer).unwrap();
+    a.mov(r8, 1u64 << 63).unwrap();
+    a.mov(edi, 1).unwrap();
+    a.call(function).unwrap();
+    a.hlt().unwrap();
+    a.set_label(&mut function).unwrap();
+    a.push(rbx).unwrap();
+    a.lea(rbx, ptr(rdi + rbp)).unwrap();
+    a.dec(edi).unwrap();
+    a.jne(further).unwrap();
+    a.set_label(&mut leaf).unwrap();
+    a.pop(rbx).unwrap();
+    a.test(esi, esi).unwrap();
+    a.je(elsewhere).unwrap();
+    a.set_label(&mut back).unwrap();
+    a.add(qword_ptr(rsp), r8).unwrap();
+    a.cmp(rdx, rbx).unwrap();
+    a.ret().unwrap();
+    a.set_label(&mut further).unwrap();
+    a.call(function).unwrap();
+    a.adc(rdx, 0x11).unwrap();
+    a.xor(rdx, rbx).unwrap();
+    a.jmp(leaf).unwrap();
+    a.set_label(&mut elsewhere).unwrap();
+    a.add(qword_ptr(rsp), 4).unwrap();
+    a.jmp(back).unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+#[test]
+fn calls_are_followed_unseen() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    let code = calls(12_000);
+    let guests = || {
+        [guest(plain.clone(), &code), guest(EngineConfig::default(), &code)].map(|guest| {
+            guest.1.write_obj(5u32, GuestAddress(DATA)).expect("inside RAM");
+            guest
+        })
+    };
+    let [mut expected, mut hot] = guests();
+    let mut at = 0;
+    for step in (0..40).map(|i| 6_973 + i).chain((0..150).map(|_| 1)) {
+        at += step;
+        assert_eq!(expected.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(hot.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(seen(&hot), seen(&expected), "at {at}");
+    }
+    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+    let end = Icount(10_000_000);
+    assert_eq!(expected.0.run(end, &mut Empty), Stop::TripleFault);
+    assert_eq!(hot.0.run(end, &mut Empty), Stop::TripleFault);
+    assert_eq!(seen(&hot), seen(&expected));
+    assert_eq!(hot.0.icount(), expected.0.icount());
+    for chaos in 1..60 {
+        let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
+        random.1.write_obj(5u32, GuestAddress(DATA)).expect("inside RAM");
+        assert_eq!(random.0.run(end, &mut Empty), Stop::TripleFault, "chaos {chaos}");
+        assert_eq!((seen(&random), random.0.icount()), (seen(&expected), expected.0.icount()), "chaos {chaos}");
+    }
+}
+
 #[test]
 fn random_blocks_come_to_the_same_end() {
     let end = Icount(10_000_000);

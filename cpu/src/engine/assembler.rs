@@ -178,6 +178,12 @@ impl Assembler {
         self.put(&[op::STORE, 0xC0 | (src & 7) << 3 | dst & 7]);
     }
 
+    /// `cmp a, b`
+    pub fn cmp(&mut self, a: u8, b: u8) {
+        self.rex(true, b, 0, a);
+        self.put(&[0x39, 0xC0 | (b & 7) << 3 | a & 7]);
+    }
+
     /// `mov dst32, src32`
     pub fn mov32(&mut self, dst: u8, src: u8) {
         self.rex(false, src, 0, dst);
@@ -519,6 +525,7 @@ mod tests {
             (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
             (text(|a| a.cmp_gs_imm(0x40, 0x40_1000)), "cmp qword ptr gs:[40h],401000h"),
             (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),
+            (text(|a| a.cmp(RCX, RAX)), "cmp rcx,rax"),
             (text(|a| a.mov32(RCX, R13)), "mov ecx,r13d"),
             (text(|a| a.lea(true, RCX, Some(RSP), None, -8)), "lea rcx,[rsp-8]"),
             (text(|a| a.lea(true, RCX, Some(R12), Some((R13, 8)), 0x1234)), "lea rcx,[r12+r13*8+1234h]"),

@@ -39,6 +39,10 @@ pub enum Treatment {
     IndirectCall,
     /// Near RET.
     Return,
+    /// A call behind which the block goes on at the target.
+    FollowedCall,
+    /// The return from there.
+    FollowedReturn,
     /// CLI.
     ClearInterrupt,
     /// STI, followed by another instruction of the block.

@@ -53,6 +53,7 @@ pub fn needs(list: &[(Instruction, Treatment)], stays: impl Fn(usize) -> bool, n
 pub fn stays((ins, treatment): &(Instruction, Treatment), inside: bool) -> bool {
     match treatment {
         Treatment::Nothing | Treatment::Lea => true,
+        Treatment::FollowedCall => inside,
         Treatment::Plain => !classify::may_fault(ins) && (inside || !ins.op_kinds().any(|kind| kind == OpKind::Memory)),
         _ => false,
     }

@@ -143,6 +143,7 @@ impl Plan {
     pub fn stays_in_window(&self, instruction: usize, treatment: Treatment) -> bool {
         match treatment {
             Treatment::Plain => self.windowed(instruction, Which::Operand),
+            Treatment::FollowedCall => self.windowed(instruction, Which::Stack),
             _ => false,
         }
     }
@@ -217,8 +218,8 @@ impl Plan {
             }
             Pop => self.access(i, Which::Stack, Registers::base(RSP), 0, 8, true, false),
             Leave => self.access(i, Which::Stack, Registers::base(RBP), 0, 8, true, false),
-            Return => self.access(i, Which::Stack, Registers::base(RSP), 0, 8, true, false),
-            Call | PushFlags => self.access(i, Which::Stack, Registers::base(RSP), -8, 8, false, true),
+            Return | FollowedReturn => self.access(i, Which::Stack, Registers::base(RSP), 0, 8, true, false),
+            Call | FollowedCall | PushFlags => self.access(i, Which::Stack, Registers::base(RSP), -8, 8, false, true),
             IndirectJump | IndirectCall => {
                 if ins.op0_kind() == OpKind::Memory {
                     self.operand(i, ins, 8, true, false);
@@ -306,7 +307,8 @@ impl Plan {
     fn changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
         self.stack_changes(ins, treatment, info);
         let addition = match treatment {
-            Treatment::Push | Treatment::PushFlags => Some((RSP as u8, -8)),
+            Treatment::Push | Treatment::PushFlags | Treatment::FollowedCall => Some((RSP as u8, -8)),
+            Treatment::FollowedReturn => Some((RSP as u8, 8)),
             Treatment::Pop if ins.op0_register() != Register::RSP => Some((RSP as u8, 8)),
             _ => known_addition(ins),
         };
@@ -330,11 +332,15 @@ impl Plan {
     fn stack_changes(&mut self, ins: &Instruction, treatment: Treatment, info: &mut InstructionInfoFactory) {
         let moved = |at: Option<i32>, by: i32| at.map(|at| at + by).filter(|at| at.abs() < 1 << 20);
         match treatment {
-            Treatment::Push | Treatment::PushFlags | Treatment::Call | Treatment::IndirectCall => {
+            Treatment::Push
+            | Treatment::PushFlags
+            | Treatment::Call
+            | Treatment::FollowedCall
+            | Treatment::IndirectCall => {
                 self.rsp_now = moved(self.rsp_now, -8);
                 return;
             }
-            Treatment::Return => {
+            Treatment::Return | Treatment::FollowedReturn => {
                 let extra = if ins.op_count() == 1 { ins.immediate16() as i32 } else { 0 };
                 self.rsp_now = moved(self.rsp_now, 8 + extra);
                 return;

@@ -133,7 +133,7 @@ impl Translator {
     pub(super) fn compare_canonical(&mut self) {
         self.a.mov(host::RAX, host::RCX);
         self.a.put(&[0x48, 0xC1, 0xE0, 16, 0x48, 0xC1, 0xF8, 16]); // shl rax, 16; sar rax, 16
-        self.a.put(&[0x48, 0x39, 0xC8]); // cmp rax, rcx
+        self.a.cmp(host::RAX, host::RCX);
     }
 
     /// Calls what RCX says, if the return address goes through the stack window: what is in the jump cache is canonical.
@@ -163,6 +163,25 @@ impl Translator {
     pub(super) fn look_up_jump(&mut self) {
         self.a.movzx16_eax_ecx();
         self.a.gs_scaled_op(op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+    }
+
+    /// A return to the call in this block that is followed by what is at `back`, if it goes there.
+    pub(super) fn followed_return(&mut self, back: u64) {
+        let at = self.stack(0, 8, false);
+        self.a.load(8, host::RCX, at);
+        self.adjust_rsp(8);
+        self.clobber_flags();
+        if back as i64 == back as i32 as i64 {
+            self.a.cmp_imm(host::RCX, back as i32);
+        } else {
+            self.a.mov_imm(host::RAX, back);
+            self.a.cmp(host::RCX, host::RAX);
+        }
+        let patch = self.a.jcc(cc::NE, 0);
+        // If the target turns out to be no address, the return itself has not retired.
+        let site = self.site(SiteKind::Indirect { popped: 8 }, 1);
+        let (source, unretired) = (self.source_in_need(), self.unretired() - 1);
+        self.cold.push(Cold::Return { patch, site, source, unretired });
     }
 
     /// Goes where RCX says, through the jump cache. `popped` has been added to RSP, which is taken back if the

@@ -48,6 +48,10 @@ impl Translator {
                 self.save_flags();
                 self.link(ins.near_branch_target());
             }
+            Treatment::FollowedCall => self.push_constant(ins.next_ip()),
+            Treatment::FollowedReturn => {
+                self.followed_return(self.follower.expect("a return that is followed is followed by something"));
+            }
             Treatment::IndirectJump => {
                 self.branch_target(ins);
                 self.indirect(0);

@@ -6,15 +6,18 @@
 //! middle of a block the state is that before the instruction, so that it can be executed again.
 
 mod branches;
+mod decode;
 mod instructions;
 mod memory;
 mod places;
 mod plain;
 mod status;
 
+pub use decode::NeedsMoreBytes;
 pub(super) use memory::set_memory;
 pub(super) use status::Flags;
 
+use decode::Path;
 use memory::address_size;
 use places::{Holds, ScratchRegisters};
 use status::{Overflow, Source};
@@ -40,18 +43,6 @@ use serde::{Deserialize, Serialize};
 
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
-
-/// Forward branches that a block goes on behind, as if they were not taken.
-const SIDE_BRANCHES_MAX: u32 = 4;
-
-/// Branches that a hot block goes on behind: forward as if they were not taken, backward as if they were.
-const HOT_SIDE_BRANCHES_MAX: u32 = 6;
-
-/// How often a hot block holds an instruction, if a loop is unrolled.
-const UNROLLED_MAX: usize = 4;
-
-/// Most bytes of a page that a hot block reaches over. All of them count as its code.
-const REACH_MAX: usize = 1024;
 
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
@@ -169,20 +160,6 @@ pub struct Placed {
     pub guest_before: u32,
 }
 
-/// What a block's instructions were decoded from.
-struct Path {
-    guest_before: u32,
-    guest_len: u32,
-    /// Address behind the last of them.
-    next: u64,
-    /// If the block were hot it would go on.
-    ends_early: bool,
-}
-
-/// The first instruction does not end within the bytes given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NeedsMoreBytes;
-
 /// A piece of out-of-line code at the end of the block.
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
@@ -197,6 +174,9 @@ pub(super) enum Cold {
     Side { patch: u32, target: u64, ip: u64, save_flags: Option<Overflow>, unretired: u32, same_stack: bool },
     /// `patch` leads here when the stack window does not cover the block.
     Window { patch: u32 },
+    /// `patch` leads here when a return in the middle of the block goes elsewhere, to the address in RCX: save the flags
+    /// if need be, give back what the budget was charged for the rest of the block, and go there.
+    Return { patch: u32, site: u32, source: Option<Instruction>, unretired: u32 },
     /// `patch` leads here from a call that missed the jump cache: push the return address, unless the target is not
     /// canonical, and leave with the site and the next RIP, which is in RCX.
     Call { patch: u32, site: u32, back: u32 },
@@ -289,7 +269,7 @@ impl Translator {
 
     /// Translates the block at `request.rip` into `self.a`, to be placed at offset `origin` of the code memory.
     pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, NeedsMoreBytes> {
-        let path = self.decode(request)?;
+        let path = self.decode_and_plan(request)?;
         self.mode = request.mode;
         self.careful = request.careful;
         self.isolated = request.isolated;
@@ -310,12 +290,6 @@ impl Translator {
         self.index = 0;
         self.ip = request.rip;
         self.a.start(origin as u64);
-        let use_window = request.window && !request.isolated;
-        if (request.grouping || use_window) && !request.careful && request.mode.is_64bit() {
-            self.plan.make(&list, &mut self.info, use_window, request.grouping);
-        } else {
-            self.plan.clear();
-        }
         let plan = &self.plan;
         let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
         flags::needs(&list, stays, &mut self.needs);
@@ -435,6 +409,20 @@ impl Translator {
                     self.a.land(jump);
                     self.leave(site);
                 }
+                Cold::Return { patch, site, source, unretired } => {
+                    self.a.land(patch);
+                    self.settle(source);
+                    if inhabited {
+                        self.emit_move_out();
+                    }
+                    self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+                    self.look_up_jump();
+                    let missed = self.a.jcc(cc::NE, 0);
+                    self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
+                    self.a.land(missed);
+                    self.a.store_gs(host::RCX, field::RIP);
+                    self.leave(site);
+                }
                 Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
                     self.a.land(patch);
                     if let Some(overflow) = save_flags {
@@ -495,100 +483,6 @@ impl Translator {
         self.site_in_rax(site);
         let direct = self.mode.is_direct();
         self.jump_away(if direct { self.thunks.exit_direct } else { self.thunks.exit_site });
-    }
-
-    /// Decodes the block into `self.instructions`. Behind forward branches it goes on as if they were not taken. A hot
-    /// block also follows jumps and backward branches, if they do not lead far.
-    fn decode(&mut self, request: &Request) -> Result<Path, NeedsMoreBytes> {
-        self.instructions.clear();
-        let mut decoder = Decoder::new(request.mode.bitness(), request.code, DecoderOptions::NONE);
-        decoder.set_ip(request.rip);
-        decoder.set_position(request.at).expect("RIP is in the code");
-        let follows = request.mode.is_64bit() && !request.isolated && request.second_page.is_none();
-        let (mut low, mut high) = (request.at, request.at);
-        let side_branches_max = if request.hot { HOT_SIDE_BRANCHES_MAX } else { SIDE_BRANCHES_MAX };
-        let mut side_branches = 0;
-        let mut ends_early = false;
-        let mut undefined = false;
-        let most = request.max_instructions.min(MAX_INSTRUCTIONS) as usize;
-        while self.instructions.len() < most {
-            if request.hot && self.ends_loop(decoder.ip(), most) {
-                break;
-            }
-            if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
-                break;
-            }
-            let (ip, at) = (decoder.ip(), decoder.position());
-            let mut ins = Instruction::default();
-            decoder.decode_out(&mut ins);
-            if ins.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
-                if self.instructions.is_empty() && request.second_page.is_none() {
-                    return Err(NeedsMoreBytes);
-                }
-                if !self.instructions.is_empty() {
-                    decoder.set_ip(ip);
-                    break;
-                }
-            }
-            let treatment = classify::treatment(&ins, request.mode);
-            if let Some((_, last)) = self.instructions.last_mut()
-                && *last == Treatment::SetInterrupt
-                && matches!(treatment, Treatment::Emulate | Treatment::ReadTsc)
-            {
-                // Between STI and this one the run may stop: STI must leave its shadow in the state.
-                *last = Treatment::Emulate;
-                break;
-            }
-            if undefined && !undefined::hides(&ins, treatment) {
-                break;
-            }
-            undefined = treatment == Treatment::Plain && request.undefined.emulates(&ins);
-            (low, high) = (low.min(at), high.max(decoder.position()));
-            let target = ins.near_branch_target();
-            let mut follow = |decoder: &mut Decoder| {
-                let to = target.wrapping_sub(request.rip).wrapping_add(request.at as u64);
-                let near = to < request.code.len() as u64 && high.max(to as usize) - low.min(to as usize) <= REACH_MAX;
-                ends_early |= follows && near && !request.hot;
-                let goes_on = follows && near && request.hot;
-                if goes_on {
-                    decoder.set_ip(target);
-                    decoder.set_position(to as usize).expect("it is in the code");
-                }
-                goes_on
-            };
-            let (treatment, goes_on) = match treatment {
-                Treatment::Jump if follow(&mut decoder) => (Treatment::Nothing, true),
-                Treatment::Branch if follows && side_branches < side_branches_max => {
-                    (treatment, target > ins.ip() || follow(&mut decoder))
-                }
-                treatment => (treatment, !treatment.ends_block()),
-            };
-            side_branches += (treatment == Treatment::Branch && goes_on) as u32;
-            self.instructions.push((ins, treatment));
-            if !goes_on || request.second_page.is_some() {
-                break;
-            }
-        }
-        let mut next = decoder.ip();
-        if undefined && let [.., (before, Treatment::SetInterrupt), _] = self.instructions.as_slice() {
-            // As above, for one that is emulated because nothing followed it.
-            next = before.next_ip();
-            self.instructions.pop();
-        }
-        if let Some((_, last)) = self.instructions.last_mut()
-            && (*last == Treatment::SetInterrupt || undefined)
-        {
-            *last = Treatment::Emulate;
-        }
-        Ok(Path { guest_before: (request.at - low) as u32, guest_len: (high - request.at) as u32, next, ends_early })
-    }
-
-    /// The instructions decoded so far come to a loop's end, and another turn has no place in the block.
-    fn ends_loop(&self, ip: u64, most: usize) -> bool {
-        let mut turns = self.instructions.iter().enumerate().rev().filter(|(_, (earlier, _))| earlier.ip() == ip);
-        let Some((last, _)) = turns.next() else { return false };
-        let length = self.instructions.len();
-        turns.count() + 1 >= UNROLLED_MAX || length + (length - last) > most
     }
 
     pub(super) fn site(&mut self, kind: SiteKind, unretired: u32) -> u32 {
