@@ -14,8 +14,8 @@ const ROOT_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 /// Slow writes after which a page that was a table is taken for an ordinary one again.
 const TABLE_WRITES_MAX: u16 = 600;
 
-/// So many notes of filled entries are looked through for double ones.
-const USED_MAX: usize = 1 << 18;
+/// So many notes of filled entries, and each time as many again as are left, are looked through for double ones.
+const USED_FEW: usize = 1 << 18;
 
 /// Which TLB indexes are in use, so that flushing costs what was filled.
 #[derive(Default)]
@@ -29,11 +29,12 @@ impl Used {
     /// forgets it early, but one that must be forgotten is always found.
     pub fn add(&mut self, index: usize, kept: bool) {
         let list = if kept { &mut self.global } else { &mut self.local };
-        list.push(index as u32);
-        if list.len() > USED_MAX {
+        if list.len() >= USED_FEW && list.len() == list.capacity() {
             list.sort_unstable();
             list.dedup();
+            list.reserve(list.len());
         }
+        list.push(index as u32);
     }
 }
 
@@ -224,5 +225,24 @@ impl Core {
             return (old | old_last) & 1 != 0;
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_of_many_entries_cost_little_and_none_is_lost() {
+        let mut used = Used::default();
+        for turn in 0..4u32 {
+            (0..USED_FEW * 3).for_each(|index| used.add(index, turn % 2 == 0));
+        }
+        for list in [&mut used.global, &mut used.local] {
+            assert!(list.len() <= USED_FEW * 6);
+            list.sort_unstable();
+            list.dedup();
+            assert_eq!(list.len(), USED_FEW * 3);
+        }
     }
 }
