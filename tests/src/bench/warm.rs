@@ -3,9 +3,10 @@
 //!
 //! Two machines run the same way. At some moments the one is frozen, and branches of it run a million instructions each;
 //! the other just goes on, so its figure is what those instructions cost where nobody branches: with all that it has
-//! translated so far, and what is new in them to be translated. Branches are of three kinds: the first of a template, in
+//! translated so far, and what is new in them to be translated. Branches are of four kinds: the first of a template, in
 //! the memory of the one that has looked ahead; recycled ones, each with a seed of its own, in the memory of one that was
-//! dropped just before; and ones that live at once, all in RAM that nobody has used.
+//! dropped just before; and ones that live at once, in RAM that nobody has used, or that was [prepared](Template::prepare)
+//! for them.
 
 use std::time::Instant;
 
@@ -95,6 +96,7 @@ struct Samples {
     first: Kind,
     recycled: Kind,
     live: Kind,
+    prepared: Kind,
     parent: Vec<f64>,
     cold: Vec<f64>,
     dropped: Vec<f64>,
@@ -120,10 +122,15 @@ impl Samples {
         // They take all memory that earlier branches have left.
         let idle: Vec<_> = (0..SPARES_MAX).map(|_| template.branch(template.seed(), None)).collect::<Result<_, _>>()?;
         let mut live = Vec::new();
-        for _ in 0..BRANCHES {
-            let mut child = template.branch(template.seed(), None)?;
-            self.live.run(&mut child, parent)?;
-            live.push(child);
+        for prepared in [false, true] {
+            if prepared {
+                template.prepare(BRANCHES, MILLION)?;
+            }
+            for _ in 0..BRANCHES {
+                let mut child = template.branch(template.seed(), None)?;
+                if prepared { &mut self.prepared } else { &mut self.live }.run(&mut child, parent)?;
+                live.push(child);
+            }
         }
         drop(idle);
         Ok(())
@@ -140,6 +147,9 @@ impl Samples {
             .with("live_p50_us", median(self.live.micros))
             .with("live_to_parent_p50", median(self.live.ratio))
             .with("live_page_faults_p50", median(self.live.faults))
+            .with("prepared_p50_us", median(self.prepared.micros))
+            .with("prepared_to_parent_p50", median(self.prepared.ratio))
+            .with("prepared_page_faults_p50", median(self.prepared.faults))
             .with("parent_p50_us", median(self.parent))
             .with("cold_p50_us", median(self.cold))
             .with("dropping_p50_us", median(self.dropped))
