@@ -70,20 +70,22 @@ impl Core {
                 }
             }
             let flushes = self.t.flushes;
-            let record = &mut self.t.pages.records[page as u32];
-            let used = record.table_used;
-            // Written only where that changes something: a branch shares these records with others.
-            if record.table_writes != 0 || used != flushes {
-                (record.table_writes, record.table_used) = (0, flushes);
+            let known = self.t.pages.records[page as u32];
+            let mut record = known;
+            (record.table_writes, record.table_used) = (0, flushes);
+            if known.flags & IS_TABLE == 0 {
+                (record.flags, record.table_base) = (known.flags | IS_TABLE, base);
+            } else if known.table_base != base {
+                // What came through it as a table of something else has been forgotten if all was since.
+                record.table_base = if known.table_used < flushes { base } else { MANY_BASES };
             }
-            if record.flags & IS_TABLE == 0 {
-                record.flags |= IS_TABLE;
-                record.table_base = base;
+            // Written only where that changes something: a branch shares these records with others.
+            if record != known {
+                self.t.pages.records[page as u32] = record;
+            }
+            if known.flags & IS_TABLE == 0 {
                 self.watched += 1;
                 self.begin_to_watch(page as u64);
-            } else if record.table_base != base {
-                // What came through it as a table of something else has been forgotten if all was since.
-                record.table_base = if used < flushes { base } else { MANY_BASES };
             }
         }
         Ok(translation)

@@ -16,7 +16,7 @@ const LINE: u32 = 64;
 pub const MANY_BASES: u64 = u64::MAX;
 
 /// What is known of one page.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq)]
 pub struct PageRecord {
     pub flags: u8,
     /// For tables: slow writes since the page was last walked through.

@@ -49,19 +49,16 @@ impl Recent {
     }
 
     /// Index + 1 of the first recent block in the list of those that start there; 0 if there is none.
-    pub fn list(&self, start: u64) -> u32 {
+    pub fn head(&self, start: u64) -> u32 {
         if self.lists.is_empty() { 0 } else { self.lists[hash(start, LISTS) as usize] }
     }
 
-    /// The list to which the block belongs that has this index and start, if it is recent.
-    pub fn list_of(&mut self, index: u32, start: u64) -> Option<&mut u32> {
-        if index < self.first {
-            return None;
-        }
+    /// The list of recent blocks that start there.
+    pub fn list(&mut self, start: u64) -> &mut u32 {
         if self.lists.is_empty() {
             self.lists = vec![0; LISTS];
         }
-        self.lists.get_mut(hash(start, LISTS) as usize)
+        &mut self.lists[hash(start, LISTS) as usize]
     }
 }
 
@@ -174,13 +171,13 @@ mod tests {
     #[test]
     fn blocks_that_a_branch_began_with_are_not_recent() {
         let mut recent = Recent::new(7);
-        assert!(recent.list_of(6, 0x1234).is_none());
-        *recent.list_of(7, 0x1234).unwrap() = 8;
-        assert_eq!(recent.list(0x1234), 8);
+        assert_eq!((recent.first(), recent.head(0x1234)), (7, 0));
+        *recent.list(0x1234) = 8;
+        assert_eq!(recent.head(0x1234), 8);
         assert!(!recent.is_full(7 + BLOCKS_MAX - 1) && recent.is_full(7 + BLOCKS_MAX));
-        let mut none = Recent::none();
-        assert!(none.list_of(u32::MAX - 1, 5).is_none() && !none.is_full(u32::MAX - 1));
-        assert_eq!(none.list(5), 0);
+        let none = Recent::none();
+        assert!(none.first() == u32::MAX && !none.is_full(u32::MAX - 1));
+        assert_eq!(none.head(5), 0);
     }
 
     #[test]

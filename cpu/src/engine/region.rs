@@ -246,6 +246,19 @@ impl Drop for Region {
     }
 }
 
+/// A mapping of a file to read in.
+pub struct View(Region);
+
+// SAFETY: nobody writes to the mapping, nor to the file.
+unsafe impl Sync for View {}
+
+impl View {
+    /// Maps a file that is not written any more.
+    pub fn new(file: &MemoryFile) -> io::Result<View> {
+        Region::new(file.size, Some(file)).map(View)
+    }
+}
+
 /// Regions that wait to be used again.
 static SPARES: Mutex<Vec<Region>> = Mutex::new(Vec::new());
 
@@ -280,6 +293,10 @@ pub struct Array<T> {
     len: usize,
     /// Offset in the region, in bytes.
     offset: usize,
+    /// The first elements where many read them, and which pages of those have changed here.
+    below: *const T,
+    below_len: usize,
+    changed: Vec<u64>,
     kind: PhantomData<T>,
 }
 
@@ -292,7 +309,50 @@ impl<T: Copy> Array<T> {
     fn new(region: &Region, offset: usize, capacity: usize, len: usize) -> Array<T> {
         assert!(offset.is_multiple_of(align_of::<T>()) && len <= capacity);
         assert!(offset + capacity * size_of::<T>() <= region.size, "inside the region");
-        Array { base: region.at(offset).cast(), capacity, len, offset, kind: PhantomData }
+        let base = region.at(offset).cast();
+        Array {
+            base,
+            capacity,
+            len,
+            offset,
+            below: std::ptr::null(),
+            below_len: 0,
+            changed: Vec::new(),
+            kind: PhantomData,
+        }
+    }
+
+    /// Reads its first `len` elements from now on in `view`, a mapping of the file that is mapped below its own region,
+    /// as long as they are what they are there: pages of a new mapping that nobody touches cost nothing. The view must
+    /// stay until another takes its place or [`Array::read_here`] is called. Pages of the region at `changed` differ.
+    pub fn read_in(&mut self, view: &View, len: usize, changed: &[usize]) {
+        assert!(len <= self.len && self.offset + len * size_of::<T>() <= view.0.size, "inside the view");
+        self.below = view.0.at(self.offset).cast();
+        self.below_len = len;
+        self.changed = vec![0; (len * size_of::<T>()).div_ceil(PAGE).div_ceil(64)];
+        for page in changed {
+            if let Some(page) = page.checked_sub(self.offset).map(|at| at / PAGE)
+                && let Some(word) = self.changed.get_mut(page / 64)
+            {
+                *word |= 1 << (page % 64);
+            }
+        }
+    }
+
+    /// Reads all elements in its own region.
+    pub fn read_here(&mut self) {
+        (self.below_len, self.changed) = (0, Vec::new());
+    }
+
+    /// The first and the last page of an element.
+    fn pages_of(index: usize) -> [usize; 2] {
+        [index * size_of::<T>() / PAGE, ((index + 1) * size_of::<T>() - 1) / PAGE]
+    }
+
+    /// The element is what it is in the view.
+    fn is_below(&self, index: usize) -> bool {
+        let same = |page: usize| self.changed[page / 64] & 1 << (page % 64) == 0;
+        index < self.below_len && Self::pages_of(index).into_iter().all(same)
     }
 
     /// Number of elements.
@@ -315,6 +375,7 @@ impl<T: Copy> Array<T> {
 
     /// Removes all elements.
     pub fn clear(&mut self) {
+        self.read_here();
         self.len = 0;
     }
 
@@ -334,6 +395,8 @@ impl<T> std::ops::Deref for Array<T> {
 
 impl<T> std::ops::DerefMut for Array<T> {
     fn deref_mut(&mut self) -> &mut [T] {
+        // Any of them may change.
+        (self.below_len, self.changed) = (0, Vec::new());
         // SAFETY: as above, and the borrow is unique.
         unsafe { std::slice::from_raw_parts_mut(self.base, self.len) }
     }
@@ -343,14 +406,27 @@ impl<T: Copy> Index<u32> for Array<T> {
     type Output = T;
     #[inline]
     fn index(&self, index: u32) -> &T {
-        &(**self)[index as usize]
+        let index = index as usize;
+        if self.is_below(index) {
+            // SAFETY: inside the view, which is mapped, and has there what this array has.
+            return unsafe { &*self.below.add(index) };
+        }
+        &(**self)[index]
     }
 }
 
 impl<T: Copy> IndexMut<u32> for Array<T> {
     #[inline]
     fn index_mut(&mut self, index: u32) -> &mut T {
-        &mut (**self)[index as usize]
+        let index = index as usize;
+        if index < self.below_len {
+            for page in Self::pages_of(index) {
+                self.changed[page / 64] |= 1 << (page % 64);
+            }
+        }
+        assert!(index < self.len, "an index of the array");
+        // SAFETY: inside the array, checked above; the borrow is unique.
+        unsafe { &mut *self.base.add(index) }
     }
 }
 
@@ -444,6 +520,38 @@ mod tests {
         region.write(6 * PAGE, &[3]);
         assert_eq!(region.written(&all).unwrap(), [6 * PAGE]);
         assert_eq!(region.bytes(2 * PAGE, 6), [7, 7, 7, 7, 7, 1]);
+    }
+
+    #[test]
+    fn arrays_are_read_in_a_view_until_they_change() {
+        let len = 3 * PAGE / 12;
+        let file = MemoryFile::new(5 * PAGE).unwrap();
+        let content: Vec<u8> = (0..len as u32).flat_map(|n| [n, n + 1, n + 2]).flat_map(u32::to_le_bytes).collect();
+        file.write(PAGE, &content).unwrap();
+        let view = View::new(&file).unwrap();
+        let mut region = Region::new(5 * PAGE, Some(&file)).unwrap();
+        // As if it had been changed before.
+        region.write(3 * PAGE, &[7; PAGE]);
+        let mut array: Array<[u32; 3]> = Layout::array(&region, PAGE, len + 1, len);
+        array.read_in(&view, len, &[0, 3 * PAGE, 4 * PAGE]);
+        let elements = |array: &Array<[u32; 3]>| (0..array.len() as u32).map(|n| array[n]).collect::<Vec<_>>();
+        let mut expected = array.to_vec();
+        assert_eq!(elements(&array), expected);
+        assert!(array.is_below(300) && !array.is_below(682), "the latter lies in the page that was changed");
+        array.push([1, 2, 3]);
+        // In two pages.
+        array[341u32][1] = 5;
+        expected.push([1, 2, 3]);
+        expected[341][1] = 5;
+        assert_eq!(elements(&array), expected);
+        assert!([0, 341, 400].into_iter().all(|index| !array.is_below(index)));
+        array.read_in(&view, 100, &[]);
+        assert!(array.is_below(99) && !array.is_below(100));
+        array.iter_mut().for_each(|element| element[0] = 1);
+        assert!(elements(&array).iter().all(|element| element[0] == 1));
+        array.read_in(&view, 0, &[]);
+        array.clear();
+        assert!(!array.is_below(0));
     }
 
     #[test]

@@ -264,7 +264,7 @@ impl Translations {
     /// Forgets everything but the code that is kept.
     pub fn clear(&mut self) {
         self.clears += 1;
-        self.origin = None;
+        self.leave_origin();
         self.code_used = self.code_kept;
         for code_page in self.code_pages.iter() {
             self.pages.forget_code(code_page.page);

@@ -6,7 +6,7 @@ use crate::engine::translate::Placed;
 impl Translations {
     /// The block with this start and purpose.
     pub fn find(&self, start: u64, purpose: Purpose) -> Option<u32> {
-        for list in [self.recent.list(start), self.block_lists[hash(start, BLOCK_LISTS)]] {
+        for list in [self.recent.head(start), self.block_lists[hash(start, BLOCK_LISTS)]] {
             let mut next = list;
             while next != 0 {
                 let block = &self.blocks[next - 1];
@@ -58,8 +58,10 @@ impl Translations {
 
     /// The list to which the block belongs that has this index and start.
     fn list_of(&mut self, index: u32, start: u64) -> &mut u32 {
-        let list = &mut self.block_lists[hash(start, BLOCK_LISTS)];
-        self.recent.list_of(index, start).unwrap_or(list)
+        if index < self.recent.first() {
+            return &mut self.block_lists[hash(start, BLOCK_LISTS)];
+        }
+        self.recent.list(start)
     }
 
     /// Moves recent blocks to the lists that all have.

@@ -5,7 +5,7 @@
 //! that were written since have to be kept.
 
 use super::super::jumps::{Jump, Jumps};
-use super::super::region::{MemoryFile, PAGE, Region};
+use super::super::region::{MemoryFile, PAGE, Region, View};
 use super::*;
 use std::sync::Arc;
 
@@ -28,7 +28,10 @@ pub struct Start {
 /// Translations in a file.
 struct Shared {
     file: MemoryFile,
+    /// Where all who branch off read what they have not changed.
+    view: View,
     offsets: Offsets,
+    lengths: Lengths,
     kept: usize,
     /// Where indirect branches went.
     jumps: Jumps,
@@ -84,7 +87,37 @@ impl Translations {
             self.patience.written((page - self.offsets.code) as u32);
         }
         self.killed.clear();
+        self.read_in(&start);
         self.origin = Some(start);
+    }
+
+    /// Arrays are read in the view of the file, but for these changes and those to come.
+    fn read_in(&mut self, start: &Start) {
+        let Shared { view, lengths, .. } = &*start.shared;
+        let changed = &start.changes.pages;
+        self.blocks.read_in(view, lengths.blocks, changed);
+        self.sites.read_in(view, lengths.sites, changed);
+        self.emulated.read_in(view, lengths.emulated, changed);
+        self.code_pages.read_in(view, lengths.code_pages, changed);
+        self.block_lists.read_in(view, BLOCK_LISTS, changed);
+        self.page_lists.read_in(view, PAGE_LISTS, changed);
+        self.ungrouped.0.read_in(view, UNGROUPED, changed);
+        self.hot.0.read_in(view, HOT, changed);
+        self.pages.records.read_in(view, self.offsets.page_count, changed);
+    }
+
+    /// There is no origin any more.
+    pub(super) fn leave_origin(&mut self) {
+        self.blocks.read_here();
+        self.sites.read_here();
+        self.emulated.read_here();
+        self.code_pages.read_here();
+        self.block_lists.read_here();
+        self.page_lists.read_here();
+        self.ungrouped.0.read_here();
+        self.hot.0.read_here();
+        self.pages.records.read_here();
+        self.origin = None;
     }
 
     /// The block is no longer valid.
@@ -132,7 +165,7 @@ impl Translations {
         };
         let start = Start { shared, changes: Arc::new(changes), invalid: Vec::new() };
         // Where that is not possible the next copy is a whole one again.
-        self.origin = None;
+        self.leave_origin();
         if self.region.map_over(&start.shared.file, self.offsets.code_capacity).is_ok() {
             self.begin_with(start.clone());
         }
@@ -225,6 +258,7 @@ impl Translations {
         for (offset, len) in extents {
             file.write(offset, self.region.bytes(offset, len))?;
         }
-        Ok(Shared { file, offsets: self.offsets, kept: self.code_kept, jumps })
+        let view = View::new(&file)?;
+        Ok(Shared { file, view, offsets: self.offsets, lengths: self.lengths(), kept: self.code_kept, jumps })
     }
 }
