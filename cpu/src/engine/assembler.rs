@@ -367,11 +367,6 @@ impl Assembler {
         self.imm32(disp);
     }
 
-    /// `movzx eax, cx`
-    pub fn movzx16_eax_ecx(&mut self) {
-        self.put(&[0x0F, 0xB7, 0xC1]);
-    }
-
     /// `sub dword gs:[disp], 1`
     pub fn decrement_gs32(&mut self, disp: u32) {
         self.put(&[0x65, 0x83, 0x2C, 0x25]);
@@ -518,7 +513,6 @@ mod tests {
             (text(|a| a.load_gs16_eax(0x20)), "movzx eax,word ptr gs:[20h]"),
             (text(|a| a.gs_scaled_op(op::CMP, RCX, RAX, 0x1000)), "cmp rcx,gs:[rax*8+1000h]"),
             (text(|a| a.shr32(RAX, 12)), "shr eax,0Ch"),
-            (text(|a| a.movzx16_eax_ecx()), "movzx eax,cx"),
             (text(|a| a.jmp_gs_scaled_rax(0x2008)), "jmp qword ptr gs:[rax*8+2008h]"),
             (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),
             (text(|a| a.heat(0x30)), "add word ptr gs:[30h],10h"),

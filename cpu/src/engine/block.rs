@@ -12,8 +12,9 @@ use std::mem::offset_of;
 pub const TLB_BITS_MAX: u32 = 20;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
-/// Entries of the jump cache: translated code takes 16 bits of the target for an index.
-pub const JUMP_ENTRIES: usize = 1 << 16;
+/// Entries of the jump cache, a power of two: about as many as a program has bytes of code, so that few of its targets
+/// share one.
+pub const JUMP_ENTRIES: usize = 1 << 18;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
 
@@ -109,6 +110,37 @@ impl SpareWindow {
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 128]);
 
+/// Numbers of the entries of a table that may be in use, some of them twice: what is to be done to all entries is done to
+/// these, and the host need not provide the others.
+#[derive(Default)]
+pub struct InUse(Vec<u32>);
+
+impl InUse {
+    /// So many, and each time as many again as are left, are looked through for double ones.
+    const FEW: usize = 1 << 18;
+
+    /// Notes that an entry is in use.
+    pub fn add(&mut self, index: usize) {
+        let Self(list) = self;
+        if list.len() >= Self::FEW && list.len() == list.capacity() {
+            list.sort_unstable();
+            list.dedup();
+            list.reserve(list.len());
+        }
+        list.push(index as u32);
+    }
+
+    /// The entries noted.
+    pub fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|index| *index as usize)
+    }
+
+    /// The entries noted, which are forgotten.
+    pub fn take(&mut self) -> impl Iterator<Item = usize> {
+        self.0.drain(..).map(|index| index as usize)
+    }
+}
+
 /// Where indirect branches go: entry by the low bits of the target. One that holds no address looked up in it is empty.
 #[repr(C)]
 pub struct JumpCache {
@@ -130,22 +162,18 @@ impl JumpCache {
         self.hosts[rip as usize % JUMP_ENTRIES] == 0
     }
 
-    /// Enters where a branch to `rip` goes.
-    pub fn set(&mut self, rip: u64, host: u64) {
+    /// Enters where a branch to `rip` goes, without a look at what is there.
+    pub fn set(&mut self, rip: u64, host: u64, used: &mut InUse) {
         let at = rip as usize % JUMP_ENTRIES;
         (self.rips[at], self.hosts[at]) = (rip, host);
-    }
-
-    /// The entries among these that are in use: target and host address.
-    pub fn known(&self, among: std::ops::Range<usize>) -> impl Iterator<Item = (u64, u64)> {
-        let pairs = self.rips[among.clone()].iter().zip(&self.hosts[among]);
-        pairs.filter(|(_, host)| **host != 0).map(|(rip, host)| (*rip, *host))
+        used.add(at);
     }
 
     /// Empties the cache.
-    pub fn clear(&mut self) {
-        self.rips.fill(0);
-        self.hosts.fill(0);
+    pub fn clear(&mut self, used: &mut InUse) {
+        for at in used.take() {
+            (self.rips[at], self.hosts[at]) = (0, 0);
+        }
         self.seal();
     }
 
@@ -318,4 +346,23 @@ pub fn flags_to_slot(rflags: u64) -> u32 {
 pub fn flags_from_slot(rflags: u64, slot: u32) -> u64 {
     let status = u64::from(slot >> 8) & 0xD5 | u64::from(slot & 1) << 11;
     rflags & !crate::state::rflags::STATUS | status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_of_many_entries_cost_little_and_none_is_lost() {
+        let mut used = InUse::default();
+        for _ in 0..4 {
+            (0..InUse::FEW * 3).for_each(|index| used.add(index));
+        }
+        assert!(used.iter().count() <= InUse::FEW * 6);
+        let mut all: Vec<usize> = used.take().collect();
+        all.sort_unstable();
+        all.dedup();
+        assert!(all.into_iter().eq(0..InUse::FEW * 3));
+        assert_eq!(used.iter().count(), 0);
+    }
 }

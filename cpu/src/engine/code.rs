@@ -1,11 +1,10 @@
 //! Finding and making the blocks that translated code consists of.
 
 use super::Stop;
-use super::block::{CLASSES, ITLB_ENTRIES, JUMP_ENTRIES, VcpuBlock};
+use super::block::{CLASSES, ITLB_ENTRIES};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
-use super::region::PAGE;
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request};
 use super::translations::{Purpose, Start, start};
 use crate::exception::Exception;
@@ -30,7 +29,7 @@ impl Core {
     /// Empties the jump cache.
     pub fn forget_jumps(&mut self) {
         // SAFETY: translated code is not running.
-        unsafe { (*self.block).jumps.clear() };
+        unsafe { (*self.block).jumps.clear(&mut self.jumps_used) };
     }
 
     /// Enters what is known of branches to the page of `rip` from the engine that this one branched off.
@@ -42,7 +41,7 @@ impl Core {
         let jumps = unsafe { &mut (*self.block).jumps };
         for &Jump { rip, checked } in self.t.inherited_jumps(rip).into_iter().flatten() {
             if jumps.has_room(rip) {
-                jumps.set(rip, self.t.address(checked));
+                jumps.set(rip, self.t.address(checked), &mut self.jumps_used);
             }
         }
     }
@@ -53,28 +52,17 @@ impl Core {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &mut (*self.block).jumps };
         for &Jump { rip, checked } in self.t.foreseen_jumps() {
-            jumps.set(rip, self.t.address(checked));
+            jumps.set(rip, self.t.address(checked), &mut self.jumps_used);
         }
     }
 
     /// Translations for engines that branch off: all of them, or most.
     pub fn freeze(&mut self, all: bool) -> std::io::Result<Start> {
-        let jumps = self.known_jumps()?;
-        self.t.freeze(all, jumps)
-    }
-
-    /// What is in the jump cache. Does not touch the parts of it that were never used.
-    fn known_jumps(&self) -> std::io::Result<Vec<Jump>> {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &(*self.block).jumps };
-        let hosts = std::mem::offset_of!(VcpuBlock, jumps.hosts);
-        let first = hosts / PAGE * PAGE;
-        let mut known = Vec::new();
-        for page in self.room.region().provided(first, hosts - first + size_of_val(&jumps.hosts))? {
-            let index = |offset: usize| (offset.saturating_sub(hosts) / size_of::<u64>()).min(JUMP_ENTRIES);
-            known.extend(jumps.known(index(page)..index(page + PAGE)));
-        }
-        Ok(known.into_iter().map(|(rip, host)| Jump { rip, checked: self.t.offset(host) }).collect())
+        let jump = |at| Jump { rip: jumps.rips[at], checked: self.t.offset(jumps.hosts[at]) };
+        let jumps = self.jumps_used.iter().map(jump).collect();
+        self.t.freeze(all, jumps)
     }
 
     /// Makes a block unreachable: whoever enters it looks it up again.

@@ -4,7 +4,7 @@
 //! it take the slow path, and a write to a present entry forgets what came from it. So a guest never sees a stale
 //! translation, whatever the size of the TLBs and however often they are flushed.
 
-use super::block::{ITLB_ENTRIES, window_of};
+use super::block::{ITLB_ENTRIES, InUse, window_of};
 use super::core::Core;
 use super::pages::{HAS_CODE, IS_TABLE, MANY_BASES};
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
@@ -14,14 +14,11 @@ const ROOT_MASK: u64 = 0x000F_FFFF_FFFF_F000;
 /// Slow writes after which a page that was a table is taken for an ordinary one again.
 const TABLE_WRITES_MAX: u16 = 600;
 
-/// So many notes of filled entries, and each time as many again as are left, are looked through for double ones.
-const USED_FEW: usize = 1 << 18;
-
 /// Which TLB indexes are in use, so that flushing costs what was filled.
 #[derive(Default)]
 pub struct Used {
-    pub global: Vec<u32>,
-    pub local: Vec<u32>,
+    pub global: InUse,
+    pub local: InUse,
 }
 
 impl Used {
@@ -29,12 +26,7 @@ impl Used {
     /// forgets it early, but one that must be forgotten is always found.
     pub fn add(&mut self, index: usize, kept: bool) {
         let list = if kept { &mut self.global } else { &mut self.local };
-        if list.len() >= USED_FEW && list.len() == list.capacity() {
-            list.sort_unstable();
-            list.dedup();
-            list.reserve(list.len());
-        }
-        list.push(index as u32);
+        list.add(index);
     }
 }
 
@@ -101,12 +93,12 @@ impl Core {
         // SAFETY: the vCPU block is owned by this core and nothing else refers to its TLBs now.
         let tlb = unsafe { &mut (*self.block).tlb[c] };
         let used = &mut self.used[c][write];
-        for index in used.local.drain(..) {
-            tlb.forget(index as usize, write == 1);
+        for index in used.local.take() {
+            tlb.forget(index, write == 1);
         }
         if global {
-            for index in used.global.drain(..) {
-                tlb.forget(index as usize, write == 1);
+            for index in used.global.take() {
+                tlb.forget(index, write == 1);
             }
         }
     }
@@ -114,12 +106,12 @@ impl Core {
     pub fn flush_itlb(&mut self, c: usize, global: bool) {
         // SAFETY: as above.
         let itlb = unsafe { &mut (*self.block).itlb[c] };
-        for index in self.itlb_used[c].local.drain(..) {
-            itlb[index as usize] = 0;
+        for index in self.itlb_used[c].local.take() {
+            itlb[index] = 0;
         }
         if global {
-            for index in self.itlb_used[c].global.drain(..) {
-                itlb[index as usize] = 0;
+            for index in self.itlb_used[c].global.take() {
+                itlb[index] = 0;
             }
         }
     }
@@ -130,8 +122,7 @@ impl Core {
         // SAFETY: the vCPU block is owned by this core.
         let tlbs = unsafe { &mut (*self.block).tlb };
         for (tlb, used) in tlbs.iter_mut().zip(&self.used) {
-            for index in used[1].local.iter().chain(&used[1].global) {
-                let index = *index as usize;
+            for index in used[1].local.iter().chain(used[1].global.iter()) {
                 if tlb.hosts[index] == host as u64 {
                     tlb.forget(index, true);
                 }
@@ -225,24 +216,5 @@ impl Core {
             return (old | old_last) & 1 != 0;
         }
         false
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn notes_of_many_entries_cost_little_and_none_is_lost() {
-        let mut used = Used::default();
-        for turn in 0..4u32 {
-            (0..USED_FEW * 3).for_each(|index| used.add(index, turn % 2 == 0));
-        }
-        for list in [&mut used.global, &mut used.local] {
-            assert!(list.len() <= USED_FEW * 6);
-            list.sort_unstable();
-            list.dedup();
-            assert_eq!(list.len(), USED_FEW * 3);
-        }
     }
 }

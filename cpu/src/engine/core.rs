@@ -1,7 +1,7 @@
 //! What the soft engine consists of, and where its parts meet.
 
 use super::assembler::Assembler;
-use super::block::{CLASSES, Class, VcpuBlock};
+use super::block::{CLASSES, Class, InUse, VcpuBlock};
 use super::coherence::Used;
 use super::deliveries::Deliveries;
 use super::mmu::Commit;
@@ -41,7 +41,7 @@ pub struct Core {
     pub policy: super::kvm::Policy,
     pub block: *mut VcpuBlock,
     /// Where the block stands.
-    pub room: Reused,
+    _room: Reused,
     pub memory: PhysMemory,
     pub translator: Translator,
     /// Everything that translation leaves behind.
@@ -58,6 +58,7 @@ pub struct Core {
     pub observed: super::observe::Observed,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
+    pub jumps_used: InUse,
     /// There are spare stack windows.
     pub spares_used: [bool; 2],
     /// Guest-physical address of the top-level table that the cached translations come from.
@@ -133,7 +134,7 @@ impl Core {
             policy: Default::default(),
             // Zeroed memory is a valid block (integers, bools and arrays of them), and its TLBs are almost empty.
             block: room.region().at(0).cast(),
-            room,
+            _room: room,
             memory,
             translator,
             t,
@@ -146,6 +147,7 @@ impl Core {
             observed: Default::default(),
             used: Default::default(),
             itlb_used: Default::default(),
+            jumps_used: InUse::default(),
             spares_used: [false; 2],
             root: 0,
             exact_jumps: false,

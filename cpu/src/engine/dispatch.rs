@@ -435,7 +435,7 @@ impl Core {
             Follow::Jump => {
                 let (rip, checked) = (target.rip, target.checked);
                 // SAFETY: translated code is not running.
-                unsafe { (*self.block).jumps.set(rip, self.t.address(checked)) };
+                unsafe { (*self.block).jumps.set(rip, self.t.address(checked), &mut self.jumps_used) };
                 self.inherit_jumps(rip);
             }
             Follow::Without { patch, .. } => {
@@ -448,7 +448,7 @@ impl Core {
                 // SAFETY: translated code is not running.
                 let jumps = unsafe { &mut (*self.block).jumps };
                 if jumps.get(rip).is_some() {
-                    jumps.set(rip, checked);
+                    jumps.set(rip, checked, &mut self.jumps_used);
                 }
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid

@@ -137,7 +137,8 @@ impl Core {
     pub(super) fn direct_jump(&mut self, target: u64, checked: u32) {
         let direct = self.direct();
         let host = direct.tables.code_linear() + u64::from(checked);
-        direct.block().jumps.set(target, host);
+        // SAFETY: as in `Direct::block`; the list is no part of the block.
+        unsafe { (*direct.tables.block()).jumps.set(target, host, &mut direct.jumps_used) };
     }
 
     /// Leads what leads to a block that is not valid any more to the one that took its place.

@@ -22,7 +22,7 @@ pub use policy::Policy;
 use policy::thread_ns;
 pub use vm::KvmError;
 
-use super::block::{Class, ITLB_ENTRIES, VcpuBlock};
+use super::block::{Class, ITLB_ENTRIES, InUse, VcpuBlock};
 use super::core::Core;
 use super::mode::Mode;
 use crate::memory::PAGE_SIZE;
@@ -45,6 +45,7 @@ pub struct Direct {
     /// The mode that the entries of its instruction TLB stand for, and which of them are in use.
     mode: Mode,
     pages_used: Vec<u16>,
+    jumps_used: InUse,
     /// All pages that the VM can write are marked as written.
     marked: bool,
 }
@@ -54,8 +55,9 @@ impl Direct {
         let code = (core.t.code_start(), core.t.code_end());
         let tables = Arena::new(code.1 - code.0, (core.memory.end() / PAGE_SIZE) as usize)?;
         let vm = Vm::new(&core.memory, &tables, code, core.config.kvm_fails)?;
-        let mut direct = Direct { vm, tables, mode: Mode(0), pages_used: Vec::new(), marked: false };
-        direct.block().jumps.clear();
+        let mut direct =
+            Direct { vm, tables, mode: Mode(0), pages_used: Vec::new(), jumps_used: InUse::default(), marked: false };
+        direct.forget_jumps();
         Ok(direct)
     }
 
@@ -63,6 +65,11 @@ impl Direct {
         // SAFETY: zeroed memory is a valid block, it lives as long as the arena, and the VM does not run while the
         // reference lives.
         unsafe { &mut *self.tables.block() }
+    }
+
+    fn forget_jumps(&mut self) {
+        // SAFETY: as above; the list is no part of the block.
+        unsafe { (*self.tables.block()).jumps.clear(&mut self.jumps_used) };
     }
 
     fn forget_pages(&mut self) {
@@ -111,7 +118,7 @@ impl Core {
     pub fn direct_clear_code(&mut self) {
         if let Some(direct) = &mut self.direct {
             direct.forget_pages();
-            direct.block().jumps.clear();
+            direct.forget_jumps();
         }
     }
 

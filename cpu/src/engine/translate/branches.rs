@@ -161,7 +161,8 @@ impl Translator {
 
     /// Compares RCX with its entry in the jump cache, which RAX leads to.
     pub(super) fn look_up_jump(&mut self) {
-        self.a.movzx16_eax_ecx();
+        self.a.mov32(host::RAX, host::RCX);
+        self.a.and32(host::RAX, JUMP_ENTRIES as u32 - 1);
         self.a.gs_scaled_op(op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
     }
 

@@ -24,7 +24,7 @@ use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
+use super::block::{Class, JUMP_ENTRIES, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
