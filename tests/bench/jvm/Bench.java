@@ -3,6 +3,7 @@ import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.function.LongSupplier;
+import java.util.stream.Stream;
 
 /**
  * The JVM half of the benchmark.
@@ -10,14 +11,30 @@ import java.util.function.LongSupplier;
  * <p>It runs lines of work one after the other and says on standard output when each begins and ends ("@@ begin
  * NAME", "@@ end NAME RESULT"), before "@@ done". It measures nothing itself: a guest's clock shows
  * virtual time, so whoever reads the markers keeps the time. A line's time includes its warm-up, from interpreted to
- * compiled code, as a program's time does. Results depend on the work alone and must be equal everywhere.
+ * compiled code, as a program's time does; with "-steady" behind its name, the work is done a few times before the line
+ * begins, and then a few times more. Results depend on the work alone and must be equal everywhere.
  *
  * <p>Arguments are the names of the lines to run; without any, all are, and "nothing" runs none. The launcher has
  * begun the line jvm-start, and main ends it.
  */
 public final class Bench {
     /** A piece of work with a checkable result. */
-    private record Line(String name, LongSupplier work) {}
+    private record Line(String name, LongSupplier work) {
+        /** The same when it has been compiled. */
+        Line steady() {
+            return new Line(name + STEADY, () -> {
+                long result = 0;
+                for (int turn = 0; turn < STEADY_TURNS; turn++) {
+                    result = mix(result, work.getAsLong());
+                }
+                return result;
+            });
+        }
+    }
+
+    private static final String STEADY = "-steady";
+    /** How often a steady line's work is done, and before it begins, too. */
+    private static final int STEADY_TURNS = 3;
 
     private static final List<Line> LINES = List.of(
         new Line("jvm-fib", () -> fib(41)),
@@ -33,6 +50,9 @@ public final class Bench {
         System.out.println("@@ end jvm-start " + Integer.toHexString(Runtime.version().feature()));
         System.out.flush();
         for (Line line : choose(names)) {
+            if (line.name().endsWith(STEADY)) {
+                line.work().getAsLong();
+            }
             // No line pays for the garbage of the one before.
             System.gc();
             System.out.println("@@ begin " + line.name());
@@ -53,7 +73,11 @@ public final class Bench {
             if (name.equals("nothing")) {
                 continue;
             }
-            Line found = LINES.stream().filter(line -> line.name().equals(name)).findFirst().orElse(null);
+            Line found = LINES.stream()
+                .flatMap(line -> Stream.of(line, line.steady()))
+                .filter(line -> line.name().equals(name))
+                .findFirst()
+                .orElse(null);
             if (found == null) {
                 System.err.println("Bench: there is no line " + name);
                 System.exit(2);

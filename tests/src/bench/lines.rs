@@ -21,13 +21,15 @@ pub enum Program {
     JvmCold,
     /// `bench/jvm`.
     Jvm,
+    /// `bench/jvm` again, with lines that begin when their work has been compiled.
+    JvmSteady,
     /// `bench/etcd` with Debian's etcd.
     Etcd,
 }
 
 impl Program {
     /// All programs, in the order in which they run.
-    pub const ALL: [Program; 8] = [
+    pub const ALL: [Program; 9] = [
         Program::HelloCold,
         Program::HelloWarm,
         Program::C,
@@ -35,6 +37,7 @@ impl Program {
         Program::Go,
         Program::JvmCold,
         Program::Jvm,
+        Program::JvmSteady,
         Program::Etcd,
     ];
 
@@ -48,6 +51,7 @@ impl Program {
             Program::Go => "go",
             Program::JvmCold => "jvm-cold",
             Program::Jvm => "jvm",
+            Program::JvmSteady => "jvm-steady",
             Program::Etcd => "etcd",
         }
     }
@@ -63,12 +67,12 @@ impl Program {
     }
 
     /// True if it says anything there. A boot has no native figure; QEMU keeps no translations, so that it has one
-    /// figure for cold and warm; and the long lines would take it minutes, to say what the short ones say.
+    /// figure for cold and warm; and the long and the steady lines would take it minutes, to say what the short ones say.
     pub fn runs_on(self, platform: Platform) -> bool {
         match self {
             Program::HelloCold => platform != Platform::Native,
             Program::HelloWarm => platform.is_orrery(),
-            Program::JvmCold | Program::CLong => platform != Platform::Qemu,
+            Program::JvmCold | Program::CLong | Program::JvmSteady => platform != Platform::Qemu,
             Program::C | Program::Go | Program::Jvm | Program::Etcd => true,
         }
     }
@@ -98,14 +102,24 @@ pub enum Group {
     Long,
     /// Programs of runtimes with threads, collectors and compilers.
     Runtime,
+    /// The JVM's programs when they have been compiled.
+    Steady,
     /// A server under load.
     Server,
 }
 
 impl Group {
     /// All of them, in the table's order.
-    pub const ALL: [Group; 7] =
-        [Group::Start, Group::Integer, Group::Vector, Group::Kernel, Group::Long, Group::Runtime, Group::Server];
+    pub const ALL: [Group; 8] = [
+        Group::Start,
+        Group::Integer,
+        Group::Vector,
+        Group::Kernel,
+        Group::Long,
+        Group::Runtime,
+        Group::Steady,
+        Group::Server,
+    ];
 
     /// What the table calls it.
     pub fn title(self) -> &'static str {
@@ -116,6 +130,7 @@ impl Group {
             Group::Kernel => "C, kernel",
             Group::Long => "C, long",
             Group::Runtime => "Go and JVM",
+            Group::Steady => "JVM, steady",
             Group::Server => "servers",
         }
     }
@@ -186,6 +201,10 @@ const fn jvm(name: &'static str, about: &'static str) -> Line {
     work(name, Program::Jvm, Group::Runtime, about)
 }
 
+const fn steady(name: &'static str) -> Line {
+    work(name, Program::JvmSteady, Group::Steady, "the same work, compiled before the line begins; not in QEMU")
+}
+
 /// All lines.
 pub const LINES: &[Line] = &[
     boot("boot-cold", Program::HelloCold, "hello until its first program speaks, without translations of earlier runs"),
@@ -237,6 +256,12 @@ pub const LINES: &[Line] = &[
     jvm("jvm-doubles", "double arrays: vector instructions"),
     jvm("jvm-allocation", "allocation and garbage collection"),
     jvm("jvm-locks", "contended monitors, wait and notify"),
+    steady("jvm-fib-steady"),
+    steady("jvm-hashmap-steady"),
+    steady("jvm-stringbuilder-steady"),
+    steady("jvm-doubles-steady"),
+    steady("jvm-allocation-steady"),
+    steady("jvm-locks-steady"),
     work("etcd-put-get", Program::Etcd, Group::Server, "etcd: puts and gets of four clients over loopback"),
 ];
 
@@ -255,9 +280,14 @@ pub fn select(names: &[String]) -> Result<Vec<Line>> {
     Ok(LINES.iter().filter(|line| wanted(line)).copied().collect())
 }
 
-/// The group of a line of the table; None for a line that is no more.
+/// A line of the table; None for a line that is no more.
+pub fn find(name: &str) -> Option<&'static Line> {
+    LINES.iter().find(|line| line.name == name)
+}
+
+/// Its group.
 pub fn group(name: &str) -> Option<Group> {
-    LINES.iter().find(|line| line.name == name).map(|line| line.group)
+    find(name).map(|line| line.group)
 }
 
 #[cfg(test)]
@@ -288,6 +318,7 @@ mod tests {
                     (jvm, format!("@@ begin {}", line.marker()))
                 }
                 Program::Jvm | Program::JvmCold => (jvm, format!("\"{}\"", line.name)),
+                Program::JvmSteady => (jvm, format!("\"{}\"", line.name.strip_suffix("-steady").unwrap())),
                 Program::Etcd => (etcd, format!("\"{}\"", line.name)),
                 Program::HelloCold | Program::HelloWarm => panic!("{} has no markers", line.name),
             };

@@ -34,7 +34,7 @@ impl Root {
             Program::HelloCold | Program::HelloWarm => None,
             Program::C | Program::CLong => Some(Root::C),
             Program::Go => Some(Root::Go),
-            Program::JvmCold | Program::Jvm => Some(Root::Jvm),
+            Program::JvmCold | Program::Jvm | Program::JvmSteady => Some(Root::Jvm),
             Program::Etcd => Some(Root::Etcd),
         }
     }

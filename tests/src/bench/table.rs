@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::figures::{Figures, LineFigures};
-use super::lines::{self, Group};
+use super::lines::{self, Group, Line, Program};
 use super::platform::Platform;
 
 /// A line whose native run is at least so long is in the mean of the long user-mode lines.
@@ -57,13 +57,20 @@ pub fn table(figures: &Figures, style: Style) -> String {
     }
 }
 
-/// The means that are made: each group of lines that has two or more, and user-mode computing of a second and more.
+/// The means that are made: each group of lines that has two or more; Go's lines, which compile nothing while they run, with
+/// the JVM's when it has compiled; user-mode computing of a second and more.
 fn groups(figures: &Figures) -> Vec<(&'static str, Vec<&LineFigures>)> {
     let mut groups = Vec::new();
     for group in Group::ALL {
         let is_member = |line: &&LineFigures| lines::group(&line.name) == Some(group);
         groups.push((group.title(), figures.lines.iter().filter(is_member).collect::<Vec<_>>()));
     }
+    let is_steady = |line: &&LineFigures| {
+        let compiled =
+            |line: &Line| line.group == Group::Steady || line.group == Group::Runtime && line.program == Program::Go;
+        lines::find(&line.name).is_some_and(compiled)
+    };
+    groups.push(("Go and JVM, steady", figures.lines.iter().filter(is_steady).collect()));
     let computes = |group| matches!(group, Group::Integer | Group::Vector | Group::Long | Group::Runtime);
     let is_long = |line: &&LineFigures| {
         lines::group(&line.name).is_some_and(computes) && line.native_s.is_some_and(|seconds| seconds >= LONG_S)
