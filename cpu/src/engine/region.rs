@@ -130,7 +130,12 @@ impl Region {
         let mut spares = lock(&SPARES);
         let region = spares.iter().rposition(|spare| spare.size == size).map(|at| spares.swap_remove(at));
         drop(spares);
-        region.map_or_else(|| Region::new(size, None), Ok).map(|region| Reused(Some(region)))
+        let new = || {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let base = map(std::ptr::null_mut(), size, protection, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+            Ok(Region { base, size })
+        };
+        region.map_or_else(new, Ok).map(|region| Reused(Some(region)))
     }
 
     /// Makes all bytes zero again; touches only those that the host has provided.
