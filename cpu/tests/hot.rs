@@ -74,20 +74,24 @@ fn seen((engine, memory): &(Engine, GuestMemory)) -> ([u64; 16], u64, u64, Vec<u
     (state.gpr, state.rip, state.rflags, data)
 }
 
+/// Stops all over the long blocks of the second guest, about so far from each other, and at last in each of their places.
+fn compare_at_stops(expected: &mut (Engine, GuestMemory), hot: &mut (Engine, GuestMemory), distance: u64) {
+    let mut at = 0;
+    for step in (0..40).map(|i| distance + i).chain((0..150).map(|_| 1)) {
+        at += step;
+        assert_eq!(expected.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(hot.0.run(Icount(at), &mut Empty), Stop::Limit);
+        assert_eq!(seen(hot), seen(expected), "at {at}");
+    }
+    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+}
+
 #[test]
 fn loops_are_unrolled_and_jumps_followed_unseen() {
     let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
     let code = program(40);
     let (mut expected, mut hot) = (guest(plain, &code), guest(EngineConfig::default(), &code));
-    let mut at = 0;
-    // Stops all over the long block, at last one in each of its places.
-    for step in (0..40).map(|i| 9_973 + i).chain((0..150).map(|_| 1)) {
-        at += step;
-        assert_eq!(expected.0.run(Icount(at), &mut Empty), Stop::Limit);
-        assert_eq!(hot.0.run(Icount(at), &mut Empty), Stop::Limit);
-        assert_eq!(seen(&hot), seen(&expected), "at {at}");
-    }
-    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+    compare_at_stops(&mut expected, &mut hot, 9_973);
     let end = Icount(10_000_000);
     assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
     assert_eq!(hot.0.run(end, &mut Empty), Stop::Halted);
@@ -176,14 +180,7 @@ fn calls_are_followed_unseen() {
         })
     };
     let [mut expected, mut hot] = guests();
-    let mut at = 0;
-    for step in (0..40).map(|i| 6_973 + i).chain((0..150).map(|_| 1)) {
-        at += step;
-        assert_eq!(expected.0.run(Icount(at), &mut Empty), Stop::Limit);
-        assert_eq!(hot.0.run(Icount(at), &mut Empty), Stop::Limit);
-        assert_eq!(seen(&hot), seen(&expected), "at {at}");
-    }
-    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+    compare_at_stops(&mut expected, &mut hot, 6_973);
     let end = Icount(10_000_000);
     assert_eq!(expected.0.run(end, &mut Empty), Stop::TripleFault);
     assert_eq!(hot.0.run(end, &mut Empty), Stop::TripleFault);
