@@ -10,10 +10,10 @@ use super::figures::{Figures, LineFigures};
 use super::lines::{self, Group};
 use super::platform::Platform;
 
-const WIDTH: f64 = 860.0;
+const WIDTH: f64 = 890.0;
 const ROW: f64 = 20.0;
 /// Where the axis begins and ends; names are to its left, numbers to its right.
-const LEFT: f64 = 150.0;
+const LEFT: f64 = 180.0;
 const RIGHT: f64 = WIDTH - 130.0;
 
 /// What both pages have.
