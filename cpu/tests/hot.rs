@@ -13,6 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 const CODE: u64 = 0x40_1000;
 const DATA: u64 = 0x60_0003;
+/// Behind the end of all programs here.
+const END: Icount = Icount(10_000_000);
 
 /// A loop over unaligned numbers in three pages, with a branch and jumps in it, each time with another constant in its
 /// code, and `rounds` times.
@@ -86,17 +88,21 @@ fn compare_at_stops(expected: &mut (Engine, GuestMemory), hot: &mut (Engine, Gue
     assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
 }
 
+/// Both come to the same end, at the same icount.
+fn compare_at_end(expected: &mut (Engine, GuestMemory), hot: &mut (Engine, GuestMemory), stop: Stop) {
+    assert_eq!(expected.0.run(END, &mut Empty), stop);
+    assert_eq!(hot.0.run(END, &mut Empty), stop);
+    assert_eq!(seen(hot), seen(expected));
+    assert_eq!(hot.0.icount(), expected.0.icount());
+}
+
 #[test]
 fn loops_are_unrolled_and_jumps_followed_unseen() {
     let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
     let code = program(40);
     let (mut expected, mut hot) = (guest(plain, &code), guest(EngineConfig::default(), &code));
     compare_at_stops(&mut expected, &mut hot, 9_973);
-    let end = Icount(10_000_000);
-    assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
-    assert_eq!(hot.0.run(end, &mut Empty), Stop::Halted);
-    assert_eq!(seen(&hot), seen(&expected));
-    assert_eq!(hot.0.icount(), expected.0.icount());
+    compare_at_end(&mut expected, &mut hot, Stop::Halted);
     assert_eq!(hot.0.state().gpr[gpr::RCX], 1030);
     assert!(hot.0.statistics().crossing > 0, "{}", hot.0.statistics());
 }
@@ -181,28 +187,23 @@ fn calls_are_followed_unseen() {
     };
     let [mut expected, mut hot] = guests();
     compare_at_stops(&mut expected, &mut hot, 6_973);
-    let end = Icount(10_000_000);
-    assert_eq!(expected.0.run(end, &mut Empty), Stop::TripleFault);
-    assert_eq!(hot.0.run(end, &mut Empty), Stop::TripleFault);
-    assert_eq!(seen(&hot), seen(&expected));
-    assert_eq!(hot.0.icount(), expected.0.icount());
+    compare_at_end(&mut expected, &mut hot, Stop::TripleFault);
     for chaos in 1..60 {
         let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
         random.1.write_obj(5u32, GuestAddress(DATA)).expect("inside RAM");
-        assert_eq!(random.0.run(end, &mut Empty), Stop::TripleFault, "chaos {chaos}");
+        assert_eq!(random.0.run(END, &mut Empty), Stop::TripleFault, "chaos {chaos}");
         assert_eq!((seen(&random), random.0.icount()), (seen(&expected), expected.0.icount()), "chaos {chaos}");
     }
 }
 
 #[test]
 fn random_blocks_come_to_the_same_end() {
-    let end = Icount(10_000_000);
     for code in [program(12), crossing(300, 0), crossing(300, 10), crossing(300, 40), crossing(300, 100)] {
         let mut expected = guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, &code);
-        assert_eq!(expected.0.run(end, &mut Empty), Stop::Halted);
+        assert_eq!(expected.0.run(END, &mut Empty), Stop::Halted);
         for chaos in 1..60 {
             let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
-            assert_eq!(random.0.run(end, &mut Empty), Stop::Halted, "chaos {chaos}");
+            assert_eq!(random.0.run(END, &mut Empty), Stop::Halted, "chaos {chaos}");
             assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
         }
     }

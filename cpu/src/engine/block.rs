@@ -121,13 +121,17 @@ impl InUse {
 
     /// Notes that an entry is in use.
     pub fn add(&mut self, index: usize) {
-        let Self(list) = self;
-        if list.len() >= Self::FEW && list.len() == list.capacity() {
-            list.sort_unstable();
-            list.dedup();
-            list.reserve(list.len());
+        if self.0.len() >= Self::FEW && self.0.len() == self.0.capacity() {
+            self.sort();
+            self.0.reserve(self.0.len());
         }
-        list.push(index as u32);
+        self.0.push(index as u32);
+    }
+
+    /// Brings the notes in order, each once.
+    pub fn sort(&mut self) {
+        self.0.sort_unstable();
+        self.0.dedup();
     }
 
     /// The entries noted.
@@ -359,10 +363,8 @@ mod tests {
             (0..InUse::FEW * 3).for_each(|index| used.add(index));
         }
         assert!(used.iter().count() <= InUse::FEW * 6);
-        let mut all: Vec<usize> = used.take().collect();
-        all.sort_unstable();
-        all.dedup();
-        assert!(all.into_iter().eq(0..InUse::FEW * 3));
+        used.sort();
+        assert!(used.take().eq(0..InUse::FEW * 3));
         assert_eq!(used.iter().count(), 0);
     }
 }

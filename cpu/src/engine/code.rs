@@ -61,6 +61,7 @@ impl Core {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &(*self.block).jumps };
         let jump = |at| Jump { rip: jumps.rips[at], checked: self.t.offset(jumps.hosts[at]) };
+        self.jumps_used.sort();
         let jumps = self.jumps_used.iter().map(jump).collect();
         self.t.freeze(all, jumps)
     }

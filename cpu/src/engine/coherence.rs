@@ -25,8 +25,7 @@ impl Used {
     /// Notes a filled entry. One that was filled before may be in the other list too: a flush of that list then
     /// forgets it early, but one that must be forgotten is always found.
     pub fn add(&mut self, index: usize, kept: bool) {
-        let list = if kept { &mut self.global } else { &mut self.local };
-        list.add(index);
+        if kept { &mut self.global } else { &mut self.local }.add(index);
     }
 }
 

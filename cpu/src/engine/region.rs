@@ -140,23 +140,17 @@ impl Region {
 
     /// Makes all bytes zero again; touches only those that the host has provided.
     fn zero(&mut self) -> io::Result<()> {
-        for offset in self.provided(0, self.size)? {
+        let mut resident = vec![0u8; self.size.div_ceil(PAGE)];
+        // SAFETY: the range is the whole mapping, and there is a byte for each of its pages.
+        if unsafe { libc::mincore(self.base.cast(), self.size, resident.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for (page, _) in resident.iter().enumerate().filter(|(_, state)| **state & 1 != 0) {
+            let offset = page * PAGE;
             // SAFETY: inside the mapping, of which this value is the only owner.
             unsafe { self.base.add(offset).write_bytes(0, (self.size - offset).min(PAGE)) };
         }
         Ok(())
-    }
-
-    /// Offsets of the pages among `len` bytes at `offset`, the begin of a page, that the host has provided.
-    pub fn provided(&self, offset: usize, len: usize) -> io::Result<Vec<usize>> {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size), "inside the region");
-        let mut resident = vec![0u8; len.div_ceil(PAGE)];
-        // SAFETY: the range is inside the mapping, and there is a byte for each of its pages.
-        if unsafe { libc::mincore(self.base.add(offset).cast(), len, resident.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let pages = resident.iter().enumerate().filter(|(_, state)| **state & 1 != 0);
-        Ok(pages.map(|(page, _)| offset + page * PAGE).collect())
     }
 
     /// Offsets of the pages in these ranges (offset, length) that are no longer those of the file that is mapped here: they
