@@ -4,19 +4,26 @@
 
 #![allow(missing_docs)]
 
+use super::block::BLOCK_BIAS;
+
 /// Host register numbers.
 pub mod host {
     pub const RAX: u8 = 0;
     pub const RCX: u8 = 1;
     pub const RDX: u8 = 2;
+    pub const RBX: u8 = 3;
     pub const RSP: u8 = 4;
     pub const RBP: u8 = 5;
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
-    pub const R11: u8 = 11;
+    /// R11 points into the vCPU block.
+    pub const BLOCK: u8 = 11;
     pub const R12: u8 = 12;
     pub const R13: u8 = 13;
-    pub const R15: u8 = 15;
+    /// R14 holds the distance of the stack window.
+    pub const DISTANCE: u8 = 14;
+    /// R15 holds the budget.
+    pub const BUDGET: u8 = 15;
 }
 
 /// Two-operand ALU opcodes of the form `op reg, r/m`.
@@ -92,84 +99,83 @@ impl Assembler {
         }
     }
 
-    /// `op reg, gs:[disp]` (or the store form, by opcode).
-    pub fn gs_op(&mut self, wide: bool, opcode: u8, reg: u8, disp: u32) {
-        self.bytes.push(0x65);
-        self.rex(wide, reg, 0, 0);
-        self.put(&[opcode, 0x04 | (reg & 7) << 3, 0x25]);
-        self.imm32(disp);
+    /// The field of the vCPU block at offset `field` as a memory operand.
+    pub fn field(field: u32) -> Operand {
+        Operand { base: host::BLOCK, disp: field as i32 - BLOCK_BIAS as i32, ..POINTER }
     }
 
-    /// `op reg, gs:[base + disp]`; `base` is not RSP or R12.
-    pub fn gs_base_op(&mut self, wide: bool, opcode: u8, reg: u8, base: u8, disp: u32) {
-        debug_assert!(base & 7 != 4);
-        self.bytes.push(0x65);
-        self.rex(wide, reg, 0, base);
-        self.put(&[opcode, 0x80 | (reg & 7) << 3 | base & 7]);
-        self.imm32(disp);
+    /// Opcode, ModRM and so on of an instruction on a field of the vCPU block; what `extension` says goes where another
+    /// register would be named.
+    fn on_field(&mut self, wide: bool, opcode: &[u8], extension: u8, field: u32) {
+        self.rex(wide, extension, 0, host::BLOCK);
+        self.put(opcode);
+        self.memory(extension, Self::field(field));
     }
 
-    /// `op reg, gs:[index * 8 + disp]`
-    pub fn gs_scaled_op(&mut self, opcode: u8, reg: u8, index: u8, disp: u32) {
-        debug_assert!(index != 4);
-        self.bytes.push(0x65);
-        self.rex(true, reg, index, 0);
-        self.put(&[opcode, (reg & 7) << 3 | 4, 0xC0 | (index & 7) << 3 | 5]);
-        self.imm32(disp);
+    /// `op reg, [field]` (or the store form, by opcode).
+    pub fn field_op(&mut self, wide: bool, opcode: u8, reg: u8, field: u32) {
+        self.on_field(wide, &[opcode], reg, field);
     }
 
-    /// `shr reg32, count`
-    pub fn shr32(&mut self, reg: u8, count: u8) {
-        debug_assert!(reg < 8);
-        self.put(&[0xC1, 0xE8 | reg, count]);
+    /// `op reg, [index * scale + field]`
+    pub fn field_index_op(&mut self, opcode: u8, reg: u8, index: u8, scale: u8, field: u32) {
+        self.rex(true, reg, index, host::BLOCK);
+        self.bytes.push(opcode);
+        self.memory(reg, Operand { index: Some(index), scale, ..Self::field(field) });
     }
 
-    pub fn load_gs(&mut self, reg: u8, disp: u32) {
-        self.gs_op(true, op::LOAD, reg, disp);
+    /// `shrx dst32, src32, r11d`, whose count is [`PAGE_SHIFT`](super::block::BLOCK_BIAS): the number of a page.
+    pub fn page_number(&mut self, dst: u8, src: u8) {
+        debug_assert!(dst < 8 && src < 8);
+        self.put(&[0xC4, 0xE2, !host::BLOCK << 3 & 0x78 | 3, 0xF7, 0xC0 | dst << 3 | src]);
     }
 
-    pub fn store_gs(&mut self, reg: u8, disp: u32) {
-        self.gs_op(true, op::STORE, reg, disp);
+    pub fn load_field(&mut self, reg: u8, field: u32) {
+        self.field_op(true, op::LOAD, reg, field);
     }
 
-    /// `movzx eax, word gs:[disp]`
-    pub fn load_gs16_eax(&mut self, disp: u32) {
-        self.put(&[0x65, 0x0F, 0xB7, 0x04, 0x25]);
-        self.imm32(disp);
+    pub fn store_field(&mut self, reg: u8, field: u32) {
+        self.field_op(true, op::STORE, reg, field);
     }
 
-    /// `mov dword gs:[disp], imm32`
-    pub fn store_gs_imm32(&mut self, disp: u32, value: u32) {
-        self.put(&[0x65, 0xC7, 0x04, 0x25]);
-        self.imm32(disp);
+    /// `movzx eax, word [field]`
+    pub fn load_field16_eax(&mut self, field: u32) {
+        self.on_field(false, &[0x0F, 0xB7], host::RAX, field);
+    }
+
+    /// `mov dword [field], imm32`
+    pub fn store_field_imm32(&mut self, field: u32, value: u32) {
+        self.on_field(false, &[0xC7], 0, field);
         self.imm32(value);
     }
 
-    /// `cmp dword gs:[disp], imm32`
-    pub fn cmp_gs_imm32(&mut self, disp: u32, value: u32) {
-        self.put(&[0x65, 0x81, 0x3C, 0x25]);
-        self.imm32(disp);
+    /// `cmp dword [field], imm32`, with the immediate as the last four bytes
+    pub fn cmp_field_imm32(&mut self, field: u32, value: u32) {
+        self.on_field(false, &[0x81], 7, field);
         self.imm32(value);
     }
 
-    /// `test dword gs:[disp], imm32`
-    pub fn test_gs_imm32(&mut self, disp: u32, value: u32) {
-        self.put(&[0x65, 0xF7, 0x04, 0x25]);
-        self.imm32(disp);
+    /// `test dword [field], imm32`
+    pub fn test_field_imm32(&mut self, field: u32, value: u32) {
+        self.on_field(false, &[0xF7], 0, field);
         self.imm32(value);
     }
 
-    /// `cmp qword gs:[disp], imm32` (sign-extended)
-    pub fn cmp_gs_imm(&mut self, disp: u32, value: u32) {
-        self.put(&[0x65, 0x48, 0x81, 0x3C, 0x25]);
-        self.imm32(disp);
+    /// `cmp qword [field], imm32` (sign-extended)
+    pub fn cmp_field_imm(&mut self, field: u32, value: u32) {
+        self.on_field(true, &[0x81], 7, field);
         self.imm32(value);
     }
 
-    /// `imul rax, gs:[disp]`
-    pub fn imul_rax_gs(&mut self, disp: u32) {
-        self.put(&[0x65, 0x48, 0x0F, 0xAF, 0x04, 0x25]);
-        self.imm32(disp);
+    /// `or dword [field], imm32`, or `and`
+    pub fn or_and_field_imm32(&mut self, or: bool, field: u32, value: u32) {
+        self.on_field(false, &[0x81], if or { 1 } else { 4 }, field);
+        self.imm32(value);
+    }
+
+    /// `imul rax, [field]`
+    pub fn imul_rax_field(&mut self, field: u32) {
+        self.on_field(true, &[0x0F, 0xAF], host::RAX, field);
     }
 
     /// `mov dst, src` (64-bit)
@@ -355,36 +361,34 @@ impl Assembler {
         self.rel32(0)
     }
 
-    /// `jmp gs:[disp]`
-    pub fn jmp_gs(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0x24, 0x25]);
-        self.imm32(disp);
+    /// `jmp [field]`
+    pub fn jmp_field(&mut self, field: u32) {
+        self.on_field(false, &[0xFF], 4, field);
     }
 
-    /// `jmp gs:[rax * 8 + disp]`
-    pub fn jmp_gs_scaled_rax(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0x24, 0xC5]);
-        self.imm32(disp);
+    /// `jmp [rax * 8 + field]`
+    pub fn jmp_field_scaled_rax(&mut self, field: u32) {
+        self.rex(false, 0, host::RAX, host::BLOCK);
+        self.bytes.push(0xFF);
+        self.memory(4, Operand { index: Some(host::RAX), scale: 8, ..Self::field(field) });
     }
 
-    /// `sub dword gs:[disp], 1`
-    pub fn decrement_gs32(&mut self, disp: u32) {
-        self.put(&[0x65, 0x83, 0x2C, 0x25]);
-        self.imm32(disp);
+    /// `sub dword [field], 1`
+    pub fn decrement_field32(&mut self, field: u32) {
+        self.on_field(false, &[0x83], 5, field);
         self.bytes.push(1);
     }
 
-    /// `add word gs:[disp], 2^16 / HEAT`: carries once in [`HEAT`](super::block::HEAT) times.
-    pub fn heat(&mut self, disp: u32) {
-        self.put(&[0x65, 0x66, 0x83, 0x04, 0x25]);
-        self.imm32(disp);
+    /// `add word [field], 2^16 / HEAT`: carries once in [`HEAT`](super::block::HEAT) times.
+    pub fn heat(&mut self, field: u32) {
+        self.bytes.push(0x66);
+        self.on_field(false, &[0x83], 0, field);
         self.bytes.push(((1 << 16) / super::block::HEAT) as u8);
     }
 
-    /// `call gs:[disp]`
-    pub fn call_gs(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0x14, 0x25]);
-        self.imm32(disp);
+    /// `call [field]`
+    pub fn call_field(&mut self, field: u32) {
+        self.on_field(false, &[0xFF], 2, field);
     }
 
     pub fn push(&mut self, reg: u8) {
@@ -403,16 +407,14 @@ impl Assembler {
         self.imm32(value);
     }
 
-    /// `push qword gs:[disp]`
-    pub fn push_gs(&mut self, disp: u32) {
-        self.put(&[0x65, 0xFF, 0x34, 0x25]);
-        self.imm32(disp);
+    /// `push qword [field]`
+    pub fn push_field(&mut self, field: u32) {
+        self.on_field(false, &[0xFF], 6, field);
     }
 
-    /// `pop qword gs:[disp]`
-    pub fn pop_gs(&mut self, disp: u32) {
-        self.put(&[0x65, 0x8F, 0x04, 0x25]);
-        self.imm32(disp);
+    /// `pop qword [field]`
+    pub fn pop_field(&mut self, field: u32) {
+        self.on_field(false, &[0x8F], 0, field);
     }
 
     /// `sarx rcx, rsp, rax`: flags are untouched.
@@ -431,12 +433,11 @@ impl Assembler {
         self.bytes[at as usize] = u8::try_from(self.offset() - (at + 1)).expect("the jump is short");
     }
 
-    /// `vmovdqu gs:[disp], ymm` or xmm, or the load, for registers 0 to 15.
-    pub fn vmovdqu_gs(&mut self, store: bool, wide: bool, ymm: u8, disp: u32) {
+    /// `vmovdqu [field], ymm` or xmm, or the load, for registers 0 to 15.
+    pub fn vmovdqu_field(&mut self, store: bool, wide: bool, ymm: u8, field: u32) {
         let high = if ymm < 8 { 0x80 } else { 0 };
-        self.put(&[0x65, 0xC5, 0x7A | high | (wide as u8) << 2, if store { 0x7F } else { 0x6F }]);
-        self.put(&[0x04 | (ymm & 7) << 3, 0x25]);
-        self.imm32(disp);
+        self.put(&[0xC4, high | 0x41, 0x7A | (wide as u8) << 2, if store { 0x7F } else { 0x6F }]);
+        self.memory(ymm, Self::field(field));
     }
 
     /// `vorps ymm0, ymm0, ymm`
@@ -455,30 +456,30 @@ impl Assembler {
         self.put(&[0x0F, 0x95, 0xC0]);
     }
 
-    /// `lahf; seto al; mov gs:[disp], eax`: status flags into a slot, flags unchanged.
-    pub fn save_flags(&mut self, disp: u32) {
+    /// `lahf; seto al; mov [field], eax`: status flags into a slot, flags unchanged.
+    pub fn save_flags(&mut self, field: u32) {
         self.put(&[0x9F, 0x0F, 0x90, 0xC0]);
-        self.gs_op(false, op::STORE, host::RAX, disp);
+        self.field_op(false, op::STORE, host::RAX, field);
     }
 
-    /// `mov eax, 0; lahf; mov gs:[disp], eax`: as `save_flags`, with OF known to be clear. One instruction less that
+    /// `mov eax, 0; lahf; mov [field], eax`: as `save_flags`, with OF known to be clear. One instruction less that
     /// reads flags, for which processors have few units, and which branches share.
-    pub fn save_flags_without_overflow(&mut self, disp: u32) {
+    pub fn save_flags_without_overflow(&mut self, field: u32) {
         self.put(&[0xB8, 0, 0, 0, 0, 0x9F]);
-        self.gs_op(false, op::STORE, host::RAX, disp);
+        self.field_op(false, op::STORE, host::RAX, field);
     }
 
-    /// `lahf; and eax, 0x4000; mov ecx, gs:[disp]; and ecx, ~0x4000; or eax, ecx; mov gs:[disp], eax`: ZF to a slot.
-    pub fn merge_zero_flag(&mut self, disp: u32) {
+    /// `lahf; and eax, 0x4000; mov ecx, [field]; and ecx, ~0x4000; or eax, ecx; mov [field], eax`: ZF to a slot.
+    pub fn merge_zero_flag(&mut self, field: u32) {
         self.put(&[0x9F, 0x25, 0x00, 0x40, 0x00, 0x00]);
-        self.gs_op(false, op::LOAD, host::RCX, disp);
+        self.field_op(false, op::LOAD, host::RCX, field);
         self.put(&[0x81, 0xE1, 0xFF, 0xBF, 0xFF, 0xFF, 0x09, 0xC8]);
-        self.gs_op(false, op::STORE, host::RAX, disp);
+        self.field_op(false, op::STORE, host::RAX, field);
     }
 
-    /// `mov eax, gs:[disp]; add al, 0x7F; sahf`: status flags from a slot.
-    pub fn restore_flags(&mut self, disp: u32) {
-        self.gs_op(false, op::LOAD, host::RAX, disp);
+    /// `mov eax, [field]; add al, 0x7F; sahf`: status flags from a slot.
+    pub fn restore_flags(&mut self, field: u32) {
+        self.field_op(false, op::LOAD, host::RAX, field);
         self.put(&[0x04, 0x7F, 0x9E]);
     }
 }
@@ -486,7 +487,6 @@ impl Assembler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    const RBX: u8 = 3;
     use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
     fn text(emit: impl FnOnce(&mut Assembler)) -> String {
@@ -506,18 +506,25 @@ mod tests {
     #[test]
     fn encodings_read_back() {
         use host::*;
+        // A field whose displacement is that.
+        let at = |disp: i32| BLOCK_BIAS.wrapping_add_signed(disp);
         let cases = [
-            (text(|a| a.load_gs(R13, 0x88)), "mov r13,gs:[88h]"),
-            (text(|a| a.gs_op(false, op::STORE, RAX, 0x10)), "mov gs:[10h],eax"),
-            (text(|a| a.gs_base_op(true, op::XOR, RCX, RAX, 0x1000)), "xor rcx,gs:[rax+1000h]"),
-            (text(|a| a.load_gs16_eax(0x20)), "movzx eax,word ptr gs:[20h]"),
-            (text(|a| a.gs_scaled_op(op::CMP, RCX, RAX, 0x1000)), "cmp rcx,gs:[rax*8+1000h]"),
-            (text(|a| a.shr32(RAX, 12)), "shr eax,0Ch"),
-            (text(|a| a.jmp_gs_scaled_rax(0x2008)), "jmp qword ptr gs:[rax*8+2008h]"),
-            (text(|a| a.decrement_gs32(0x30)), "sub dword ptr gs:[30h],1"),
-            (text(|a| a.heat(0x30)), "add word ptr gs:[30h],10h"),
-            (text(|a| a.cmp_gs_imm32(0x40, 7)), "cmp dword ptr gs:[40h],7"),
-            (text(|a| a.cmp_gs_imm(0x40, 0x40_1000)), "cmp qword ptr gs:[40h],401000h"),
+            (text(|a| a.load_field(R13, at(0x88))), "mov r13,[r11+88h]"),
+            (text(|a| a.field_op(false, op::STORE, RAX, at(-0x10))), "mov [r11-10h],eax"),
+            (text(|a| a.field_index_op(op::XOR, RCX, RAX, 1, at(0x1000))), "xor rcx,[r11+rax+1000h]"),
+            (text(|a| a.load_field16_eax(at(0x20))), "movzx eax,word ptr [r11+20h]"),
+            (text(|a| a.field_index_op(op::CMP, RCX, RAX, 8, at(0x74))), "cmp rcx,[r11+rax*8+74h]"),
+            (text(|a| a.page_number(RAX, RCX)), "shrx eax,ecx,r11d"),
+            (text(|a| a.jmp_field_scaled_rax(at(0x2008))), "jmp qword ptr [r11+rax*8+2008h]"),
+            (text(|a| a.decrement_field32(at(0x30))), "sub dword ptr [r11+30h],1"),
+            (text(|a| a.heat(at(0x30))), "add word ptr [r11+30h],10h"),
+            (text(|a| a.cmp_field_imm32(at(0x40), 7)), "cmp dword ptr [r11+40h],7"),
+            (text(|a| a.or_and_field_imm32(true, at(0), 0x200)), "or dword ptr [r11],200h"),
+            (text(|a| a.or_and_field_imm32(false, at(8), !0x200)), "and dword ptr [r11+8],0FFFFFDFFh"),
+            (text(|a| a.test_field_imm32(at(8), 0x400)), "test dword ptr [r11+8],400h"),
+            (text(|a| a.store_field_imm32(at(8), 1)), "mov dword ptr [r11+8],1"),
+            (text(|a| a.jmp_field(at(8))), "jmp qword ptr [r11+8]"),
+            (text(|a| a.cmp_field_imm(at(0x40), 0x40_1000)), "cmp qword ptr [r11+40h],401000h"),
             (text(|a| a.mov(R12, RCX)), "mov r12,rcx"),
             (text(|a| a.cmp(RCX, RAX)), "cmp rcx,rax"),
             (text(|a| a.mov32(RCX, R13)), "mov ecx,r13d"),
@@ -526,7 +533,7 @@ mod tests {
             (text(|a| a.lea(true, RCX, Some(R13), None, 0)), "lea rcx,[r13]"),
             (text(|a| a.lea(false, RCX, None, Some((RDX, 4)), 0x10)), "lea ecx,[rdx*4+10h]"),
             (text(|a| a.lea(true, RCX, Some(RBP), Some((RBX, 2)), 0)), "lea rcx,[rbp+rbx*2]"),
-            (text(|a| a.sub_imm(R15, 5)), "sub r15,5"),
+            (text(|a| a.sub_imm(BUDGET, 5)), "sub r15,5"),
             (text(|a| a.cmp_imm(RCX, 4088)), "cmp rcx,0FF8h"),
             (text(|a| a.load(8, R13, POINTER)), "mov r13,[rcx]"),
             (
@@ -536,26 +543,26 @@ mod tests {
             (text(|a| a.store(8, Operand { base: R13, index: Some(RCX), ..POINTER }, R12)), "mov [r13+rcx],r12"),
             (text(|a| a.store_imm(8, POINTER, 7)), "mov qword ptr [rcx],7"),
             (text(|a| a.sub(RCX, R12)), "sub rcx,r12"),
-            (text(|a| a.vmovdqu_gs(true, true, 9, 0x400)), "vmovdqu gs:[400h],ymm9"),
-            (text(|a| a.vmovdqu_gs(false, false, 1, 0x400)), "vmovdqu xmm1,gs:[400h]"),
+            (text(|a| a.vmovdqu_field(true, true, 9, at(0x400))), "vmovdqu [r11+400h],ymm9"),
+            (text(|a| a.vmovdqu_field(false, false, 1, at(-0x400))), "vmovdqu xmm1,[r11-400h]"),
             (text(|a| a.vorps_ymm0(7)), "vorps ymm0,ymm0,ymm7"),
             (text(|a| a.vorps_ymm0(12)), "vorps ymm0,ymm0,ymm12"),
             (text(|a| a.upper_half_in_eax()), "vextractf128 xmm0,ymm0,1; xor eax,eax; vptest xmm0,xmm0; setne al"),
-            (text(|a| a.imul_rax_gs(0x40)), "imul rax,gs:[40h]"),
-            (text(|a| a.restore_flags(8)), "mov eax,gs:[8]; add al,7Fh; sahf"),
-            (text(|a| a.save_flags_without_overflow(8)), "mov eax,0; lahf; mov gs:[8],eax"),
-            (text(|a| a.save_flags(8)), "lahf; seto al; mov gs:[8],eax"),
+            (text(|a| a.imul_rax_field(at(0x40))), "imul rax,[r11+40h]"),
+            (text(|a| a.restore_flags(at(8))), "mov eax,[r11+8]; add al,7Fh; sahf"),
+            (text(|a| a.save_flags_without_overflow(at(8))), "mov eax,0; lahf; mov [r11+8],eax"),
+            (text(|a| a.save_flags(at(8))), "lahf; seto al; mov [r11+8],eax"),
             (
-                text(|a| a.merge_zero_flag(8)),
-                "lahf; and eax,4000h; mov ecx,gs:[8]; and ecx,0FFFFBFFFh; or eax,ecx; mov gs:[8],eax",
+                text(|a| a.merge_zero_flag(at(8))),
+                "lahf; and eax,4000h; mov ecx,[r11+8]; and ecx,0FFFFBFFFh; or eax,ecx; mov [r11+8],eax",
             ),
             (text(|a| a.mov_imm(RAX, u64::MAX)), "mov rax,0FFFFFFFFFFFFFFFFh"),
-            (text(|a| a.push(R15)), "push r15"),
+            (text(|a| a.push(R13)), "push r13"),
             (text(|a| a.push_imm(u32::MAX)), "push 0FFFFFFFFFFFFFFFFh"),
-            (text(|a| a.push_gs(0x30)), "push qword ptr gs:[30h]"),
-            (text(|a| a.pop_gs(0x30)), "pop qword ptr gs:[30h]"),
+            (text(|a| a.push_field(at(0x30))), "push qword ptr [r11+30h]"),
+            (text(|a| a.pop_field(at(0x30))), "pop qword ptr [r11+30h]"),
             (text(|a| a.sarx_rcx_rsp_rax()), "sarx rcx,rsp,rax"),
-            (text(|a| a.call_gs(0x30)), "call qword ptr gs:[30h]"),
+            (text(|a| a.call_field(at(0x30))), "call qword ptr [r11+30h]"),
         ];
         for (got, want) in cases {
             let clean = got.replace("+0h]", "]").replace("+0]", "]");

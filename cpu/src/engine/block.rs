@@ -1,11 +1,12 @@
-//! The vCPU block: what translated code reaches through the host's GS base. Its layout is the contract between
-//! the Rust side and the emitted code, so every field is addressed by `offset_of!`.
+//! The vCPU block: what translated code reaches through R11. Its layout is the contract between the Rust side and the
+//! emitted code, so every field is addressed by `offset_of!`.
 
 #![allow(missing_docs)]
 
 use super::residents::RESIDENTS_MAX;
 use super::signals::SignalStack;
-use crate::state::CpuState;
+use crate::memory::PAGE_SIZE;
+use crate::state::{CpuState, gpr};
 use std::mem::offset_of;
 
 /// Largest number of entries of one TLB, as a power of two.
@@ -27,12 +28,12 @@ pub const HEAT: u32 = 1 << 12;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[repr(u8)]
 pub enum Class {
-    /// CPL 0..2 with SMAP in force (if CR4.SMAP is set).
-    Kernel = 0,
-    /// CPL 0..2 with RFLAGS.AC set: SMAP suspended.
-    KernelAc = 1,
     /// CPL 3.
-    User = 2,
+    User = 0,
+    /// CPL 0..2 with SMAP in force (if CR4.SMAP is set).
+    Kernel = 1,
+    /// CPL 0..2 with RFLAGS.AC set: SMAP suspended.
+    KernelAc = 2,
 }
 
 /// Which of the stack windows serves a class: supervisor code has one whether SMAP is in force or not.
@@ -81,12 +82,12 @@ pub const WINDOW_SPANS: [i32; 5] = [64, 128, 256, 512, 1024];
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct StackWindow {
+    /// Host minus linear address.
+    pub distance: u64,
     /// Linear address of the first byte.
     pub low: u64,
     /// For each of [`WINDOW_SPANS`]: how many places from `low` on can hold that span. 0 if there is no window.
     pub places: [u64; WINDOW_SPANS.len()],
-    /// Host minus linear address.
-    pub distance: u64,
 }
 
 /// Spare windows of supervisor and of user code; a power of two.
@@ -187,6 +188,33 @@ impl JumpCache {
     }
 }
 
+/// What translated code uses most, where the displacements of instructions have one byte.
+#[repr(C, align(64))]
+pub struct Near {
+    /// What comes last is next to the TLBs.
+    pub unused: [u64; 2],
+    /// For supervisor and for user code.
+    pub windows: [StackWindow; 2],
+    /// Guest registers that have no home.
+    pub homeless: [u64; 16 - HOMELESS_FIRST],
+    /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
+    pub flags: u32,
+    pub unused_too: u32,
+    /// What was in host registers that residents of the running block live in.
+    pub evicted: [u64; RESIDENTS_MAX],
+    /// Host addresses of the ranges of the running block's groups.
+    pub groups: [u64; super::groups::GROUPS_MAX],
+}
+
+/// The first guest register without a home: those from R11 on have none.
+pub const HOMELESS_FIRST: usize = gpr::R11;
+
+/// Offset that R11 points at while translated code runs. Its low bits make it a count for shifts, too: that of the bits
+/// of an address within a page.
+pub const BLOCK_BIAS: u32 = offset_of!(VcpuBlock, tlb) as u32 - 116;
+
+const _: () = assert!(BLOCK_BIAS % 32 == PAGE_SIZE.trailing_zeros());
+
 /// See the module's text.
 #[repr(C, align(4096))]
 pub struct VcpuBlock {
@@ -194,9 +222,8 @@ pub struct VcpuBlock {
     pub ymm: [[u8; 32]; 16],
     /// 1 unless the upper halves of all of `ymm` are zero.
     pub upper_in_use: u32,
-    /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
-    pub flags: u32,
     pub exit_argument: u32,
+    /// Instructions until the limit.
     pub budget: i64,
     pub host_rsp: u64,
     pub core: u64,
@@ -213,12 +240,8 @@ pub struct VcpuBlock {
     pub tsc_at_limit: u64,
     pub tsc_per_instruction: u64,
     pub temporary: [u64; 8],
-    /// What was in host registers that residents of the running block live in.
-    pub evicted: [u64; RESIDENTS_MAX],
-    /// R11 at the last host fault.
-    pub fault_r11: u64,
-    /// Host addresses of the ranges of the running block's groups.
-    pub groups: [u64; super::groups::GROUPS_MAX],
+    /// What was in the distance's register at the last host fault.
+    pub fault_distance: u64,
     pub fault_rip: u64,
     pub fault_flags: u64,
     pub fault_address: u64,
@@ -228,8 +251,6 @@ pub struct VcpuBlock {
     pub read_bounce: Bounce,
     pub write_bounce: Bounce,
     pub itlb: [[u32; ITLB_ENTRIES]; CLASSES],
-    /// For supervisor and for user code.
-    pub windows: [StackWindow; 2],
     /// Windows that were in use before, by the page of RSP; emptied together with `windows`.
     pub spares: [[SpareWindow; SPARE_WINDOWS]; 2],
     /// Distance of the window in use.
@@ -239,6 +260,8 @@ pub struct VcpuBlock {
     /// What blocks that could be longer have added up, in steps that overflow when they are hot.
     pub heat: [u16; HEAT_PLACES],
     pub jumps: JumpCache,
+    /// The last fields in front of the TLBs and the first of these are near the block's base.
+    pub near: Near,
     /// Indexed by class.
     pub tlb: [Tlb; CLASSES],
     /// Where signal handlers run while translated code does: here it costs nothing until one does.
@@ -255,6 +278,11 @@ pub mod field {
 
     pub const fn gpr(index: u8) -> u32 {
         offset!(state) + offset_of!(CpuState, gpr) as u32 + 8 * index as u32
+    }
+    /// Where a guest register is that has no home.
+    pub const fn homeless(guest: u8) -> u32 {
+        assert!(guest as usize >= HOMELESS_FIRST, "the others have homes");
+        offset!(near.homeless) + 8 * (guest as usize - HOMELESS_FIRST) as u32
     }
     pub const fn segment_base(index: usize) -> u32 {
         offset!(state)
@@ -277,7 +305,7 @@ pub mod field {
     pub const TSC_KNOWN: u32 = offset!(tsc_known);
     pub const TSC_AT_LIMIT: u32 = offset!(tsc_at_limit);
     pub const TSC_PER_INSTRUCTION: u32 = offset!(tsc_per_instruction);
-    pub const FLAGS: u32 = offset!(flags);
+    pub const FLAGS: u32 = offset!(near.flags);
     pub const UPPER_IN_USE: u32 = offset!(upper_in_use);
     pub const EXIT_ARGUMENT: u32 = offset!(exit_argument);
     pub const BUDGET: u32 = offset!(budget);
@@ -286,17 +314,17 @@ pub mod field {
     pub const MEMORY_SLOW: u32 = offset!(memory_slow);
     pub const SLOW_ADDRESS: u32 = offset!(slow_address);
     pub const SLOW_SITE: u32 = offset!(slow_site);
-    pub const FAULT_R11: u32 = offset!(fault_r11);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
     pub const JUMP_RIP: u32 = offset!(jumps.rips);
     pub const JUMP_HOST: u32 = offset!(jumps.hosts);
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
+    pub const FAULT_DISTANCE: u32 = offset!(fault_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
     pub const fn heat(rip: u64) -> u32 {
         offset!(heat) + 2 * (rip as usize % HEAT_PLACES) as u32
     }
     pub const fn window(which: usize) -> u32 {
-        offset!(windows) + (which * size_of::<StackWindow>()) as u32
+        offset!(near.windows) + (which * size_of::<StackWindow>()) as u32
     }
     pub const fn spare_page(which: usize) -> u32 {
         offset!(spares) + (which * SPARE_WINDOWS * size_of::<SpareWindow>()) as u32
@@ -315,10 +343,10 @@ pub mod field {
     }
 
     pub const fn evicted(index: usize) -> u32 {
-        offset!(evicted) + 8 * index as u32
+        offset!(near.evicted) + 8 * index as u32
     }
     pub const fn group(index: usize) -> u32 {
-        offset!(groups) + 8 * index as u32
+        offset!(near.groups) + 8 * index as u32
     }
     pub const fn ymm(index: u8) -> u32 {
         offset!(ymm) + 32 * index as u32

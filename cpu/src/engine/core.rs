@@ -271,4 +271,4 @@ unsafe extern "sysv64" fn memory_slow(core: *mut Core, linear: u64, site: u32) -
     pointer.unwrap_or(std::ptr::null_mut())
 }
 
-const _: () = assert!(offset_of!(VcpuBlock, state) == 0 && CLASSES == Class::User as usize + 1);
+const _: () = assert!(offset_of!(VcpuBlock, state) == 0 && CLASSES == Class::KernelAc as usize + 1);

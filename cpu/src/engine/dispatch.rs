@@ -1,7 +1,7 @@
 //! The dispatcher: enters blocks, and acts on why they come back.
 
 use super::Stop;
-use super::block::{flags_from_slot, flags_to_slot, window_of};
+use super::block::{BLOCK_BIAS, flags_from_slot, flags_to_slot, window_of};
 use super::core::{Core, Pending};
 use super::debug::PENDING;
 use super::fpu;
@@ -52,8 +52,7 @@ impl Core {
         self.bus = Some(unsafe { std::mem::transmute::<*mut (dyn Bus + '_), *mut (dyn Bus + 'static)>(bus) });
         // SAFETY: the vCPU block is owned by this core, and only signal handlers use this part of it.
         let stack = SignalStack::install(unsafe { &mut (*self.block).signal_stack });
-        let previous = signals::gs_base();
-        signals::set_gs_base(self.block as u64);
+        let previous = signals::watch(self.block);
         self.load_fpu();
         if self.unfinished.is_none() {
             self.debug_hits = 0;
@@ -69,7 +68,7 @@ impl Core {
         self.observe_retirement();
         self.store_fpu();
         fpu::reset_host();
-        signals::set_gs_base(previous);
+        signals::watch(previous);
         drop(stack);
         self.bus = None;
         stop
@@ -94,12 +93,12 @@ impl Core {
         // it or is caller-saved. `self` is only reached through the raw pointer in the block meanwhile.
         unsafe {
             let block = self.block;
-            (*block).flags = flags_to_slot((*block).state.rflags);
-            (*block).window_distance = (*block).windows[window_of(self.current_class() as usize)].distance;
+            (*block).near.flags = flags_to_slot((*block).state.rflags);
+            (*block).window_distance = (*block).near.windows[window_of(self.current_class() as usize)].distance;
             let door = self.t.address(self.thunks.enter as u32);
-            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(door);
-            let argument = enter(self.t.address(target));
-            (*block).state.rflags = flags_from_slot((*block).state.rflags, (*block).flags);
+            let enter: extern "sysv64" fn(u64, u64) -> u32 = std::mem::transmute(door);
+            let argument = enter(self.t.address(target), block as u64 + u64::from(BLOCK_BIAS));
+            (*block).state.rflags = flags_from_slot((*block).state.rflags, (*block).near.flags);
             argument
         }
     }

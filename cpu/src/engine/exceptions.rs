@@ -40,14 +40,14 @@ impl Core {
             state.rflags = state.rflags & !rflags::STATUS | flags & rflags::STATUS;
         }
         // SAFETY: translated code is not running.
-        let (temporary, evicted, r11) = unsafe {
+        let (temporary, evicted, distance) = unsafe {
             let b = &*self.block;
-            (b.temporary, b.evicted, b.fault_r11)
+            (b.temporary, b.near.evicted, b.fault_distance)
         };
         let mut budget = self.budget();
         let elsewhere = |register, evicted: u64| match register {
-            host::R15 => std::mem::replace(&mut budget, evicted as i64) as u64,
-            _ => r11,
+            host::BUDGET => std::mem::replace(&mut budget, evicted as i64) as u64,
+            _ => distance,
         };
         let gpr = &mut self.state_mut().gpr;
         return_registers(gpr, (borrowed, &temporary), (residents, &evicted), elsewhere);

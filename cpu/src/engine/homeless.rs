@@ -3,6 +3,7 @@
 //! An instruction with a register operand in its r/m position takes the register's place in the block as well, which
 //! saves a load, and for a 64-bit destination a store. 32-bit destinations are left alone: they clear the upper half.
 
+use super::assembler::Assembler;
 use super::block::field;
 use super::registers::{Homes, gpr_number};
 use iced_x86::{Code, Instruction, OpAccess, OpKind, Register};
@@ -95,10 +96,10 @@ pub fn use_place(out: &mut Instruction, access: &[OpAccess; 5], homes: &Homes) -
 
 fn set_place(out: &mut Instruction, operand: u32, guest: u8) {
     out.set_op_kind(operand, OpKind::Memory);
-    out.set_segment_prefix(Register::GS);
-    out.set_memory_base(Register::None);
+    let place = Assembler::field(field::homeless(guest));
+    out.set_memory_base(Register::RAX + u32::from(place.base));
     out.set_memory_index(Register::None);
     out.set_memory_index_scale(1);
-    out.set_memory_displacement64(u64::from(field::gpr(guest)));
-    out.set_memory_displ_size(8);
+    out.set_memory_displacement64(place.disp as i64 as u64);
+    out.set_memory_displ_size(1);
 }

@@ -71,9 +71,9 @@ impl Mode {
     /// The access class.
     pub fn class(self) -> Class {
         match self.0 & 3 {
-            0 => Class::Kernel,
-            1 => Class::KernelAc,
-            _ => Class::User,
+            0 => Class::User,
+            1 => Class::Kernel,
+            _ => Class::KernelAc,
         }
     }
 

@@ -1,8 +1,8 @@
 //! Where guest general-purpose registers live while translated code runs.
 //!
-//! Host RAX and RCX are scratch (flags need LAHF, shifts need CL), R15 holds the instruction budget, R11 the distance
-//! of the stack window. Guest RAX and RCX move to R12 and R13; guest R11, R12, R13 and R15, which compiled code uses
-//! least, stay in the vCPU block. All others, RSP included, are the host registers of the same name.
+//! Host RAX and RCX are scratch (flags need LAHF, shifts need CL), R11 points into the vCPU block, R14 holds the distance
+//! of the stack window, R15 the instruction budget. Guest RAX and RCX move to R12 and R13; guest R11 to R15, which
+//! compiled code uses least, stay in the vCPU block. All others, RSP included, are the host registers of the same name.
 
 use iced_x86::Register;
 
@@ -25,7 +25,7 @@ pub const HOME: Homes = [
     None,
     None,
     None,
-    Some(14),
+    None,
     None,
 ];
 

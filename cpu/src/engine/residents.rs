@@ -11,7 +11,7 @@ use super::translate::Borrowed;
 use iced_x86::{Instruction, InstructionInfoFactory};
 use serde::{Deserialize, Serialize};
 
-/// Most residents of a block: there are so many guest registers without a home.
+/// Most residents of a block.
 pub const RESIDENTS_MAX: usize = 4;
 
 /// Uses in a block, reads and writes, from which moving pays.
@@ -55,15 +55,15 @@ pub fn return_registers(
 }
 
 /// Homes in the order in which they are given away. Borrowable ones come last: an instruction may need them.
-const LENT: [u8; 8] = [14, host::R12, host::R13, host::RDX, host::RBP, BORROWABLE[5], BORROWABLE[4], BORROWABLE[3]];
+const LENT: [u8; 7] = [host::R12, host::R13, host::RDX, host::RBP, BORROWABLE[5], BORROWABLE[4], BORROWABLE[3]];
 /// So many of the borrowable ones are left in any case.
 const BORROWABLE_LENT: usize = 1;
 
 /// Whether host registers that have a purpose can have another one in a block.
 #[derive(Clone, Copy)]
 pub struct Free {
-    pub r11: bool,
-    pub r15: bool,
+    pub distance: bool,
+    pub budget: bool,
 }
 
 /// Chooses for the instructions of a block; what ends it does not count. `uses_min` is what a register must be used to
@@ -91,7 +91,7 @@ pub fn choose(
     wanted.sort_by_key(|guest| std::cmp::Reverse(uses[*guest as usize]));
     let unused = |host: &u8| HOME.iter().position(|home| *home == Some(*host)).is_some_and(|owner| uses[owner] == 0);
     let borrowable = LENT.iter().filter(|host| BORROWABLE.contains(host) && unused(host)).take(BORROWABLE_LENT);
-    let mut free = [free.r11.then_some(host::R11), (free.r15 && !reads_tsc).then_some(host::R15)]
+    let mut free = [free.distance.then_some(host::DISTANCE), (free.budget && !reads_tsc).then_some(host::BUDGET)]
         .into_iter()
         .flatten()
         .chain(LENT.iter().filter(|host| !BORROWABLE.contains(host) && unused(host)).copied())

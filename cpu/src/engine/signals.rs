@@ -1,9 +1,10 @@
 //! Processor faults inside translated code arrive as signals; the handler turns them into exits.
 //!
 //! Guest RSP lives in host RSP, so every handler runs on an alternate stack. The handler touches nothing but the
-//! interrupted context and the vCPU block, which the host's GS base points at.
+//! interrupted context and the vCPU block that the thread runs.
 
 use super::block::VcpuBlock;
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::sync::Once;
 
@@ -12,6 +13,11 @@ const SIGNALS: [libc::c_int; 4] = [libc::SIGFPE, libc::SIGSEGV, libc::SIGILL, li
 
 static mut PREVIOUS: [Option<libc::sigaction>; 4] = [None; 4];
 static INSTALLED: Once = Once::new();
+
+thread_local! {
+    /// The vCPU block that the thread runs, or null. It needs no initialisation, so a handler may read it.
+    static RUNNING: Cell<*mut VcpuBlock> = const { Cell::new(std::ptr::null_mut()) };
+}
 
 /// Installs the handlers, once per process. Handlers that were there before get every other fault.
 pub fn install() {
@@ -67,13 +73,13 @@ impl Drop for SignalStack<'_> {
 }
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler. GS is used by nothing else in this
-    // process, so its base is either 0 or a vCPU block that the interrupted thread is running.
+    // SAFETY: the kernel passes a valid context to an SA_SIGINFO handler; RUNNING is null, or a vCPU block that the
+    // interrupted thread is running.
     unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
         let registers = &mut context.uc_mcontext.gregs;
         let rip = registers[libc::REG_RIP as usize] as u64;
-        let block = gs_base() as *mut VcpuBlock;
+        let block = RUNNING.get();
         if !block.is_null() && rip >= (*block).code_start && rip < (*block).code_end {
             (*block).fault_vector = registers[libc::REG_TRAPNO as usize] as u32;
             (*block).fault_rip = rip;
@@ -99,19 +105,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
 }
 
-/// The calling thread's GS base.
-pub fn gs_base() -> u64 {
-    const ARCH_GET_GS: libc::c_long = 0x1004;
-    let mut base: u64 = 0;
-    // SAFETY: arch_prctl writes one u64 to the address given.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_GS, &mut base as *mut u64) };
-    base
-}
-
-/// Points the calling thread's GS base at `base`.
-pub fn set_gs_base(base: u64) {
-    const ARCH_SET_GS: libc::c_long = 0x1001;
-    // SAFETY: nothing else in the process uses GS.
-    let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
-    assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
+/// Faults of the calling thread's translated code go to this vCPU block from now on; returns whose they were.
+pub fn watch(block: *mut VcpuBlock) -> *mut VcpuBlock {
+    RUNNING.replace(block)
 }

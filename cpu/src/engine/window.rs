@@ -5,7 +5,7 @@ use super::core::Core;
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
 impl Core {
-    /// Forgets the stack windows. Their distance stays: the running block may still add it.
+    /// Forgets the stack windows. Their distances stay: the running block may still add one.
     pub fn forget_windows(&mut self) {
         self.forget_window(0);
         self.forget_window(1);
@@ -15,7 +15,7 @@ impl Core {
     pub fn forget_window(&mut self, which: usize) {
         // SAFETY: the vCPU block is owned by this core.
         unsafe {
-            (*self.block).windows[which].places = [0; WINDOW_SPANS.len()];
+            (*self.block).near.windows[which].places = [0; WINDOW_SPANS.len()];
             if std::mem::take(&mut self.spares_used[which]) {
                 (*self.block).spares[which].iter_mut().for_each(|spare| spare.page = SpareWindow::NONE);
             }
@@ -50,7 +50,7 @@ impl Core {
         }
         let size = high - low + 1;
         // SAFETY: as above.
-        let window = unsafe { &mut (*self.block).windows[window_of(class as usize)] };
+        let window = unsafe { &mut (*self.block).near.windows[window_of(class as usize)] };
         window.low = low;
         window.distance = distance;
         window.places = WINDOW_SPANS.map(|span| size + 1 - span as u64);

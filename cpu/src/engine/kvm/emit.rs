@@ -57,7 +57,7 @@ impl Translator {
         let scale = ins.memory_index_scale() as u8;
         let base = gpr_number(base).expect("a general register");
         let Some(index) = gpr_number(index) else {
-            return Operand { base: self.held(base, host::RCX), index: None, scale: 1, disp };
+            return Operand { base: self.held(base, host::RCX), disp, ..POINTER };
         };
         if self.home[base as usize].is_none() && self.home[index as usize].is_none() {
             self.address(ins, rsp_bias);
@@ -111,7 +111,7 @@ impl Translator {
                 self.may_fault_here();
                 match self.home[guest as usize] {
                     Some(home) => self.a.push(home),
-                    None => self.a.push_gs(field::gpr(guest)),
+                    None => self.a.push_field(field::homeless(guest)),
                 }
             }
             OpKind::Memory => {
@@ -143,7 +143,7 @@ impl Translator {
             self.may_fault_here();
             match self.home[guest as usize] {
                 Some(home) => self.a.pop(home),
-                None => self.a.pop_gs(field::gpr(guest)),
+                None => self.a.pop_field(field::homeless(guest)),
             }
             self.check_stack(ins);
         } else {
@@ -159,7 +159,7 @@ impl Translator {
     pub fn repeated_move(&mut self, ins: &Instruction) {
         self.put_flags_away();
         let unretired = self.unretired();
-        self.a.test_gs_imm32(field::RFLAGS, rflags::DF as u32);
+        self.a.test_field_imm32(field::RFLAGS, rflags::DF as u32);
         let site = self.emulation_site(ins, unretired);
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site });

@@ -1,7 +1,7 @@
 //! A visit to the virtual machine: registers go in, translated code runs, exits are answered, registers come out.
 
 use super::super::Stop;
-use super::super::block::{flags_from_slot, flags_to_slot};
+use super::super::block::{BLOCK_BIAS, HOMELESS_FIRST, flags_from_slot, flags_to_slot};
 use super::super::core::Core;
 use super::super::fpu;
 use super::super::registers::HOME;
@@ -101,6 +101,7 @@ impl Core {
             image.0[512] &= !4;
         }
         direct.vm.set_fpu(&image.0)?;
+        let block_linear = direct.tables.block_linear();
         let regs = direct.vm.regs();
         *regs = kvm_regs { rflags: 0x202, ..Default::default() };
         for (guest, home) in HOME.iter().enumerate() {
@@ -109,11 +110,12 @@ impl Core {
             }
         }
         regs.r15 = budget as u64;
+        regs.r11 = block_linear + u64::from(BLOCK_BIAS);
         let block = direct.block();
-        block.state.gpr = state.gpr;
+        block.near.homeless.copy_from_slice(&state.gpr[HOMELESS_FIRST..]);
         block.state.seg = state.seg;
         block.state.rflags = state.rflags;
-        block.flags = flags_to_slot(state.rflags);
+        block.near.flags = flags_to_slot(state.rflags);
         (block.tsc_known, block.tsc_at_limit, block.tsc_per_instruction) = tsc;
         (block.state.tsc_offset, block.state.tsc_aux) = (state.tsc_offset, state.tsc_aux);
         Ok(())
@@ -124,12 +126,12 @@ impl Core {
         let direct = self.direct();
         let mut regs = *direct.vm.regs();
         let block = direct.block();
-        let (homeless, flags, system) = (block.state.gpr, block.flags, block.state.rflags);
+        let (homeless, flags, system) = (block.near.homeless, block.near.flags, block.state.rflags);
         let state = self.state_mut();
         for (guest, home) in HOME.iter().enumerate() {
             state.gpr[guest] = match home {
                 Some(home) => *register(&mut regs, *home),
-                None => homeless[guest],
+                None => homeless[guest - HOMELESS_FIRST],
             };
         }
         state.rflags = flags_from_slot(state.rflags & !rflags::DF | system & rflags::DF, flags);
@@ -292,7 +294,7 @@ impl Core {
         let direct = self.direct();
         let mut regs = *direct.vm.regs();
         let offset = regs.rip.wrapping_sub(direct.tables.code_linear());
-        let (temporaries, evicted) = (direct.block().temporary, direct.block().evicted);
+        let (temporaries, evicted) = (direct.block().temporary, direct.block().near.evicted);
         let found = u32::try_from(offset).ok().and_then(|o| self.t.faults.binary_search_by_key(&o, |f| f.0).ok());
         let Some(at) = found else {
             return Err(Spoiled("an exception of the virtual machine that translated code does not raise".to_string()));

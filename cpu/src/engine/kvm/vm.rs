@@ -180,7 +180,6 @@ impl Vm {
         sregs.cs = segment(USER_CS, 11, 3, true);
         sregs.ss = segment(USER_SS, 3, 3, false);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (sregs.ss, sregs.ss, sregs.ss, sregs.ss);
-        sregs.gs.base = arena.block_linear();
         let table = |base, limit| kvm_dtable { base, limit, padding: [0; 3] };
         sregs.gdt = table(arena.linear(GDT), 0x37);
         sregs.idt = table(arena.linear(IDT), 0xFFF);

@@ -90,7 +90,7 @@ impl Translator {
             self.link_site(target, patch);
         } else {
             let fall = self.a.jcc(cc::E, 0);
-            self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+            self.a.field_op(false, op::LOAD, host::RAX, field::FLAGS);
             self.a.put(&[0xF6, 0xC4, 0x40]); // test ah, ZF
             let loops_while_equal = matches!(ins.mnemonic(), Mnemonic::Loope);
             let patch = self.a.jcc(if loops_while_equal { cc::NE } else { cc::E }, 0);
@@ -148,13 +148,13 @@ impl Translator {
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Call { patch, site, back: back as u32 });
         self.push_short(back as u32);
-        self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
+        self.a.jmp_field_scaled_rax(field::JUMP_HOST);
         true
     }
 
     /// Pushes a constant, sign-extended, through the stack window.
     pub(super) fn push_short(&mut self, value: u32) {
-        let at = Operand { base: host::RSP, index: Some(host::R11), disp: -8, ..POINTER };
+        let at = Self::in_window(host::RSP, -8);
         self.a.store_imm(8, at, value);
         self.adjust_rsp(-8);
     }
@@ -163,7 +163,7 @@ impl Translator {
     pub(super) fn look_up_jump(&mut self) {
         self.a.mov32(host::RAX, host::RCX);
         self.a.and32(host::RAX, JUMP_ENTRIES as u32 - 1);
-        self.a.gs_scaled_op(op::CMP, host::RCX, host::RAX, field::JUMP_RIP);
+        self.a.field_index_op(op::CMP, host::RCX, host::RAX, 8, field::JUMP_RIP);
     }
 
     /// A return to the call in this block that is followed by what is at `back`, if it goes there.
@@ -198,6 +198,6 @@ impl Translator {
         self.look_up_jump();
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Indirect { patch, site });
-        self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
+        self.a.jmp_field_scaled_rax(field::JUMP_HOST);
     }
 }

@@ -62,9 +62,9 @@ impl Translator {
                     return;
                 }
                 self.check_canonical();
-                self.a.store_gs(host::RCX, field::temporary(1));
+                self.a.store_field(host::RCX, field::temporary(1));
                 self.push_constant(ins.next_ip());
-                self.a.load_gs(host::RCX, field::temporary(1));
+                self.a.load_field(host::RCX, field::temporary(1));
                 self.indirect(0);
             }
             Treatment::Return => {
@@ -80,20 +80,20 @@ impl Translator {
             Treatment::Direction => self.system_flag(rflags::DF, ins.mnemonic() == Mnemonic::Std),
             Treatment::SwapGs => {
                 let base = field::segment_base(seg::GS);
-                self.a.load_gs(host::RAX, base);
-                self.a.load_gs(host::RCX, field::KERNEL_GS_BASE);
-                self.a.store_gs(host::RCX, base);
-                self.a.store_gs(host::RAX, field::KERNEL_GS_BASE);
+                self.a.load_field(host::RAX, base);
+                self.a.load_field(host::RCX, field::KERNEL_GS_BASE);
+                self.a.store_field(host::RCX, base);
+                self.a.store_field(host::RAX, field::KERNEL_GS_BASE);
             }
             Treatment::ReadTsc => self.read_tsc(ins),
             Treatment::RepeatedMove => self.repeated_move(ins),
             Treatment::PushFlags => self.push_flags(),
             Treatment::ReadSelector => {
-                self.a.load_gs16_eax(field::selector(ins.op1_register().number()));
+                self.a.load_field16_eax(field::selector(ins.op1_register().number()));
                 let guest = gpr_number(ins.op0_register()).expect("a general register");
                 match self.home[guest as usize] {
                     Some(home) => self.a.mov(home, host::RAX),
-                    None => self.a.store_gs(host::RAX, field::gpr(guest)),
+                    None => self.a.store_field(host::RAX, field::homeless(guest)),
                 }
             }
             Treatment::AccessFlag => {
@@ -120,14 +120,14 @@ impl Translator {
             self.scratch = ScratchRegisters::default();
             self.a.put(&[0x66, 0x40 | target >> 3, op::STORE, 0xC8 | target & 7]); // mov target16, cx
             if home.is_none() {
-                self.a.store_gs(target, field::gpr(guest));
+                self.a.store_field(target, field::homeless(guest));
             }
             return;
         }
         let target = home.unwrap_or(host::RAX);
         self.offset(ins, target, 0, dst.size() == 8);
         if home.is_none() {
-            self.a.store_gs(target, field::gpr(guest));
+            self.a.store_field(target, field::homeless(guest));
             self.scratch.changed(guest);
             self.scratch.set(target, Some(Holds::Guest(guest)));
         }
@@ -152,9 +152,9 @@ impl Translator {
         self.lookup(size, true, ins.mnemonic() != Mnemonic::Bt);
         self.fetch(host::RAX, guest);
         self.a.and32(host::RAX, size as u32 * 8 - 1);
-        self.a.store_gs(host::RAX, field::temporary(1));
+        self.a.store_field(host::RAX, field::temporary(1));
         self.need_flags();
-        self.a.load_gs(host::RAX, field::temporary(1));
+        self.a.load_field(host::RAX, field::temporary(1));
         let mut out = *ins;
         out.set_has_lock_prefix(false);
         out.set_op1_register(sized(offset_register, host::RAX));
@@ -177,9 +177,9 @@ impl Translator {
             OpKind::Memory => {
                 let from = self.operand(ins, word, true, false);
                 self.a.load(word, host::RAX, from);
-                self.a.store_gs(host::RAX, field::temporary(1));
+                self.a.store_field(host::RAX, field::temporary(1));
                 let to = self.stack(down, word, true);
-                self.a.load_gs(host::RAX, field::temporary(1));
+                self.a.load_field(host::RAX, field::temporary(1));
                 self.a.store(word, to, host::RAX);
             }
             _ => {
@@ -219,17 +219,17 @@ impl Translator {
                 Some(home) => self.a.load(word, home, at),
                 None => {
                     self.a.load(word, host::RAX, at);
-                    self.a.store_gs(host::RAX, field::gpr(guest));
+                    self.a.store_field(host::RAX, field::homeless(guest));
                 }
             }
         } else {
             self.a.load(word, host::RAX, at);
-            self.a.store_gs(host::RAX, field::temporary(1));
+            self.a.store_field(host::RAX, field::temporary(1));
             // An address based on RSP uses its value after the pop.
             self.clobber_flags();
             self.address(ins, word as i32);
             self.lookup(word, false, true);
-            self.a.load_gs(host::RAX, field::temporary(1));
+            self.a.load_field(host::RAX, field::temporary(1));
             self.a.store(word, POINTER, host::RAX);
         }
         self.adjust_rsp(word as i32);
@@ -238,7 +238,7 @@ impl Translator {
     pub(super) fn leave_frame(&mut self) {
         let word = self.word();
         let at = if self.plan.windowed(self.position, Which::Stack) {
-            Operand { base: host::RBP, index: Some(host::R11), ..POINTER }
+            Self::in_window(host::RBP, 0)
         } else if let Some(member) = self.plan.member(self.position, Which::Stack) {
             self.grouped(member)
         } else {
@@ -255,18 +255,15 @@ impl Translator {
     /// Sets or clears one flag of RFLAGS that is not a status flag.
     pub(super) fn system_flag(&mut self, flag: u64, set: bool) {
         self.put_flags_away();
-        // and/or dword gs:[RFLAGS], imm32
-        self.a.put(&[0x65, 0x81, if set { 0x0C } else { 0x24 }, 0x25]);
-        self.a.put(&field::RFLAGS.to_le_bytes());
         let value = if set { flag as u32 } else { !(flag as u32) };
-        self.a.put(&value.to_le_bytes());
+        self.a.or_and_field_imm32(set, field::RFLAGS, value);
     }
 
     /// STI in the middle of a block: nothing can come between it and the next instruction, so that its shadow is
     /// only needed when an interrupt waits for it.
     pub(super) fn set_interrupt(&mut self, ins: &Instruction) {
         self.put_flags_away();
-        self.a.cmp_gs_imm32(field::WINDOW_WANTED, 0);
+        self.a.cmp_field_imm32(field::WINDOW_WANTED, 0);
         let site = self.emulation_site(ins, self.unretired());
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site });
@@ -276,20 +273,20 @@ impl Translator {
     /// RDTSC and RDTSCP: ticks when the budget is used up, less those of the instructions until then.
     pub(super) fn read_tsc(&mut self, ins: &Instruction) {
         self.put_flags_away();
-        self.a.cmp_gs_imm32(field::TSC_KNOWN, 0);
+        self.a.cmp_field_imm32(field::TSC_KNOWN, 0);
         let site = self.emulation_site(ins, self.unretired());
         let patch = self.a.jcc(cc::E, 0);
         self.cold.push(Cold::Leave { patch, site });
-        self.a.lea(true, host::RAX, Some(host::R15), None, self.unretired() as i32);
-        self.a.imul_rax_gs(field::TSC_PER_INSTRUCTION);
-        self.a.load_gs(host::RCX, field::TSC_AT_LIMIT);
+        self.a.lea(true, host::RAX, Some(host::BUDGET), None, self.unretired() as i32);
+        self.a.imul_rax_field(field::TSC_PER_INSTRUCTION);
+        self.a.load_field(host::RCX, field::TSC_AT_LIMIT);
         self.a.sub(host::RCX, host::RAX);
-        self.a.gs_op(true, op::ADD, host::RCX, field::TSC_OFFSET);
+        self.a.field_op(true, op::ADD, host::RCX, field::TSC_OFFSET);
         self.a.mov32(HOME[0].expect("guest RAX has a home"), host::RCX);
         self.a.put(&[0x48, 0xC1, 0xE9, 32]); // shr rcx, 32
         self.a.mov32(HOME[2].expect("guest RDX has a home"), host::RCX);
         if ins.mnemonic() == Mnemonic::Rdtscp {
-            self.a.load_gs(HOME[1].expect("guest RCX has a home"), field::TSC_AUX);
+            self.a.load_field(HOME[1].expect("guest RCX has a home"), field::TSC_AUX);
         }
     }
 
@@ -297,19 +294,19 @@ impl Translator {
         self.put_flags_away();
         let at = self.stack(-8, 8, true);
         // The image needs the host's flags, and RCX is part of the address: build the image in RAX, piece by piece into a temporary.
-        self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+        self.a.field_op(false, op::LOAD, host::RAX, field::FLAGS);
         self.a.put(&[0x0F, 0xB6, 0xC4]); // movzx eax, ah
         self.a.and32(host::RAX, 0xD5);
-        self.a.store_gs(host::RAX, field::temporary(1));
-        self.a.gs_op(false, op::LOAD, host::RAX, field::FLAGS);
+        self.a.store_field(host::RAX, field::temporary(1));
+        self.a.field_op(false, op::LOAD, host::RAX, field::FLAGS);
         self.a.and32(host::RAX, 1);
         self.a.put(&[0xC1, 0xE0, 11]); // shl eax, 11
-        self.a.gs_op(true, op::ADD, host::RAX, field::temporary(1));
-        self.a.store_gs(host::RAX, field::temporary(1));
-        self.a.load_gs(host::RAX, field::RFLAGS);
+        self.a.field_op(true, op::ADD, host::RAX, field::temporary(1));
+        self.a.store_field(host::RAX, field::temporary(1));
+        self.a.load_field(host::RAX, field::RFLAGS);
         // VM and RF are not pushed.
         self.a.and32(host::RAX, !(rflags::STATUS | rflags::RF | rflags::VM) as u32);
-        self.a.gs_op(true, op::ADD, host::RAX, field::temporary(1));
+        self.a.field_op(true, op::ADD, host::RAX, field::temporary(1));
         self.may_fault_here();
         self.a.store(8, at, host::RAX);
         self.adjust_rsp(-8);

@@ -62,13 +62,13 @@ impl Translator {
             _ => return,
         };
         if self.mode.is_direct() {
-            self.a.load_gs(host::RAX, field::segment_base(segment));
+            self.a.load_field(host::RAX, field::segment_base(segment));
             self.scratch = ScratchRegisters::default();
             self.a.lea(true, host::RCX, Some(host::RCX), Some((host::RAX, 1)), 0);
             return;
         }
         self.clobber_flags();
-        self.a.gs_op(self.mode.is_64bit(), op::ADD, host::RCX, field::segment_base(segment));
+        self.a.field_op(self.mode.is_64bit(), op::ADD, host::RCX, field::segment_base(segment));
     }
 
     /// Turns the linear address in RCX into a host address in RCX. Uses RAX and the flags, which are in the slot.
@@ -90,17 +90,16 @@ impl Translator {
             self.jump_away(self.thunks.memory);
         } else {
             let tags = field::tlb_tags(class, write || first.is_some_and(|first| first.others_write));
-            self.a.mov32(host::RAX, host::RCX);
-            self.a.shr32(host::RAX, 12);
+            self.a.page_number(host::RAX, host::RCX);
             if self.tlb_mask as usize + 1 < TLB_ENTRIES {
                 self.a.and32(host::RAX, self.tlb_mask);
             }
-            self.a.gs_scaled_op(op::XOR, host::RCX, host::RAX, tags);
+            self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
             self.a.cmp_imm(host::RCX, 4096 - size as i32);
             let patch = self.a.jcc(cc::A, 0);
             let group = first.map(|_| (self.ip, self.unretired()));
             self.cold.push(Cold::Memory { patch, site, tags, source: self.source_in_need(), group });
-            self.a.gs_scaled_op(op::ADD, host::RCX, host::RAX, field::tlb_hosts(class));
+            self.a.field_index_op(op::ADD, host::RCX, host::RAX, 8, field::tlb_hosts(class));
         }
         let here = self.a.here();
         if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
@@ -119,10 +118,10 @@ impl Translator {
             let others_write = group.write && !group.first_write;
             let first = First { offset: group.first_offset(), size: group.first_size, others_write };
             self.lookup_range(group.span(), group.first_read, group.first_write, Some(first));
-            self.a.store_gs(host::RCX, field::group(index));
+            self.a.store_field(host::RCX, field::group(index));
             self.plan.groups[index].ready = true;
         } else if self.scratch.rcx != Some(Holds::Group(index)) {
-            self.a.load_gs(host::RCX, field::group(index));
+            self.a.load_field(host::RCX, field::group(index));
         }
         self.scratch.rcx = Some(Holds::Group(index));
         Operand { base: host::RCX, index: None, disp: member.offset, ..POINTER }
@@ -150,14 +149,14 @@ impl Translator {
         let entry = field::tlb_tags(class, write) + place;
         let tag = address & !0xFFF;
         if tag as i64 == tag as i32 as i64 {
-            self.a.cmp_gs_imm(entry, tag as u32);
+            self.a.cmp_field_imm(entry, tag as u32);
         } else {
             self.a.mov_imm(host::RAX, tag);
-            self.a.gs_op(true, op::CMP, host::RAX, entry);
+            self.a.field_op(true, op::CMP, host::RAX, entry);
         }
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Constant { patch, site, address, source: self.source_in_need() });
-        self.a.load_gs(host::RCX, field::tlb_hosts(class) + place);
+        self.a.load_field(host::RCX, field::tlb_hosts(class) + place);
         self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
         let here = self.a.here();
         if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
@@ -173,7 +172,7 @@ impl Translator {
         if self.plan.windowed(self.position, Which::Operand) {
             let base = gpr_number(ins.memory_base()).and_then(|base| self.home[base as usize]);
             let base = base.expect("RSP and RBP have homes");
-            return Operand { base, index: Some(host::R11), disp: ins.memory_displacement64() as i32, ..POINTER };
+            return Self::in_window(base, ins.memory_displacement64() as i32);
         }
         if let Some(member) = self.plan.member(self.position, Which::Operand) {
             return self.grouped(member);
@@ -191,13 +190,18 @@ impl Translator {
         POINTER
     }
 
+    /// An operand in the stack window.
+    pub(super) fn in_window(base: u8, disp: i32) -> Operand {
+        Operand { base, index: Some(host::DISTANCE), scale: 1, disp }
+    }
+
     /// Host address of stack memory at RSP + `offset`.
     pub(in crate::engine) fn stack(&mut self, offset: i32, size: usize, write: bool) -> Operand {
         if self.mode.is_direct() {
             return Operand { base: host::RSP, disp: offset, ..POINTER };
         }
         if self.plan.windowed(self.position, Which::Stack) {
-            return Operand { base: host::RSP, index: Some(host::R11), disp: offset, ..POINTER };
+            return Self::in_window(host::RSP, offset);
         }
         if let Some(member) = self.plan.member(self.position, Which::Stack) {
             return self.grouped(member);

@@ -296,7 +296,7 @@ impl Translator {
 
         let settles = !request.careful && !request.isolated;
         self.residents = if settles && request.mode.is_64bit() {
-            let free = Free { r11: self.plan.window.is_none(), r15: !request.mode.is_direct() };
+            let free = Free { distance: self.plan.window.is_none(), budget: !request.mode.is_direct() };
             residents::choose(&list, &mut self.info, free, request.resident_uses)
         } else {
             Residents::default()
@@ -313,7 +313,7 @@ impl Translator {
         placed.window = self.check_window();
         placed.inner = self.a.here() as u32;
         if self.count > 0 {
-            self.a.sub_imm(host::R15, self.count as i32);
+            self.a.sub_imm(host::BUDGET, self.count as i32);
             let site = self.site(SiteKind::Budget, self.count);
             let patch = self.a.jcc(cc::S, 0);
             self.cold.push(Cold::Leave { patch, site });
@@ -363,7 +363,7 @@ impl Translator {
                         self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
                         self.a.land(missed);
                     }
-                    self.a.gs_scaled_op(op::XOR, host::RCX, host::RAX, tags);
+                    self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
                     self.settle(source);
                     self.slow_access(site, inhabited);
                 }
@@ -386,12 +386,12 @@ impl Translator {
                     let bad = self.a.jcc(cc::NE, 0);
                     self.push_short(back);
                     self.a.land(bad);
-                    self.a.store_gs(host::RCX, field::RIP);
+                    self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
                 Cold::Indirect { patch, site } => {
                     self.a.land(patch);
-                    self.a.store_gs(host::RCX, field::RIP);
+                    self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
                 Cold::Window { patch } => {
@@ -400,7 +400,7 @@ impl Translator {
                     self.jump_away(self.thunks.window[window_of(self.mode.class() as usize)]);
                     self.a.land(after);
                     self.a.jcc(cc::C, placed.entry as u64);
-                    self.a.decrement_gs32(field::WINDOW_PATIENCE);
+                    self.a.decrement_field32(field::WINDOW_PATIENCE);
                     let impatient = self.a.jcc(cc::S, 0);
                     let jump = self.a.jmp(0);
                     self.ip = request.rip;
@@ -415,12 +415,12 @@ impl Translator {
                     if inhabited {
                         self.emit_move_out();
                     }
-                    self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+                    self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
                     self.look_up_jump();
                     let missed = self.a.jcc(cc::NE, 0);
-                    self.a.jmp_gs_scaled_rax(field::JUMP_HOST);
+                    self.a.jmp_field_scaled_rax(field::JUMP_HOST);
                     self.a.land(missed);
-                    self.a.store_gs(host::RCX, field::RIP);
+                    self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
                 Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
@@ -442,7 +442,7 @@ impl Translator {
         if inhabited {
             self.emit_move_out();
         }
-        self.a.lea(true, host::R15, Some(host::R15), None, unretired as i32);
+        self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
         let jump = self.a.jmp(0);
         self.ip = ip;
         let site = self.site(kind(self.a.origin as u32 + jump), 0);
@@ -502,7 +502,7 @@ impl Translator {
     }
 
     fn check_page(&mut self, vpage: u64, identity: u32, lookup: u32) {
-        self.a.cmp_gs_imm32(field::itlb(self.mode.class(), vpage), identity);
+        self.a.cmp_field_imm32(field::itlb(self.mode.class(), vpage), identity);
         self.relocations.push(Relocation::Identity(self.a.offset() - 4));
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Leave { patch, site: lookup });
@@ -514,8 +514,8 @@ impl Translator {
         let span = WINDOW_SPANS.iter().position(|span| max - min <= *span).expect("the plan keeps to the widest span");
         let class = self.mode.class();
         self.a.lea(true, host::RCX, Some(host::RSP), None, min);
-        self.a.gs_op(true, op::SUB, host::RCX, field::window_low(class));
-        self.a.gs_op(true, op::CMP, host::RCX, field::window_places(class, span));
+        self.a.field_op(true, op::SUB, host::RCX, field::window_low(class));
+        self.a.field_op(true, op::CMP, host::RCX, field::window_places(class, span));
         let patch = self.a.jcc(cc::AE, 0);
         self.cold.push(Cold::Window { patch });
         Some((min as i16, (min + WINDOW_SPANS[span]) as i16))

@@ -74,10 +74,10 @@ impl Translator {
 
     pub(super) fn emit_settle_in(&mut self) {
         for (number, resident) in self.residents.into_iter().flatten().enumerate() {
-            if resident.host != host::R11 {
-                self.a.store_gs(resident.host, field::evicted(number));
+            if resident.host != host::DISTANCE {
+                self.a.store_field(resident.host, field::evicted(number));
             }
-            self.a.load_gs(resident.host, field::gpr(resident.guest));
+            self.a.load_field(resident.host, field::homeless(resident.guest));
         }
     }
 
@@ -98,9 +98,9 @@ impl Translator {
     /// Leaves the flags alone.
     pub(super) fn emit_move_out(&mut self) {
         for (number, resident) in self.residents.into_iter().flatten().enumerate() {
-            self.a.store_gs(resident.host, field::gpr(resident.guest));
-            let owner = if resident.host == host::R11 { field::WINDOW_DISTANCE } else { field::evicted(number) };
-            self.a.load_gs(resident.host, owner);
+            self.a.store_field(resident.host, field::homeless(resident.guest));
+            let owner = if resident.host == host::DISTANCE { field::WINDOW_DISTANCE } else { field::evicted(number) };
+            self.a.load_field(resident.host, owner);
         }
     }
 
@@ -118,7 +118,7 @@ impl Translator {
     pub(in crate::engine) fn fetch(&mut self, dst: u8, guest: u8) {
         match self.home[guest as usize] {
             Some(home) => self.a.mov(dst, home),
-            None => self.a.load_gs(dst, field::gpr(guest)),
+            None => self.a.load_field(dst, field::homeless(guest)),
         }
     }
 
@@ -130,7 +130,7 @@ impl Translator {
         match self.scratch.find(guest) {
             Some(register) if register == scratch => {}
             Some(register) => self.a.mov(scratch, register),
-            None => self.a.load_gs(scratch, field::gpr(guest)),
+            None => self.a.load_field(scratch, field::homeless(guest)),
         }
         self.scratch.set(scratch, Some(Holds::Guest(guest)));
         scratch

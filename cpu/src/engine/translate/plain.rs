@@ -100,7 +100,7 @@ impl Translator {
                     let whole = access == OpAccess::Write && register.size() >= 4 && !conditional_result(ins);
                     let read_elsewhere = use_of.reads_gpr(guest);
                     if fresh && (!whole || read_elsewhere) {
-                        self.a.load_gs(temp, field::gpr(guest));
+                        self.a.load_field(temp, field::homeless(guest));
                     }
                     if fresh {
                         self.scratch.set(temp, Some(Holds::Guest(guest)));
@@ -130,7 +130,7 @@ impl Translator {
             self.faults.push((self.last_native as u32, site));
         }
         for (guest, temp) in write_back.into_iter().flatten() {
-            self.a.store_gs(temp, field::gpr(guest));
+            self.a.store_field(temp, field::homeless(guest));
             self.scratch.changed(guest);
             self.scratch.set(temp, Some(Holds::Guest(guest)));
         }
@@ -144,7 +144,7 @@ impl Translator {
             self.a.mov(HOME[1].expect("guest RCX has a home"), host::RCX);
         }
         for i in 0..scratch.borrowed_count {
-            self.a.load_gs(scratch.borrowed[i], field::temporary(4 + i as u32));
+            self.a.load_field(scratch.borrowed[i], field::temporary(4 + i as u32));
         }
         if self.mends_flags {
             self.a.merge_zero_flag(field::FLAGS);
@@ -174,18 +174,18 @@ impl Translator {
             (Some(to), None) => match self.scratch.find(src) {
                 Some(register) if wide => self.a.mov(to, register),
                 Some(register) => self.a.mov32(to, register),
-                None => self.a.gs_op(wide, op::LOAD, to, field::gpr(src)),
+                None => self.a.field_op(wide, op::LOAD, to, field::homeless(src)),
             },
             (None, Some(from)) if wide => {
-                self.a.store_gs(from, field::gpr(dst));
+                self.a.store_field(from, field::homeless(dst));
                 self.scratch.changed(dst);
             }
             (None, from) => {
                 match from {
                     Some(from) => self.a.mov32(host::RAX, from),
-                    None => self.a.gs_op(wide, op::LOAD, host::RAX, field::gpr(src)),
+                    None => self.a.field_op(wide, op::LOAD, host::RAX, field::homeless(src)),
                 }
-                self.a.store_gs(host::RAX, field::gpr(dst));
+                self.a.store_field(host::RAX, field::homeless(dst));
                 self.scratch.changed(dst);
                 self.scratch.rax = Some(Holds::Guest(dst));
             }
@@ -231,7 +231,7 @@ impl Translator {
         let free = BORROWABLE.iter().copied().find(|r| scratch.taken & 1 << r == 0);
         let register = free.expect("no instruction uses all borrowable registers");
         scratch.taken |= 1 << register;
-        self.a.store_gs(register, field::temporary(4 + scratch.borrowed_count as u32));
+        self.a.store_field(register, field::temporary(4 + scratch.borrowed_count as u32));
         scratch.borrowed[scratch.borrowed_count] = register;
         scratch.borrowed_count += 1;
         register

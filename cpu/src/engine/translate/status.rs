@@ -152,6 +152,11 @@ impl Translator {
     }
 }
 
+/// The memory operand of a renamed instruction is a field of the vCPU block.
+fn is_in_block(out: &Instruction) -> bool {
+    out.memory_base() == Register::RAX + u32::from(host::BLOCK)
+}
+
 /// What gives the flags that `out` gives, the renamed form of `ins`, again behind it.
 pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Option<Source> {
     use Mnemonic::{And, Cmp, Or, Test, Xor};
@@ -174,7 +179,7 @@ pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Opt
                 reads |= 1 << homes.iter().position(|place| *place == Some(home))?;
             }
             // A register that lives in the vCPU block.
-            OpKind::Memory if ins.op_kind(i) == OpKind::Register || repeated.segment_prefix() == Register::GS => {
+            OpKind::Memory if ins.op_kind(i) == OpKind::Register || is_in_block(&repeated) => {
                 reads |= (0..16).filter(|guest| homes[*guest].is_none()).fold(0, |mask, guest| mask | 1 << guest);
             }
             OpKind::Memory => return None,
