@@ -366,11 +366,11 @@ impl Assembler {
         self.on_field(false, &[0xFF], 4, field);
     }
 
-    /// `jmp [rax * 8 + field]`
-    pub fn jmp_field_scaled_rax(&mut self, field: u32) {
+    /// `jmp [rax * scale + field]`
+    pub fn jmp_field_index_rax(&mut self, scale: u8, field: u32) {
         self.rex(false, 0, host::RAX, host::BLOCK);
         self.bytes.push(0xFF);
-        self.memory(4, Operand { index: Some(host::RAX), scale: 8, ..Self::field(field) });
+        self.memory(4, Operand { index: Some(host::RAX), scale, ..Self::field(field) });
     }
 
     /// `sub dword [field], 1`
@@ -515,7 +515,7 @@ mod tests {
             (text(|a| a.load_field16_eax(at(0x20))), "movzx eax,word ptr [r11+20h]"),
             (text(|a| a.field_index_op(op::CMP, RCX, RAX, 8, at(0x74))), "cmp rcx,[r11+rax*8+74h]"),
             (text(|a| a.page_number(RAX, RCX)), "shrx eax,ecx,r11d"),
-            (text(|a| a.jmp_field_scaled_rax(at(0x2008))), "jmp qword ptr [r11+rax*8+2008h]"),
+            (text(|a| a.jmp_field_index_rax(8, at(0x2008))), "jmp qword ptr [r11+rax*8+2008h]"),
             (text(|a| a.decrement_field32(at(0x30))), "sub dword ptr [r11+30h],1"),
             (text(|a| a.heat(at(0x30))), "add word ptr [r11+30h],10h"),
             (text(|a| a.cmp_field_imm32(at(0x40), 7)), "cmp dword ptr [r11+40h],7"),

@@ -13,8 +13,7 @@ use std::mem::offset_of;
 pub const TLB_BITS_MAX: u32 = 20;
 /// Entries of one TLB.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
-/// Entries of the jump cache, a power of two: about as many as a program has bytes of code, so that few of its targets
-/// share one.
+/// Entries of the jump cache, a power of two.
 pub const JUMP_ENTRIES: usize = 1 << 18;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
@@ -146,45 +145,58 @@ impl InUse {
     }
 }
 
-/// Where indirect branches go: entry by the low bits of the target. One that holds no address looked up in it is empty.
+/// An entry of the jump cache. One that holds no address looked up in it is empty.
 #[repr(C)]
-pub struct JumpCache {
-    /// Targets.
-    pub rips: [u64; JUMP_ENTRIES],
-    /// Host addresses of the checked entries of their translations; 0 in empty entries.
-    pub hosts: [u64; JUMP_ENTRIES],
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct JumpEntry {
+    /// The target.
+    pub rip: u64,
+    /// Host address of the checked entry of its translation; 0 if the entry is empty.
+    pub host: u64,
 }
 
+/// Where indirect branches go. Each four bytes of code have an entry, so that neighbours share a line of the host's caches
+/// and two targets hardly ever an entry.
+#[repr(C)]
+pub struct JumpCache(pub [JumpEntry; JUMP_ENTRIES]);
+
+/// Bytes of code for each entry of the jump cache.
+pub const JUMP_CODE: usize = 4;
+
 impl JumpCache {
+    fn index(rip: u64) -> usize {
+        rip as usize / JUMP_CODE % JUMP_ENTRIES
+    }
+
     /// Host address of the translation at `rip`, if it is known.
     pub fn get(&self, rip: u64) -> Option<u64> {
-        let at = rip as usize % JUMP_ENTRIES;
-        (self.rips[at] == rip && self.hosts[at] != 0).then_some(self.hosts[at])
+        let entry = self.0[Self::index(rip)];
+        (entry.rip == rip && entry.host != 0).then_some(entry.host)
     }
 
     /// The entry for `rip` is empty.
     pub fn has_room(&self, rip: u64) -> bool {
-        self.hosts[rip as usize % JUMP_ENTRIES] == 0
+        self.0[Self::index(rip)].host == 0
     }
 
     /// Enters where a branch to `rip` goes, without a look at what is there.
     pub fn set(&mut self, rip: u64, host: u64, used: &mut InUse) {
-        let at = rip as usize % JUMP_ENTRIES;
-        (self.rips[at], self.hosts[at]) = (rip, host);
+        let at = Self::index(rip);
+        self.0[at] = JumpEntry { rip, host };
         used.add(at);
     }
 
     /// Empties the cache.
     pub fn clear(&mut self, used: &mut InUse) {
         for at in used.take() {
-            (self.rips[at], self.hosts[at]) = (0, 0);
+            self.0[at] = JumpEntry { rip: 0, host: 0 };
         }
         self.seal();
     }
 
     /// Makes a cache of zeroes an empty one: target 0 looks at entry 0.
     pub fn seal(&mut self) {
-        self.rips[0] = 1;
+        self.0[0].rip = JUMP_CODE as u64;
     }
 }
 
@@ -315,8 +327,8 @@ pub mod field {
     pub const SLOW_ADDRESS: u32 = offset!(slow_address);
     pub const SLOW_SITE: u32 = offset!(slow_site);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
-    pub const JUMP_RIP: u32 = offset!(jumps.rips);
-    pub const JUMP_HOST: u32 = offset!(jumps.hosts);
+    pub const JUMP_RIP: u32 = offset!(jumps) + offset_of!(JumpEntry, rip) as u32;
+    pub const JUMP_HOST: u32 = offset!(jumps) + offset_of!(JumpEntry, host) as u32;
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const FAULT_DISTANCE: u32 = offset!(fault_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);

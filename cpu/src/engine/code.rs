@@ -1,7 +1,7 @@
 //! Finding and making the blocks that translated code consists of.
 
 use super::Stop;
-use super::block::{CLASSES, ITLB_ENTRIES};
+use super::block::{CLASSES, ITLB_ENTRIES, JumpEntry};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
@@ -60,7 +60,10 @@ impl Core {
     pub fn freeze(&mut self, all: bool) -> std::io::Result<Start> {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &(*self.block).jumps };
-        let jump = |at| Jump { rip: jumps.rips[at], checked: self.t.offset(jumps.hosts[at]) };
+        let jump = |at| {
+            let JumpEntry { rip, host } = jumps.0[at];
+            Jump { rip, checked: self.t.offset(host) }
+        };
         self.jumps_used.sort();
         let jumps = self.jumps_used.iter().map(jump).collect();
         self.t.freeze(all, jumps)

@@ -24,7 +24,7 @@ use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, JUMP_ENTRIES, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
+use super::block::{Class, JUMP_CODE, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
@@ -41,6 +41,8 @@ use iced_x86::{
 };
 use serde::{Deserialize, Serialize};
 
+/// What an address of code is multiplied by, to have that of its entry in the jump cache.
+const JUMP_SCALE: u8 = (size_of::<JumpEntry>() / JUMP_CODE) as u8;
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
 
@@ -418,7 +420,7 @@ impl Translator {
                     self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
                     self.look_up_jump();
                     let missed = self.a.jcc(cc::NE, 0);
-                    self.a.jmp_field_scaled_rax(field::JUMP_HOST);
+                    self.a.jmp_field_index_rax(JUMP_SCALE, field::JUMP_HOST);
                     self.a.land(missed);
                     self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
