@@ -17,7 +17,7 @@ differing=0
 run() { # name, seed, engine
     code=0
     "$orrery" run "$images/$1.img" --seed "$2" --engine "$3" --runs "$work/runs" --no-input --quiet --json \
-        --no-snapshots --engine-statistics >"$work/report" 2>"$work/statistics" || code=$?
+        --epoch 268435456 --no-snapshots --engine-statistics >"$work/report" 2>"$work/statistics" || code=$?
     entered=$(sed -n 's/^ *\([0-9]*\) stretches in the virtual machine$/\1/p' "$work/statistics")
     visits="$visits $3 ${entered:-0}"
     sed -E 's/.*"icount":([0-9]+).*"state_hash":"([0-9a-f]+)","chain":"([0-9a-f]+)".*/\1 instructions, state \2, chain \3/' \
