@@ -397,6 +397,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_jump_cache_knows_what_was_entered_last() {
+        let bytes = vec![0u64; size_of::<JumpCache>() / 8].into_boxed_slice();
+        // SAFETY: as long and as aligned, and all-zero bytes are a valid value.
+        let mut jumps = unsafe { Box::from_raw(Box::into_raw(bytes).cast::<JumpCache>()) };
+        let mut used = InUse::default();
+        jumps.seal();
+        let nothing = |jumps: &JumpCache| (0..64).all(|rip| jumps.get(rip).is_none() && jumps.has_room(rip));
+        assert!(nothing(&jumps), "target 0 neither");
+        let covered = (JUMP_ENTRIES * JUMP_CODE) as u64;
+        // In an entry each, up to the last; the next is that of the first.
+        for rip in [0, 5, 10, covered - 1] {
+            jumps.set(rip, rip + 7, &mut used);
+        }
+        assert_eq!([0, 5, 10, covered - 1].map(|rip| jumps.get(rip)), [0, 5, 10, covered - 1].map(|rip| Some(rip + 7)));
+        assert_eq!([1, 6, 4, covered].map(|rip| jumps.get(rip)), [None; 4]);
+        jumps.set(covered, 1, &mut used);
+        assert_eq!((jumps.get(0), jumps.get(covered), jumps.get(5)), (None, Some(1), Some(12)));
+        jumps.clear(&mut used);
+        assert!(nothing(&jumps) && jumps.get(covered).is_none());
+    }
+
+    #[test]
     fn notes_of_many_entries_cost_little_and_none_is_lost() {
         let mut used = InUse::default();
         for _ in 0..4 {
