@@ -203,7 +203,7 @@ impl JumpCache {
 /// What translated code uses most, where the displacements of instructions have one byte.
 #[repr(C, align(64))]
 pub struct Near {
-    /// What comes last is next to the TLBs.
+    /// Makes the length a multiple of the alignment: what comes last is next to the TLBs.
     pub unused: [u64; 2],
     /// For supervisor and for user code.
     pub windows: [StackWindow; 2],
@@ -211,7 +211,6 @@ pub struct Near {
     pub homeless: [u64; 16 - HOMELESS_FIRST],
     /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
     pub flags: u32,
-    pub unused_too: u32,
     /// What was in host registers that residents of the running block live in.
     pub evicted: [u64; RESIDENTS_MAX],
     /// Host addresses of the ranges of the running block's groups.
@@ -226,6 +225,9 @@ pub const HOMELESS_FIRST: usize = gpr::R11;
 pub const BLOCK_BIAS: u32 = offset_of!(VcpuBlock, tlb) as u32 - 116;
 
 const _: () = assert!(BLOCK_BIAS % 32 == PAGE_SIZE.trailing_zeros());
+// The fields that are to be near are.
+const _: () = assert!(BLOCK_BIAS - field::window_low(Class::User) <= 128);
+const _: () = assert!(field::tlb_tags(Class::User, false) - BLOCK_BIAS < 128);
 
 /// See the module's text.
 #[repr(C, align(4096))]
