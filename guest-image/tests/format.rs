@@ -162,19 +162,53 @@ fn extracted_files_are_the_contents() {
     assert_eq!(fs::read(&paths[3]).unwrap(), image.disks()[0][..]);
 }
 
+/// The file is refused, or its contents are what they were: zstd has bits that no decoder looks at, in the frame header
+/// (RFC 8878, Unused_Bit) and at the ends of its tables, and the hashes cover contents. Returns whether it was refused.
+fn refused_or_the_same(changed: &[u8], image: &Image) -> Result<bool, String> {
+    match open(changed) {
+        Err(error) if error.to_string().contains("damaged.img") => Ok(true),
+        Err(error) => Err(format!("no word of the file: {error}")),
+        Ok(opened) if opened.hash() == image.hash() => {
+            // What the header has of hashes is not believed.
+            let contents = |image: &Image| {
+                let directory = tempfile::tempdir().unwrap();
+                let paths = image.extract(directory.path().join("out")).unwrap();
+                paths.iter().map(|path| fs::read(path).unwrap()).collect::<Vec<_>>()
+            };
+            if contents(&opened) == contents(image) { Ok(false) } else { Err("other contents".to_string()) }
+        }
+        Ok(_) => Err("another image".to_string()),
+    }
+}
+
+#[test]
+fn a_changed_bit_is_found_or_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let (image, mut bytes) = written(&directory.path().join("a.img"));
+    let mut ignored = 0;
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            bytes[at] ^= 1 << bit;
+            let refused = refused_or_the_same(&bytes, &image).unwrap_or_else(|e| panic!("bit {bit} of byte {at}: {e}"));
+            ignored += usize::from(!refused);
+            bytes[at] ^= 1 << bit;
+        }
+    }
+    assert!(ignored < bytes.len() / 50, "{ignored} bits of {} bytes mean nothing", bytes.len());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
-    /// Every byte of the file is covered by a hash or checked: whichever changes, the file no longer opens.
+    /// Every byte of the file is covered by a hash or checked.
     #[test]
     fn a_changed_byte_is_found(at in any::<prop::sample::Index>(), in_tables in any::<bool>(), flip in 1u8..=255) {
         let directory = tempfile::tempdir().unwrap();
-        let (_, mut bytes) = written(&directory.path().join("a.img"));
-        let at = at.index(if in_tables { 800 } else { bytes.len() });
+        let (image, mut bytes) = written(&directory.path().join("a.img"));
+        let at = at.index(if in_tables { 600 } else { bytes.len() });
         bytes[at] ^= flip;
-        let error = open(&bytes);
-        prop_assert!(error.is_err(), "byte {} may be anything", at);
-        prop_assert!(error.unwrap_err().to_string().contains("damaged.img"));
+        let refused = refused_or_the_same(&bytes, &image);
+        prop_assert!(refused == Ok(true) || refused == Ok(false) && !in_tables, "byte {}: {:?}", at, refused);
     }
 
     /// Tables with arbitrary numbers in them, under a header that is right, neither panic nor allocate what they say.
