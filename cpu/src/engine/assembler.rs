@@ -124,7 +124,7 @@ impl Assembler {
         self.memory(reg, Operand { index: Some(index), scale, ..Self::field(field) });
     }
 
-    /// `shrx dst32, src32, r11d`, whose count is [`PAGE_SHIFT`](super::block::BLOCK_BIAS): the number of a page.
+    /// `shrx dst32, src32, r11d`: the number of a page, since the low bits of R11 are that count ([`BLOCK_BIAS`]).
     pub fn page_number(&mut self, dst: u8, src: u8) {
         debug_assert!(dst < 8 && src < 8);
         self.put(&[0xC4, 0xE2, !host::BLOCK << 3 & 0x78 | 3, 0xF7, 0xC0 | dst << 3 | src]);
