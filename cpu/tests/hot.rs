@@ -107,6 +107,49 @@ fn loops_are_unrolled_and_jumps_followed_unseen() {
     assert!(hot.0.statistics().crossing > 0, "{}", hot.0.statistics());
 }
 
+/// A loop whose branches go the same way for long: which one is chosen by `rounds`, on the way from 0 to three times as
+/// many turns. In each turn exactly one of three ways is taken, past what must not be executed.
+fn phases(rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut again, mut second, mut third, mut join) =
+        (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+    a.xor(ecx, ecx).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.cmp(ecx, rounds).unwrap();
+    a.jae(second).unwrap();
+    a.lea(rax, ptr(rax + rcx * 2)).unwrap();
+    a.jmp(join).unwrap();
+    a.db(&[0x0F, 0x0B]).unwrap();
+    a.set_label(&mut third).unwrap();
+    a.sbb(rbx, rax).unwrap();
+    a.rol(rbx, 3).unwrap();
+    a.jmp(join).unwrap();
+    a.db(&[0x0F, 0x0B]).unwrap();
+    a.set_label(&mut second).unwrap();
+    a.cmp(ecx, 2 * rounds).unwrap();
+    a.jae(third).unwrap();
+    a.adc(rdx, rax).unwrap();
+    a.set_label(&mut join).unwrap();
+    a.inc(ecx).unwrap();
+    a.adc(rbp, rdx).unwrap();
+    a.cmp(ecx, 3 * rounds).unwrap();
+    a.jne(again).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+#[test]
+fn what_is_usual_changes_unseen() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    // Branches not taken become usual ones while the block counts, when it is hot, and long before.
+    for rounds in [2_000, 3_000, 5_000, 12_000] {
+        let code = phases(rounds);
+        let (mut expected, mut hot) = (guest(plain.clone(), &code), guest(EngineConfig::default(), &code));
+        compare_at_stops(&mut expected, &mut hot, u64::from(rounds) / 2);
+        compare_at_end(&mut expected, &mut hot, Stop::Halted);
+    }
+}
+
 /// A loop that begins with numbers on both sides of a page's end and rewrites an instruction further down. What reads
 /// the numbers one by one may be a longer block than the one that could not read them together.
 fn crossing(rounds: u32, distance: usize) -> Vec<u8> {
@@ -198,7 +241,7 @@ fn calls_are_followed_unseen() {
 
 #[test]
 fn random_blocks_come_to_the_same_end() {
-    for code in [program(12), crossing(300, 0), crossing(300, 10), crossing(300, 40), crossing(300, 100)] {
+    for code in [program(12), phases(500), crossing(300, 0), crossing(300, 10), crossing(300, 40), crossing(300, 100)] {
         let mut expected = guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, &code);
         assert_eq!(expected.0.run(END, &mut Empty), Stop::Halted);
         for chaos in 1..60 {

@@ -41,7 +41,7 @@ impl Key {
             mode: request.mode.0,
             grouping: request.grouping,
             window: request.window,
-            hot: request.hot,
+            hot: request.hot.is_some(),
             heats: request.heats,
             resident_uses: request.resident_uses,
             undefined: request.undefined,
@@ -280,12 +280,9 @@ impl Site {
             }
             SiteKind::Window { patch } => SiteKind::Window { patch: patch.wrapping_add(code) },
             SiteKind::Crossing { patch } => SiteKind::Crossing { patch: patch.wrapping_add(code) },
+            SiteKind::Hot { longer, counts } => SiteKind::Hot { longer, counts: counts.wrapping_add(code) },
             SiteKind::Emulate { instruction } => SiteKind::Emulate { instruction: instruction.wrapping_add(emulated) },
-            kind @ (SiteKind::Indirect { .. }
-            | SiteKind::Budget
-            | SiteKind::Hot
-            | SiteKind::Lookup
-            | SiteKind::Fault { .. }) => kind,
+            kind @ (SiteKind::Indirect { .. } | SiteKind::Budget | SiteKind::Lookup | SiteKind::Fault { .. }) => kind,
         };
         Site { kind, block, ..*self }
     }
@@ -316,7 +313,7 @@ mod tests {
             grouping: true,
             resident_uses: residents::WORTH_IT,
             window: true,
-            hot: false,
+            hot: None,
             heats: true,
             isolated: false,
             undefined: Undefined::NONE,

@@ -379,11 +379,11 @@ impl Assembler {
         self.bytes.push(1);
     }
 
-    /// `add word [field], 2^16 / HEAT`: carries once in [`HEAT`](super::block::HEAT) times.
-    pub fn heat(&mut self, field: u32) {
+    /// `add word [field], by`
+    pub fn add_field16(&mut self, field: u32, by: u8) {
         self.bytes.push(0x66);
         self.on_field(false, &[0x83], 0, field);
-        self.bytes.push(((1 << 16) / super::block::HEAT) as u8);
+        self.bytes.push(by);
     }
 
     /// `call [field]`
@@ -517,7 +517,7 @@ mod tests {
             (text(|a| a.page_number(RAX, RCX)), "shrx eax,ecx,r11d"),
             (text(|a| a.jmp_field_index_rax(8, at(0x2008))), "jmp qword ptr [r11+rax*8+2008h]"),
             (text(|a| a.decrement_field32(at(0x30))), "sub dword ptr [r11+30h],1"),
-            (text(|a| a.heat(at(0x30))), "add word ptr [r11+30h],10h"),
+            (text(|a| a.add_field16(at(0x30), 16)), "add word ptr [r11+30h],10h"),
             (text(|a| a.cmp_field_imm32(at(0x40), 7)), "cmp dword ptr [r11+40h],7"),
             (text(|a| a.or_and_field_imm32(true, at(0), 0x200)), "or dword ptr [r11],200h"),
             (text(|a| a.or_and_field_imm32(false, at(8), !0x200)), "and dword ptr [r11+8],0FFFFFDFFh"),

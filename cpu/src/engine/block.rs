@@ -3,6 +3,7 @@
 
 #![allow(missing_docs)]
 
+use super::profile::Profile;
 use super::residents::RESIDENTS_MAX;
 use super::signals::SignalStack;
 use crate::memory::PAGE_SIZE;
@@ -17,11 +18,6 @@ pub const TLB_ENTRIES: usize = 1 << TLB_BITS_MAX;
 pub const JUMP_ENTRIES: usize = 1 << 18;
 /// Entries of one instruction TLB, a power of two.
 pub const ITLB_ENTRIES: usize = 1 << 13;
-
-/// Counters of how often blocks run, a power of two.
-pub const HEAT_PLACES: usize = 1 << 11;
-/// So often a block runs before it is hot. Another translation costs what it saves in about as many runs.
-pub const HEAT: u32 = 1 << 12;
 
 /// Which permission checks an access is subject to; each has TLBs of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -271,8 +267,7 @@ pub struct VcpuBlock {
     pub window_distance: u64,
     /// How often a block may still miss the window before Rust is asked for a better one.
     pub window_patience: u32,
-    /// What blocks that could be longer have added up, in steps that overflow when they are hot.
-    pub heat: [u16; HEAT_PLACES],
+    pub profile: Profile,
     pub jumps: JumpCache,
     /// The last fields in front of the TLBs and the first of these are near the block's base.
     pub near: Near,
@@ -334,8 +329,11 @@ pub mod field {
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const FAULT_DISTANCE: u32 = offset!(fault_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);
-    pub const fn heat(rip: u64) -> u32 {
-        offset!(heat) + 2 * (rip as usize % HEAT_PLACES) as u32
+    pub const fn runs(rip: u64) -> u32 {
+        offset!(profile) + Profile::runs(rip)
+    }
+    pub const fn taken(rip: u64, branch: usize) -> u32 {
+        offset!(profile) + Profile::taken(rip, branch)
     }
     pub const fn window(which: usize) -> u32 {
         offset!(near.windows) + (which * size_of::<StackWindow>()) as u32

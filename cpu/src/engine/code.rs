@@ -5,6 +5,7 @@ use super::block::{CLASSES, ITLB_ENTRIES, JumpEntry};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
+use super::profile::Ways;
 use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request};
 use super::translations::{Purpose, Start, start};
 use crate::exception::Exception;
@@ -196,9 +197,15 @@ impl Core {
                 chaos.below(self.config.max_block_instructions as u64) as u32 + 1,
                 chaos.below(2) == 0,
                 1 + chaos.below(8) as u8,
-                chaos.below(4) == 0,
+                (chaos.below(4) == 0).then(|| Ways::Random(chaos.next())),
             ),
-            None => (self.config.max_block_instructions, true, self.config.resident_uses, mode.is_direct()),
+            None => {
+                // SAFETY: the vCPU block is owned by this core; no guest runs while a block is translated.
+                let profile = unsafe { &(*self.block).profile };
+                let hot = mode.is_direct() || self.t.is_hot(start(identity, rip));
+                let ways = hot.then_some(Ways::Counted(profile));
+                (self.config.max_block_instructions, true, self.config.resident_uses, ways)
+            }
         };
         let index = self.t.blocks.len() as u32;
         let cuts = self.observed.cuts();
@@ -214,7 +221,7 @@ impl Core {
             },
             careful: purpose == Purpose::Careful,
             window: purpose == Purpose::Ordinary && !mode.is_direct(),
-            hot: hot || self.t.is_hot(start(identity, rip)),
+            hot,
             heats: purpose == Purpose::Ordinary && !mode.is_direct(),
             grouping: grouping
                 && !mode.is_direct()
@@ -232,6 +239,10 @@ impl Core {
             tlb_mask: self.tlb_mask,
             cuts: &cuts,
         };
+        if request.heats && request.hot.is_none() {
+            // SAFETY: the vCPU block is owned by this core.
+            unsafe { (*self.block).profile.begin(rip) };
+        }
         self.statistics.translated += 1;
         if purpose != Purpose::Ordinary {
             self.statistics.translated_special += 1;

@@ -60,7 +60,7 @@ impl Core {
             max_instructions: 1,
             careful: true,
             window: false,
-            hot: false,
+            hot: None,
             heats: false,
             grouping: false,
             resident_uses: residents::WORTH_IT,

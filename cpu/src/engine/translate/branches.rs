@@ -23,8 +23,32 @@ impl Translator {
         self.save_flags();
         let condition = ins.condition_code() as u8 - 1;
         let patch = self.a.jcc(condition, 0);
-        self.link_site(self.masked(ins.near_branch_target()), patch);
+        let target = self.masked(ins.near_branch_target());
+        match self.counter() {
+            None => self.link_site(target, patch),
+            counter => self.side(patch, target, counter),
+        }
         self.link(ins.next_ip());
+    }
+
+    /// Where it is counted that the next branch is taken.
+    fn counter(&mut self) -> Option<u32> {
+        let branch = self.counting.as_mut()?;
+        *branch += 1;
+        Some(field::taken(self.start, *branch - 1))
+    }
+
+    /// Leaves from `patch` for a target, behind the current instruction.
+    fn side(&mut self, patch: u32, target: u64, counter: Option<u32>) {
+        let side = Side {
+            target,
+            ip: self.ip,
+            save_flags: if let Flags::Host(overflow) = self.flags { Some(overflow) } else { None },
+            unretired: self.unretired() - 1,
+            same_stack: self.plan.same_stack(self.position + 1),
+            counter,
+        };
+        self.cold.push(Cold::Side { patch, side });
     }
 
     /// A branch in the middle of a block, which goes on at `next` and leaves in the other case.
@@ -36,14 +60,8 @@ impl Translator {
             false => (condition ^ 1, ins.next_ip()),
         };
         let patch = self.a.jcc(leaves, 0);
-        self.cold.push(Cold::Side {
-            patch,
-            target,
-            ip: self.ip,
-            save_flags: if let Flags::Host(overflow) = self.flags { Some(overflow) } else { None },
-            unretired: self.unretired() - 1,
-            same_stack: self.plan.same_stack(self.position + 1),
-        });
+        let counter = self.counter();
+        self.side(patch, target, counter);
     }
 
     pub(super) fn masked(&self, rip: u64) -> u64 {

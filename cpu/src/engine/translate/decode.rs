@@ -4,10 +4,10 @@
 use super::*;
 
 /// Forward branches that a block goes on behind, as if they were not taken.
-const SIDE_BRANCHES_MAX: u32 = 4;
+const SIDE_BRANCHES_MAX: usize = COUNTED - 1;
 
-/// Branches that a hot block goes on behind: forward as if they were not taken, backward as if they were.
-const HOT_SIDE_BRANCHES_MAX: u32 = 6;
+/// Branches that a hot block goes on behind.
+const HOT_SIDE_BRANCHES_MAX: usize = 12;
 
 /// How often a hot block holds an instruction, if a loop is unrolled.
 const UNROLLED_MAX: usize = 4;
@@ -21,8 +21,10 @@ pub(super) struct Path {
     pub(super) guest_len: u32,
     /// Address behind the last of them.
     pub(super) next: u64,
-    /// If the block were hot it would go on.
-    pub(super) ends_early: bool,
+    /// The block has conditional branches.
+    pub(super) branches: bool,
+    /// If it were hot it would go on.
+    pub(super) longer: bool,
 }
 
 /// The first instruction does not end within the bytes given.
@@ -57,7 +59,8 @@ impl Translator {
     }
 
     /// Decodes the block into `self.instructions`. Behind forward branches it goes on as if they were not taken. A hot
-    /// block also follows jumps and backward branches, if they do not lead far, calls that do not, and returns from these.
+    /// block goes where its branches usually lead, if that is not far, and follows jumps, calls, and returns from these
+    /// likewise.
     fn decode(&mut self, request: &Request, follows_calls: bool) -> Result<Path, NeedsMoreBytes> {
         self.instructions.clear();
         let mut decoder = Decoder::new(request.mode.bitness(), request.code, DecoderOptions::NONE);
@@ -65,15 +68,17 @@ impl Translator {
         decoder.set_position(request.at).expect("RIP is in the code");
         let follows = request.mode.is_64bit() && !request.isolated && request.second_page.is_none();
         let (mut low, mut high) = (request.at, request.at);
-        let side_branches_max = if request.hot { HOT_SIDE_BRANCHES_MAX } else { SIDE_BRANCHES_MAX };
+        let mut guide = request.hot.map(|ways| Guide::new(ways, request.rip));
+        let hot = guide.is_some();
+        let side_branches_max = if hot { HOT_SIDE_BRANCHES_MAX } else { SIDE_BRANCHES_MAX };
         let mut side_branches = 0;
         // Where calls that were followed come back to.
         let mut calls = Vec::new();
-        let mut ends_early = false;
+        let (mut branches, mut longer) = (false, false);
         let mut undefined = false;
         let most = request.max_instructions.min(MAX_INSTRUCTIONS) as usize;
         while self.instructions.len() < most {
-            if request.hot && self.ends_loop(decoder.ip(), most) {
+            if hot && self.ends_loop(decoder.ip(), most) {
                 break;
             }
             if !self.instructions.is_empty() && request.cuts.binary_search(&decoder.ip()).is_ok() {
@@ -106,12 +111,19 @@ impl Translator {
             undefined = treatment == Treatment::Plain && request.undefined.emulates(&ins);
             (low, high) = (low.min(at), high.max(decoder.position()));
             let target = ins.near_branch_target();
+            let usual = match &mut guide {
+                Some(guide) if treatment == Treatment::Branch => guide.usually(ins.next_ip()),
+                _ => None,
+            };
+            // Loops go on.
+            let taken = usual.unwrap_or(target <= ins.ip());
             let mut follow = |decoder: &mut Decoder, target: u64| {
                 let to = target.wrapping_sub(request.rip).wrapping_add(request.at as u64);
                 let near = to < request.code.len() as u64 && high.max(to as usize) - low.min(to as usize) <= REACH_MAX;
-                ends_early |= follows && near && !request.hot;
-                let goes_on = follows && near && request.hot;
+                longer |= follows && near && !hot;
+                let goes_on = follows && near && hot;
                 if goes_on {
+                    guide.iter_mut().for_each(|guide| guide.enter(target));
                     decoder.set_ip(target);
                     decoder.set_position(to as usize).expect("it is in the code");
                 }
@@ -120,7 +132,7 @@ impl Translator {
             let (treatment, goes_on) = match treatment {
                 Treatment::Jump if follow(&mut decoder, target) => (Treatment::Nothing, true),
                 Treatment::Branch if follows && side_branches < side_branches_max => {
-                    (treatment, target > ins.ip() || follow(&mut decoder, target))
+                    (treatment, if taken { follow(&mut decoder, target) } else { true })
                 }
                 Treatment::Call if follows_calls && follow(&mut decoder, target) => {
                     calls.push(ins.next_ip());
@@ -134,7 +146,8 @@ impl Translator {
                 }
                 treatment => (treatment, !treatment.ends_block()),
             };
-            side_branches += (treatment == Treatment::Branch && goes_on) as u32;
+            side_branches += (treatment == Treatment::Branch && goes_on) as usize;
+            branches |= treatment == Treatment::Branch;
             self.instructions.push((ins, treatment));
             if !goes_on || request.second_page.is_some() {
                 break;
@@ -154,7 +167,13 @@ impl Translator {
                 last => last,
             };
         }
-        Ok(Path { guest_before: (request.at - low) as u32, guest_len: (high - request.at) as u32, next, ends_early })
+        Ok(Path {
+            guest_before: (request.at - low) as u32,
+            guest_len: (high - request.at) as u32,
+            next,
+            branches,
+            longer,
+        })
     }
 
     /// The instructions decoded so far come to a loop's end, and another turn has no place in the block.

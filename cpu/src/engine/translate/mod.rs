@@ -30,6 +30,7 @@ use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
 use super::homeless;
 use super::mode::Mode;
+use super::profile::{COUNTED, Guide, HEAT_STEP, Ways};
 use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized};
 use super::residents::{self, Free, Residents};
 use super::thunks::Thunks;
@@ -45,6 +46,9 @@ use serde::{Deserialize, Serialize};
 const JUMP_SCALE: u8 = (size_of::<JumpEntry>() / JUMP_CODE) as u8;
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
+
+/// As long as what counts a block's runs: two NOPs.
+pub const COUNTS_NOT: [u8; 15] = [0x66, 0x0F, 0x1F, 0x84, 0, 0, 0, 0, 0, 0x66, 0x0F, 0x1F, 0x44, 0, 0];
 
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
@@ -78,8 +82,9 @@ pub enum SiteKind {
     Indirect { popped: i32 },
     /// The budget does not cover the block.
     Budget,
-    /// The block has run so often that it is worth a longer translation.
-    Hot,
+    /// The block has run so often that it is worth a better translation, which may be `longer`. If there is none, what
+    /// `counts` the runs, at this offset, is overwritten.
+    Hot { longer: bool, counts: u32 },
     /// The block reaches beyond the stack window. The rel32 at `patch` may be led to a translation without it.
     Window { patch: u32 },
     /// The range of a group of accesses crosses a page. The rel32 at `patch` may be led to a translation without groups.
@@ -120,8 +125,8 @@ pub struct Request<'a> {
     pub grouping: bool,
     /// Accesses near RSP go through the stack window.
     pub window: bool,
-    /// The block runs often: it goes on where its branches mostly lead.
-    pub hot: bool,
+    /// The block runs often: it goes on where its branches usually lead.
+    pub hot: Option<Ways<'a>>,
     /// The block says when it runs often, if it could be longer.
     pub heats: bool,
     /// Uses from which a register without a home gets one for the block.
@@ -173,7 +178,7 @@ pub(super) enum Cold {
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
     /// what the budget was charged for the rest of the block, and go to the target.
-    Side { patch: u32, target: u64, ip: u64, save_flags: Option<Overflow>, unretired: u32, same_stack: bool },
+    Side { patch: u32, side: Side },
     /// `patch` leads here when the stack window does not cover the block.
     Window { patch: u32 },
     /// `patch` leads here when a return in the middle of the block goes elsewhere, to the address in RCX: save the flags
@@ -184,6 +189,17 @@ pub(super) enum Cold {
     Call { patch: u32, site: u32, back: u32 },
     /// `patch` leads here: leave with the site and the next RIP, which is in RCX.
     Indirect { patch: u32, site: u32 },
+}
+
+/// A branch out of the middle of a block.
+pub(super) struct Side {
+    target: u64,
+    ip: u64,
+    save_flags: Option<Overflow>,
+    unretired: u32,
+    same_stack: bool,
+    /// Where it is counted.
+    counter: Option<u32>,
 }
 
 /// The translator: buffers that are reused from block to block.
@@ -219,6 +235,9 @@ pub struct Translator {
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
     mends_flags: bool,
     isolated: bool,
+    /// The next of the branches whose ways are counted.
+    counting: Option<usize>,
+    start: u64,
     block: u32,
     tlb_mask: u32,
     count: u32,
@@ -258,6 +277,8 @@ impl Translator {
             careful: false,
             mends_flags: false,
             isolated: false,
+            counting: None,
+            start: 0,
             block: 0,
             tlb_mask: 0,
             count: 0,
@@ -290,7 +311,7 @@ impl Translator {
         let list = std::mem::take(&mut self.instructions);
         self.count = list.iter().filter(|(_, t)| *t != Treatment::Emulate).count() as u32;
         self.index = 0;
-        self.ip = request.rip;
+        (self.start, self.ip) = (request.rip, request.rip);
         self.a.start(origin as u64);
         let plan = &self.plan;
         let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
@@ -304,7 +325,8 @@ impl Translator {
             Residents::default()
         };
 
-        let Path { guest_before, guest_len, next, ends_early } = path;
+        let Path { guest_before, guest_len, next, branches, longer } = path;
+        self.counting = (request.heats && request.hot.is_none() && (branches || longer)).then_some(0);
         let mut placed = Placed { checked: origin, guest_len, guest_before, ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
         self.check_page(request.rip >> 12, request.page_identity, lookup);
@@ -319,10 +341,12 @@ impl Translator {
             let site = self.site(SiteKind::Budget, self.count);
             let patch = self.a.jcc(cc::S, 0);
             self.cold.push(Cold::Leave { patch, site });
-            if ends_early && request.heats {
-                self.a.heat(field::heat(request.rip));
-                let site = self.site(SiteKind::Hot, self.count);
+            if self.counting.is_some() {
+                let counts = self.a.here() as u32;
+                self.a.add_field16(field::runs(request.rip), HEAT_STEP);
+                let site = self.site(SiteKind::Hot { longer, counts }, self.count);
                 let patch = self.a.jcc(cc::C, 0);
+                debug_assert_eq!(self.a.here() as u32, counts + COUNTS_NOT.len() as u32);
                 self.cold.push(Cold::Leave { patch, site });
             }
         } else {
@@ -425,10 +449,13 @@ impl Translator {
                     self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
-                Cold::Side { patch, target, ip, save_flags, unretired, same_stack } => {
+                Cold::Side { patch, side: Side { target, ip, save_flags, unretired, same_stack, counter } } => {
                     self.a.land(patch);
                     if let Some(overflow) = save_flags {
                         self.store_flags(overflow);
+                    }
+                    if let Some(counter) = counter {
+                        self.a.add_field16(counter, 1);
                     }
                     let kind = |patch| SiteKind::Link { target, patch, same_stack };
                     self.leave_early(inhabited, ip, unretired, kind);
@@ -444,7 +471,9 @@ impl Translator {
         if inhabited {
             self.emit_move_out();
         }
-        self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
+        if unretired > 0 {
+            self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
+        }
         let jump = self.a.jmp(0);
         self.ip = ip;
         let site = self.site(kind(self.a.origin as u32 + jump), 0);
