@@ -234,6 +234,7 @@ impl Record<'_> {
             }
         }
         let moved = |site: &Site| site.moved(origin, request.first_emulated, request.block);
+        translator.elsewhere.clear();
         translator.sites.clear();
         translator.sites.extend(self.sites.iter().map(moved));
         translator.faults.clear();
@@ -322,6 +323,7 @@ mod tests {
             first_emulated: 5 * index,
             page_identity: 7 * index,
             second_page: None,
+            others: &[],
             tlb_mask: 0xFFF,
             cuts: &[],
         }

@@ -6,8 +6,8 @@ use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
 use super::profile::Ways;
-use super::translate::{MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, Request};
-use super::translations::{Purpose, Start, start};
+use super::translate::{Elsewhere, Lacks, MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, OtherPage, Request};
+use super::translations::{CodePage, Purpose, Start, start};
 use crate::exception::Exception;
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
 use crate::paging::is_canonical;
@@ -236,6 +236,7 @@ impl Core {
             first_emulated: self.t.emulated.len() as u32,
             page_identity: identity,
             second_page: None,
+            others: &[],
             tlb_mask: self.tlb_mask,
             cuts: &cuts,
         };
@@ -256,15 +257,26 @@ impl Core {
         self.statistics.pasted += u64::from(pasted.is_some());
         let translated = match pasted {
             Some(placed) => Ok(placed),
-            None => self.translator.translate(&request, origin).inspect(|placed| {
-                if let Some(archive) = archive {
-                    archive.add(&request, origin, &self.translator, placed);
+            None => {
+                let mut others = Vec::new();
+                loop {
+                    let request = Request { others: &others, ..request };
+                    match self.translator.translate(&request, origin) {
+                        Ok(placed) => {
+                            if let Some(archive) = archive.filter(|_| !placed.spreads) {
+                                archive.add(&request, origin, &self.translator, &placed);
+                            }
+                            break Ok(placed);
+                        }
+                        Err(Lacks::Page(vpage)) => others.push(self.other_page(vpage, mode)),
+                        Err(Lacks::Bytes) => break Err(()),
+                    }
                 }
-            }),
+            }
         };
         let placed = match translated {
             Ok(placed) => placed,
-            Err(_) => {
+            Err(()) => {
                 // The instruction goes on in the next page.
                 let vpage = (rip >> 12).wrapping_add(1);
                 let next_linear = vpage << 12;
@@ -301,7 +313,27 @@ impl Core {
         {
             self.begin_to_watch(second_page.into());
         }
+        for part in 0..self.translator.elsewhere.len() {
+            let Elsewhere { page, first, len } = self.translator.elsewhere[part];
+            if self.t.pages.add_block(page, index, first.into(), len.into()) {
+                self.begin_to_watch(page.into());
+            }
+        }
         Ok(Ok(index))
+    }
+
+    /// What a block may go on in, as far as the instruction TLB knows the page: translating must not be seen, hence walk
+    /// no tables.
+    fn other_page<'a>(&self, vpage: u64, mode: Mode) -> OtherPage<'a> {
+        // SAFETY: the vCPU block is owned by this core.
+        let identity = unsafe { (*self.block).itlb[mode.class() as usize][vpage as usize % ITLB_ENTRIES] };
+        let CodePage { vpage: known, page, mode: its_mode, .. } = self.t.code_pages[identity];
+        let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE);
+        let code = host.filter(|_| identity != 0 && known == vpage && its_mode == mode).map(|host| {
+            // SAFETY: the page is mapped RAM; the guest does not run while it is read.
+            (identity, page, unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) })
+        });
+        OtherPage { vpage, code }
     }
 
     /// Puts what the translator has just made where it can be executed and found.

@@ -73,6 +73,7 @@ impl Core {
             // No page has this identity: the block is never found again.
             page_identity: 0,
             second_page: None,
+            others: &[],
             tlb_mask: self.tlb_mask,
             cuts: &[],
         };

@@ -245,7 +245,7 @@ impl Core {
         }
     }
 
-    /// Forgets blocks in the pages of these addresses: they may lead past them, and others may lead to them.
+    /// Forgets blocks that may be in the pages of these addresses: they may lead past them, and others may lead to them.
     fn forget_code_near(&mut self, addresses: &[u64]) {
         let near = |vpage: u64| {
             // Ascending, so that the first address from the page's beginning on tells.
@@ -254,7 +254,8 @@ impl Core {
         };
         for index in 0..self.t.blocks.len() as u32 {
             let block = &self.t.blocks[index];
-            if block.valid && (near(block.rip >> 12) || block.second.is_some_and(|(vpage, _)| near(vpage))) {
+            let second = block.second.is_some_and(|(vpage, _)| near(vpage));
+            if block.valid && (block.spreads || second || near(block.rip >> 12)) {
                 self.kill(index);
             }
         }

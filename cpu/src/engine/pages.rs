@@ -79,7 +79,7 @@ impl Pages {
 
     /// True if another block can be registered.
     pub fn has_room(&self) -> bool {
-        self.covers.has_room(2)
+        self.covers.has_room(super::translate::PARTS_MAX)
     }
 
     /// Registers a block that was translated from `len` bytes at `first` of `page`. True if the page had no code.

@@ -72,6 +72,8 @@ pub struct Block {
     /// Index + 1 of the next block with the same hash.
     next: u32,
     pub valid: bool,
+    /// It consists of bytes of several pages.
+    pub spreads: bool,
     /// It is invalid only because there is a better one.
     superseded: bool,
     pub purpose: Purpose,

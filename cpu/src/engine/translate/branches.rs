@@ -44,9 +44,27 @@ impl Translator {
             target,
             ip: self.ip,
             save_flags: if let Flags::Host(overflow) = self.flags { Some(overflow) } else { None },
+            source: None,
             unretired: self.unretired() - 1,
             same_stack: self.plan.same_stack(self.position + 1),
             counter,
+        };
+        self.cold.push(Cold::Side { patch, side });
+    }
+
+    /// In front of an instruction in another page: leaves if that is not the page that it was decoded from.
+    pub(super) fn cross(&mut self, crossing: &Crossing) {
+        self.clobber_flags();
+        self.a.cmp_field_imm32(field::itlb(self.mode.class(), crossing.vpage), crossing.identity);
+        let patch = self.a.jcc(cc::NE, 0);
+        let side = Side {
+            target: self.ip,
+            ip: self.ip,
+            save_flags: None,
+            source: self.source_in_need(),
+            unretired: self.unretired(),
+            same_stack: self.plan.same_stack(self.position),
+            counter: None,
         };
         self.cold.push(Cold::Side { patch, side });
     }

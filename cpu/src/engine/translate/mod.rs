@@ -13,11 +13,11 @@ mod places;
 mod plain;
 mod status;
 
-pub use decode::NeedsMoreBytes;
+pub use decode::{Elsewhere, Lacks, OtherPage, PARTS_MAX};
 pub(super) use memory::set_memory;
 pub(super) use status::Flags;
 
-use decode::Path;
+use decode::{Crossing, Path};
 use memory::address_size;
 use places::{Holds, ScratchRegisters};
 use status::{Overflow, Source};
@@ -143,6 +143,8 @@ pub struct Request<'a> {
     pub page_identity: u32,
     /// Linear page and identity of the second page, for an instruction that straddles two.
     pub second_page: Option<(u64, u32)>,
+    /// What is known of other pages.
+    pub others: &'a [OtherPage<'a>],
     pub tlb_mask: u32,
     /// Addresses before which the block ends, ascending.
     pub cuts: &'a [u64],
@@ -165,6 +167,8 @@ pub struct Placed {
     pub guest_len: u32,
     /// Guest bytes before RIP that were translated.
     pub guest_before: u32,
+    /// Bytes of other pages were translated, too.
+    pub spreads: bool,
 }
 
 /// A piece of out-of-line code at the end of the block.
@@ -196,6 +200,8 @@ pub(super) struct Side {
     target: u64,
     ip: u64,
     save_flags: Option<Overflow>,
+    /// What gives the flags if they are nowhere.
+    source: Option<Instruction>,
     unretired: u32,
     same_stack: bool,
     /// Where it is counted.
@@ -216,6 +222,9 @@ pub struct Translator {
     pub sites: Vec<Site>,
     pub emulated: Vec<Instruction>,
     pub faults: Vec<(u32, u32)>,
+    /// What the block consists of besides bytes of its own page.
+    pub elsewhere: Vec<Elsewhere>,
+    crossings: Vec<Crossing>,
     /// Places in the block's code that depend on where it stands.
     pub relocations: Vec<Relocation>,
     first_site: u32,
@@ -263,6 +272,8 @@ impl Translator {
             sites: Vec::new(),
             emulated: Vec::new(),
             faults: Vec::new(),
+            elsewhere: Vec::new(),
+            crossings: Vec::new(),
             relocations: Vec::new(),
             first_site: 0,
             first_emulated: 0,
@@ -291,7 +302,7 @@ impl Translator {
     }
 
     /// Translates the block at `request.rip` into `self.a`, to be placed at offset `origin` of the code memory.
-    pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, NeedsMoreBytes> {
+    pub fn translate(&mut self, request: &Request, origin: u32) -> Result<Placed, Lacks> {
         let path = self.decode_and_plan(request)?;
         self.mode = request.mode;
         self.careful = request.careful;
@@ -314,7 +325,13 @@ impl Translator {
         (self.start, self.ip) = (request.rip, request.rip);
         self.a.start(origin as u64);
         let plan = &self.plan;
-        let stays = |i: usize| !request.mode.is_direct() && flags::stays(&list[i], plan.stays_in_window(i, list[i].1));
+        let crossings = std::mem::take(&mut self.crossings);
+        let crosses = |i: usize| crossings.iter().find(|crossing| crossing.position == i);
+        let stays = |i: usize| {
+            !request.mode.is_direct()
+                && crosses(i).is_none()
+                && flags::stays(&list[i], plan.stays_in_window(i, list[i].1))
+        };
         flags::needs(&list, stays, &mut self.needs);
 
         let settles = !request.careful && !request.isolated;
@@ -327,7 +344,7 @@ impl Translator {
 
         let Path { guest_before, guest_len, next, branches, longer } = path;
         self.counting = (request.heats && request.hot.is_none() && (branches || longer)).then_some(0);
-        let mut placed = Placed { checked: origin, guest_len, guest_before, ..Placed::default() };
+        let mut placed = Placed { checked: origin, guest_len, guest_before, spreads: !self.elsewhere.is_empty(), ..Placed::default() };
         let lookup = self.site(SiteKind::Lookup, 0);
         self.check_page(request.rip >> 12, request.page_identity, lookup);
         placed.entry = self.a.here() as u32;
@@ -358,6 +375,9 @@ impl Translator {
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
+            if let Some(crossing) = crosses(position) {
+                self.cross(crossing);
+            }
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
             if treatment.ends_block() && position + 1 == list.len() {
                 self.move_out();
@@ -374,6 +394,7 @@ impl Translator {
         }
         self.instructions = list;
         self.instructions.clear();
+        self.crossings = crossings;
 
         placed.lookup_stub = self.a.here() as u32;
         self.leave(lookup);
@@ -449,8 +470,9 @@ impl Translator {
                     self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
-                Cold::Side { patch, side: Side { target, ip, save_flags, unretired, same_stack, counter } } => {
+                Cold::Side { patch, side: Side { target, ip, save_flags, source, unretired, same_stack, counter } } => {
                     self.a.land(patch);
+                    self.settle(source);
                     if let Some(overflow) = save_flags {
                         self.store_flags(overflow);
                     }

@@ -49,6 +49,7 @@ impl Translations {
             inner: placed.inner,
             window: placed.window,
             lookup_stub: placed.lookup_stub,
+            spreads: placed.spreads,
             next,
             valid: true,
             superseded: false,
