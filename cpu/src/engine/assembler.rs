@@ -302,6 +302,11 @@ impl Assembler {
         self.put(&[0x29, 0xC0 | (src & 7) << 3 | dst & 7]);
     }
 
+    pub fn xor(&mut self, dst: u8, src: u8) {
+        self.rex(true, src, 0, dst);
+        self.put(&[0x31, 0xC0 | (src & 7) << 3 | dst & 7]);
+    }
+
     /// `and reg32, imm32`
     pub fn and32(&mut self, reg: u8, value: u32) {
         if reg == host::RAX {

@@ -46,19 +46,20 @@ pub struct Tlb {
     /// Linear addresses of the pages that may be read, and of those that may be written; an invalid entry holds a page
     /// that belongs to another index.
     pub tags: [[u64; TLB_ENTRIES]; 2],
-    /// Host addresses of the pages, for both.
-    pub hosts: [u64; TLB_ENTRIES],
+    /// Host minus linear addresses of the pages, for both.
+    pub distances: [u64; TLB_ENTRIES],
 }
 
 impl Tlb {
     /// Enters a page. An entry of the other kind is forgotten if it is about another page.
     pub fn fill(&mut self, index: usize, tag: u64, host: u64, write: bool) {
-        if self.hosts[index] != host {
+        let distance = host.wrapping_sub(tag);
+        if self.distances[index] != distance {
             // Memory that nobody has used stays so.
-            if self.hosts[index] != 0 {
+            if self.tags[!write as usize][index] != empty_tag(index) {
                 self.forget(index, !write);
             }
-            self.hosts[index] = host;
+            self.distances[index] = distance;
         }
         self.tags[write as usize][index] = tag;
     }
@@ -370,8 +371,8 @@ pub mod field {
         let tags = class as usize * size_of::<Tlb>() + write as usize * size_of::<[u64; TLB_ENTRIES]>();
         offset!(tlb) + tags as u32
     }
-    pub const fn tlb_hosts(class: Class) -> u32 {
-        offset!(tlb) + (class as usize * size_of::<Tlb>() + offset_of!(Tlb, hosts)) as u32
+    pub const fn tlb_distances(class: Class) -> u32 {
+        offset!(tlb) + (class as usize * size_of::<Tlb>() + offset_of!(Tlb, distances)) as u32
     }
 }
 

@@ -122,7 +122,7 @@ impl Core {
         let tlbs = unsafe { &mut (*self.block).tlb };
         for (tlb, used) in tlbs.iter_mut().zip(&self.used) {
             for index in used[1].local.iter().chain(used[1].global.iter()) {
-                if tlb.hosts[index] == host as u64 {
+                if tlb.tags[1][index].wrapping_add(tlb.distances[index]) == host as u64 {
                     tlb.forget(index, true);
                 }
             }

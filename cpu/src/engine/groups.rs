@@ -61,6 +61,8 @@ pub struct Group {
     open: bool,
     /// The translation has been emitted.
     pub ready: bool,
+    /// It is the distance of the range's page, not the host address of the range.
+    pub by_distance: bool,
 }
 
 impl Group {
@@ -301,6 +303,7 @@ impl Plan {
             first_read: read,
             open: true,
             ready: false,
+            by_distance: false,
         });
     }
 

@@ -361,7 +361,7 @@ impl Core {
         // SAFETY: the vCPU block is owned by this core.
         let tlb = unsafe { &(*self.block).tlb[class as usize] };
         let offset = linear ^ tlb.tags[write as usize][index];
-        (offset <= PAGE_SIZE - len).then(|| (tlb.hosts[index] + offset) as *mut u8)
+        (offset <= PAGE_SIZE - len).then(|| linear.wrapping_add(tlb.distances[index]) as *mut u8)
     }
 
     /// Splits an access at the page boundary and calls `each` with the target of every piece.

@@ -67,8 +67,8 @@ impl Core {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
         let tlb = unsafe { &(*self.block).tlb[class as usize] };
-        let (tag, host) = (tlb.tags[1][index], tlb.hosts[index]);
+        let (tag, distance) = (tlb.tags[1][index], tlb.distances[index]);
         // Supervisor code has one window; with SMAP suspended the TLB may hold pages that it must not cover.
-        (class != Class::KernelAc && tag == linear & !PAGE_MASK).then(|| host.wrapping_sub(tag))
+        (class != Class::KernelAc && tag == linear & !PAGE_MASK).then_some(distance)
     }
 }

@@ -240,7 +240,7 @@ impl Translator {
         let at = if self.plan.windowed(self.position, Which::Stack) {
             Self::in_window(host::RBP, 0)
         } else if let Some(member) = self.plan.member(self.position, Which::Stack) {
-            self.grouped(member)
+            self.grouped(member, 0)
         } else {
             self.clobber_flags();
             self.a.lea(word == 8, host::RCX, Some(host::RBP), None, 0);

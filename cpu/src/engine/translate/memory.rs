@@ -73,10 +73,11 @@ impl Translator {
 
     /// Turns the linear address in RCX into a host address in RCX. Uses RAX and the flags, which are in the slot.
     pub(super) fn lookup(&mut self, size: usize, read: bool, write: bool) {
-        self.lookup_range(size, read, write, None);
+        self.lookup_range(size, read, write, None, Wanted::Host);
     }
 
-    pub(super) fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<First>) {
+    /// As `lookup`, perhaps for a group, and perhaps with the distance of the page in RCX instead.
+    pub(super) fn lookup_range(&mut self, size: usize, read: bool, write: bool, first: Option<First>, wanted: Wanted) {
         if self.mode.is_direct() {
             return;
         }
@@ -88,42 +89,82 @@ impl Translator {
         if self.careful {
             self.site_in_rax(site);
             self.jump_away(self.thunks.memory);
+            let here = self.a.here();
+            self.resume_at(site, here);
+            if wanted == Wanted::Distance {
+                self.a.field_op(true, op::SUB, host::RCX, field::SLOW_ADDRESS);
+            }
         } else {
             let tags = field::tlb_tags(class, write || first.is_some_and(|first| first.others_write));
-            self.a.page_number(host::RAX, host::RCX);
-            if self.tlb_mask as usize + 1 < TLB_ENTRIES {
-                self.a.and32(host::RAX, self.tlb_mask);
-            }
-            self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
-            self.a.cmp_imm(host::RCX, 4096 - size as i32);
+            self.index(host::RAX, host::RCX);
+            // A distance is wanted by who has the address elsewhere: RCX need not keep it.
+            let offset = match wanted {
+                Wanted::Host => {
+                    self.a.field_index_op(op::LOAD, host::RAX, host::RAX, 8, tags);
+                    self.a.xor(host::RAX, host::RCX);
+                    host::RAX
+                }
+                Wanted::Distance => {
+                    self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
+                    host::RCX
+                }
+            };
+            self.a.cmp_imm(offset, 4096 - size as i32);
             let patch = self.a.jcc(cc::A, 0);
             let group = first.map(|_| (self.ip, self.unretired()));
-            self.cold.push(Cold::Memory { patch, site, tags, source: self.source_in_need(), group });
-            self.a.field_index_op(op::ADD, host::RCX, host::RAX, 8, field::tlb_hosts(class));
-        }
-        let here = self.a.here();
-        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
-            *resume = here as u32;
+            self.cold.push(Cold::Memory { patch, site, tags, source: self.source_in_need(), group, wanted });
+            let distances = field::tlb_distances(class);
+            match wanted {
+                Wanted::Host => {
+                    self.index(host::RAX, host::RCX);
+                    self.a.field_index_op(op::ADD, host::RCX, host::RAX, 8, distances);
+                }
+                Wanted::Distance => self.a.field_index_op(op::LOAD, host::RCX, host::RAX, 8, distances),
+            }
+            let here = self.a.here();
+            self.resume_at(site, here);
         }
     }
 
-    /// The host address of an access by the translation of its group, whose range begins at RCX.
-    pub(super) fn grouped(&mut self, member: Member) -> Operand {
+    /// Where in the TLB an address is.
+    fn index(&mut self, dst: u8, address: u8) {
+        self.a.page_number(dst, address);
+        if self.tlb_mask as usize + 1 < TLB_ENTRIES {
+            self.a.and32(dst, self.tlb_mask);
+        }
+    }
+
+    /// The slow path of a site comes back to `here`. Returns where it came back to before.
+    pub(super) fn resume_at(&mut self, site: u32, here: u64) -> u32 {
+        match &mut self.sites[(site - self.first_site) as usize].kind {
+            SiteKind::Memory { resume, .. } => std::mem::replace(resume, here as u32),
+            _ => unreachable!("only accesses come back"),
+        }
+    }
+
+    /// The host address of an access, which is at `disp` from its registers, by the translation of its group.
+    pub(super) fn grouped(&mut self, member: Member, disp: i32) -> Operand {
         let index = member.group;
         let group = self.plan.groups[index];
+        let Registers { base, index: scaled, scale } = group.registers;
         if !group.ready {
             self.clobber_flags();
-            let Registers { base, index: scaled, scale } = group.registers;
+            let home = base.and_then(|base| self.home[base as usize]);
+            let wanted = if home.is_some() && scaled.is_none() { Wanted::Distance } else { Wanted::Host };
             self.effective_address(host::RCX, base, scaled.map(|index| (index, scale)), group.start(), true);
             let others_write = group.write && !group.first_write;
             let first = First { offset: group.first_offset(), size: group.first_size, others_write };
-            self.lookup_range(group.span(), group.first_read, group.first_write, Some(first));
+            self.lookup_range(group.span(), group.first_read, group.first_write, Some(first), wanted);
             self.a.store_field(host::RCX, field::group(index));
-            self.plan.groups[index].ready = true;
+            (self.plan.groups[index].ready, self.plan.groups[index].by_distance) = (true, wanted == Wanted::Distance);
         } else if self.scratch.rcx != Some(Holds::Group(index)) {
             self.a.load_field(host::RCX, field::group(index));
         }
         self.scratch.rcx = Some(Holds::Group(index));
+        if self.plan.groups[index].by_distance {
+            let base = self.held(base.expect("it had a home"), host::RAX);
+            return Operand { base, index: Some(host::RCX), scale: 1, disp };
+        }
         Operand { base: host::RCX, index: None, disp: member.offset, ..POINTER }
     }
 
@@ -148,7 +189,9 @@ impl Translator {
         let place = 8 * ((address >> 12) as u32 & self.tlb_mask);
         let entry = field::tlb_tags(class, write) + place;
         let tag = address & !0xFFF;
-        if tag as i64 == tag as i32 as i64 {
+        let distance = field::tlb_distances(class) + place;
+        let short = tag as i64 == tag as i32 as i64;
+        if short {
             self.a.cmp_field_imm(entry, tag as u32);
         } else {
             self.a.mov_imm(host::RAX, tag);
@@ -156,12 +199,14 @@ impl Translator {
         }
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Constant { patch, site, address, source: self.source_in_need() });
-        self.a.load_field(host::RCX, field::tlb_hosts(class) + place);
-        self.a.lea(true, host::RCX, Some(host::RCX), None, (address & 0xFFF) as i32);
-        let here = self.a.here();
-        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
-            *resume = here as u32;
+        self.a.load_field(host::RCX, distance);
+        if short {
+            self.a.lea(true, host::RCX, Some(host::RCX), None, address as i32);
+        } else {
+            self.a.lea(true, host::RCX, Some(host::RCX), Some((host::RAX, 1)), (address & 0xFFF) as i32);
         }
+        let here = self.a.here();
+        self.resume_at(site, here);
     }
 
     /// Host address of the instruction's memory operand; uses RAX, RCX and perhaps the flags.
@@ -175,9 +220,18 @@ impl Translator {
             return Self::in_window(base, ins.memory_displacement64() as i32);
         }
         if let Some(member) = self.plan.member(self.position, Which::Operand) {
-            return self.grouped(member);
+            return self.grouped(member, ins.memory_displacement64() as i32);
         }
-        self.clobber_flags();
+        if classify::may_fault(ins) {
+            self.put_flags_away();
+        } else {
+            self.clobber_flags();
+        }
+        if self.can_repeat_address(ins) {
+            self.address(ins, 0);
+            self.lookup_range(size, read, write, None, Wanted::Distance);
+            return self.repeat_address(ins);
+        }
         match self.constant_address(ins) {
             Some(address) if !self.careful && (address & 0xFFF) as usize + size <= 4096 => {
                 self.lookup_constant(address, size, read, write);
@@ -188,6 +242,46 @@ impl Translator {
             }
         }
         POINTER
+    }
+
+    /// The memory operand's address can be computed again behind a lookup, with RAX as the only scratch register, and
+    /// without it if the instruction needs that itself.
+    fn can_repeat_address(&mut self, ins: &Instruction) -> bool {
+        let (base, index) = (ins.memory_base(), ins.memory_index());
+        let is_address = |register: Register| register == Register::None || register.is_gpr64();
+        if !self.mode.is_64bit()
+            || !is_address(base)
+            || !is_address(index)
+            || (base, index) == (Register::None, Register::None)
+            || matches!(ins.memory_segment(), Register::FS | Register::GS)
+        {
+            return false;
+        }
+        let has_home = |register| gpr_number(register).is_none_or(|guest| self.home[guest as usize].is_some());
+        if index == Register::None && has_home(base) {
+            return true;
+        }
+        let uses_rax = classify::pins_rax(ins)
+            || classify::pins_rcx(ins)
+            || self.mends_flags
+            || self.needs[self.position].in_host
+            || (0..ins.op_count()).any(|i| {
+                let register = ins.op_register(i);
+                ins.op_kind(i) == OpKind::Register && (is_high_byte(register) || !has_home(register))
+            });
+        !uses_rax && (index == Register::None || has_home(base))
+    }
+
+    /// The memory operand, with a distance in RCX. Uses RAX unless the address is a register with a home and a constant.
+    fn repeat_address(&mut self, ins: &Instruction) -> Operand {
+        let disp = ins.memory_displacement64() as i32;
+        let base = gpr_number(ins.memory_base());
+        let Some(index) = gpr_number(ins.memory_index()) else {
+            let base = self.held(base.expect("an address has a register"), host::RAX);
+            return Operand { base, index: Some(host::RCX), scale: 1, disp };
+        };
+        self.effective_address(host::RAX, base, Some((index, ins.memory_index_scale() as u8)), disp, true);
+        Operand { base: host::RAX, index: Some(host::RCX), scale: 1, disp: 0 }
     }
 
     /// An operand in the stack window.
@@ -204,7 +298,7 @@ impl Translator {
             return Self::in_window(host::RSP, offset);
         }
         if let Some(member) = self.plan.member(self.position, Which::Stack) {
-            return self.grouped(member);
+            return self.grouped(member, offset);
         }
         self.clobber_flags();
         self.a.lea(self.mode.is_64bit(), host::RCX, Some(host::RSP), None, offset);
@@ -228,6 +322,16 @@ impl Translator {
     pub(super) fn word(&self) -> usize {
         if self.mode.is_64bit() { 8 } else { 4 }
     }
+}
+
+/// What the translation of an address leaves in RCX.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Wanted {
+    /// The host address.
+    Host,
+    /// Host minus linear address: what the instruction adds to the address that it computes by itself. So the address
+    /// need not wait for the comparison.
+    Distance,
 }
 
 /// Bytes of the addresses that the memory operand is computed in.

@@ -18,7 +18,7 @@ pub(super) use memory::set_memory;
 pub(super) use status::Flags;
 
 use decode::{Crossing, Path};
-use memory::address_size;
+use memory::{Wanted, address_size};
 use places::{Holds, ScratchRegisters};
 use status::{Overflow, Source};
 
@@ -175,7 +175,7 @@ pub struct Placed {
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
     /// instruction, that crosses a page: give back what the budget was charged, and go on without groups.
-    Memory { patch: u32, site: u32, tags: u32, source: Option<Instruction>, group: Option<(u64, u32)> },
+    Memory { patch: u32, site: u32, tags: u32, source: Option<Instruction>, group: Option<(u64, u32)>, wanted: Wanted },
     /// `patch` leads here: take the slow path with an address that is known.
     Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
     /// `patch` leads here: leave with the site.
@@ -344,7 +344,13 @@ impl Translator {
 
         let Path { guest_before, guest_len, next, branches, longer } = path;
         self.counting = (request.heats && request.hot.is_none() && (branches || longer)).then_some(0);
-        let mut placed = Placed { checked: origin, guest_len, guest_before, spreads: !self.elsewhere.is_empty(), ..Placed::default() };
+        let mut placed = Placed {
+            checked: origin,
+            guest_len,
+            guest_before,
+            spreads: !self.elsewhere.is_empty(),
+            ..Placed::default()
+        };
         let lookup = self.site(SiteKind::Lookup, 0);
         self.check_page(request.rip >> 12, request.page_identity, lookup);
         placed.entry = self.a.here() as u32;
@@ -401,24 +407,27 @@ impl Translator {
         for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
             let inhabited = self.inhabited.contains(&number);
             match cold {
-                Cold::Memory { patch, site, tags, source, group } => {
+                Cold::Memory { patch, site, tags, source, group, wanted } => {
                     self.a.land(patch);
+                    let offset = if wanted == Wanted::Host { host::RAX } else { host::RCX };
                     if let Some((ip, unretired)) = group {
-                        self.a.cmp_imm(host::RCX, 0xFFF);
+                        self.a.cmp_imm(offset, 0xFFF);
                         let missed = self.a.jcc(cc::A, 0);
                         self.settle(source);
                         self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
                         self.a.land(missed);
                     }
-                    self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
+                    if wanted == Wanted::Distance {
+                        self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
+                    }
                     self.settle(source);
-                    self.slow_access(site, inhabited);
+                    self.slow_access(site, inhabited, wanted);
                 }
                 Cold::Constant { patch, site, address, source } => {
                     self.a.land(patch);
                     self.settle(source);
                     self.a.mov_imm(host::RCX, address);
-                    self.slow_access(site, inhabited);
+                    self.slow_access(site, inhabited, Wanted::Host);
                 }
                 Cold::Leave { patch, site } => {
                     self.a.land(patch);
@@ -504,21 +513,25 @@ impl Translator {
     }
 
     /// The slow path of a memory access, whose address is in RCX.
-    fn slow_access(&mut self, site: u32, inhabited: bool) {
+    fn slow_access(&mut self, site: u32, inhabited: bool, wanted: Wanted) {
         if inhabited {
             self.emit_move_out();
         }
         self.site_in_rax(site);
         self.jump_away(self.thunks.memory);
-        if !inhabited || self.residents == Residents::default() {
+        let settles = inhabited && self.residents != Residents::default();
+        if !settles && wanted == Wanted::Host {
             return;
         }
-        let here = self.a.here() as u32;
-        if let SiteKind::Memory { resume, .. } = &mut self.sites[(site - self.first_site) as usize].kind {
-            let behind = std::mem::replace(resume, here);
-            self.emit_settle_in();
-            self.a.jmp(u64::from(behind));
+        let here = self.a.here();
+        let behind = self.resume_at(site, here);
+        if wanted == Wanted::Distance {
+            self.a.field_op(true, op::SUB, host::RCX, field::SLOW_ADDRESS);
         }
+        if settles {
+            self.emit_settle_in();
+        }
+        self.a.jmp(u64::from(behind));
     }
 
     /// Jumps to one of the doors.

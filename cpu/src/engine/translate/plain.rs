@@ -42,7 +42,7 @@ impl Translator {
             self.scratch = ScratchRegisters::default();
         }
         let mut scratch = Scratch {
-            rax: !pin_rax,
+            rax: !pin_rax && at.base != host::RAX,
             rcx: !pin_rcx && use_of.memory.is_none(),
             taken: use_of.gprs | self.inhabited_here(),
             borrowed: [0; 3],
@@ -204,7 +204,11 @@ impl Translator {
         };
         self.scratch = ScratchRegisters::default();
         let size = ins.memory_size().size();
-        let at = self.operand(ins, size, true, true);
+        let mut at = self.operand(ins, size, true, true);
+        if at.base == host::RAX {
+            self.pointer(at);
+            at = POINTER;
+        }
         self.may_fault_here();
         self.a.load(size, host::RAX, at);
         self.may_fault_here();
