@@ -218,6 +218,64 @@ fn calls(rounds: u32) -> Vec<u8> {
     a.assemble(CODE).expect("it can be assembled")
 }
 
+/// Where a function is that [`elsewhere`] calls, and where another one is that takes its place.
+const FUNCTIONS: [u64; 2] = [0xA0_0000, 0xC0_0000];
+
+/// A loop that calls a function in another page. Now and then it writes into the function, or gives its page to another
+/// one.
+fn elsewhere(rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut again, mut same, mut whole) = (a.create_label(), a.create_label(), a.create_label());
+    let entry = 0x3000 + FUNCTIONS[0] / (2 << 20) * 8;
+    a.mov(ebp, rounds).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.cmp(rax, rdx).unwrap();
+    a.call(FUNCTIONS[0]).unwrap();
+    a.adc(rdx, rax).unwrap();
+    a.test(ebp, 0x7FF).unwrap();
+    a.jne(same).unwrap();
+    a.xor(qword_ptr(entry), (FUNCTIONS[0] ^ FUNCTIONS[1]) as i32).unwrap();
+    a.invlpg(ptr(FUNCTIONS[0])).unwrap();
+    a.set_label(&mut same).unwrap();
+    a.test(ebp, 0x3FF).unwrap();
+    a.jne(whole).unwrap();
+    a.inc(dword_ptr(FUNCTIONS[0] + 3)).unwrap();
+    a.set_label(&mut whole).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(again).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+/// `elsewhere` with its functions.
+fn guest_elsewhere(config: EngineConfig, code: &[u8]) -> (Engine, GuestMemory) {
+    let guest = guest(config, code);
+    for (at, turn) in FUNCTIONS.into_iter().zip([3, 5]) {
+        let mut a = CodeAssembler::new(64).expect("an assembler");
+        a.sbb(rbx, 0x1234_5678).unwrap();
+        a.rol(rbx, turn).unwrap();
+        a.xor(rax, rbx).unwrap();
+        a.ret().unwrap();
+        guest.1.write_slice(&a.assemble(at).expect("it can be assembled"), GuestAddress(at)).expect("inside RAM");
+    }
+    guest
+}
+
+#[test]
+fn other_pages_are_followed_while_they_are_what_they_were() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    let code = elsewhere(40_000);
+    let guests = || [plain.clone(), EngineConfig::default()].map(|config| guest_elsewhere(config, &code));
+    let [mut expected, mut hot] = guests();
+    compare_at_stops(&mut expected, &mut hot, 9_973);
+    compare_at_end(&mut expected, &mut hot, Stop::Halted);
+    for chaos in 1..60 {
+        let mut random = guest_elsewhere(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
+        assert_eq!(random.0.run(END, &mut Empty), Stop::Halted, "chaos {chaos}");
+        assert_eq!((seen(&random), random.0.icount()), (seen(&expected), expected.0.icount()), "chaos {chaos}");
+    }
+}
+
 #[test]
 fn calls_are_followed_unseen() {
     let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
