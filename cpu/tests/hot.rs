@@ -218,6 +218,67 @@ fn calls(rounds: u32) -> Vec<u8> {
     a.assemble(CODE).expect("it can be assembled")
 }
 
+/// A loop over pages, each of them touched for the first time behind an addition or subtraction, whose flags are looked
+/// at only then; also of RSP, with pops in between.
+fn first_touches(pages: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let mut again = a.create_label();
+    a.mov(ebp, pages).unwrap();
+    a.mov(rsi, 0x70_0000u64).unwrap();
+    a.mov(rbx, 0x9E37_79B9_7F4A_7C15u64).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.add(r8, rbx).unwrap();
+    a.mov(rax, qword_ptr(rsi)).unwrap();
+    a.adc(rdx, rax).unwrap();
+    a.seto(r9b).unwrap();
+    a.add(r9, r9).unwrap();
+    a.sub(edi, 0x3456_789A).unwrap();
+    a.mov(rax, qword_ptr(rsi + 0x1008)).unwrap();
+    a.lahf().unwrap();
+    a.xor(rdx, rax).unwrap();
+    a.push(rdx).unwrap();
+    a.push(r8).unwrap();
+    a.mov(r10, rsp).unwrap();
+    a.xor(rsp, rdi).unwrap();
+    a.add(rsp, rdi).unwrap();
+    a.mov(rsp, r10).unwrap();
+    a.add(rsp, -64).unwrap();
+    a.sub(rsp, -64).unwrap();
+    a.pop(r11).unwrap();
+    a.pop(r12).unwrap();
+    a.mov(rax, qword_ptr(rsi + 0x2010)).unwrap();
+    a.lahf().unwrap();
+    a.lea(rdx, ptr(rdx + rax)).unwrap();
+    a.add(r13, rdx).unwrap();
+    a.sub(r13, r8).unwrap();
+    a.mov(qword_ptr(rsi + 0x3018), r13).unwrap();
+    a.lahf().unwrap();
+    a.rcl(rax, 1).unwrap();
+    a.add(rdx, rax).unwrap();
+    a.add(rsi, 0x4000).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(again).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+#[test]
+fn flags_are_what_they_were_behind_a_miss() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    let code = first_touches(500);
+    let (mut expected, mut long) = (guest(plain, &code), guest(EngineConfig::default(), &code));
+    for at in (0..20_000).step_by(61).map(Icount) {
+        assert_eq!(long.0.run(at, &mut Empty), expected.0.run(at, &mut Empty));
+        assert_eq!(seen(&long), seen(&expected), "at {at:?}");
+    }
+    assert_eq!(expected.0.icount(), long.0.icount());
+    for chaos in 1..60 {
+        let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
+        assert_eq!(random.0.run(END, &mut Empty), Stop::Halted, "chaos {chaos}");
+        assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
+    }
+}
+
 /// Where a function is that [`elsewhere`] calls, and where another one is that takes its place.
 const FUNCTIONS: [u64; 2] = [0xA0_0000, 0xC0_0000];
 

@@ -316,6 +316,7 @@ impl Translator {
     }
 
     pub(in crate::engine) fn adjust_rsp(&mut self, by: i32) {
+        self.popped(by);
         self.a.lea(self.mode.is_64bit(), host::RSP, Some(host::RSP), None, by);
     }
 

@@ -35,7 +35,7 @@ use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized}
 use super::residents::{self, Free, Residents};
 use super::thunks::Thunks;
 use super::undefined::{self, Undefined};
-use crate::state::{rflags, seg};
+use crate::state::{gpr, rflags, seg};
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
@@ -175,9 +175,9 @@ pub struct Placed {
 pub(super) enum Cold {
     /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
     /// instruction, that crosses a page: give back what the budget was charged, and go on without groups.
-    Memory { patch: u32, site: u32, tags: u32, source: Option<Instruction>, group: Option<(u64, u32)>, wanted: Wanted },
+    Memory { patch: u32, site: u32, tags: u32, source: Option<Source>, group: Option<(u64, u32)>, wanted: Wanted },
     /// `patch` leads here: take the slow path with an address that is known.
-    Constant { patch: u32, site: u32, address: u64, source: Option<Instruction> },
+    Constant { patch: u32, site: u32, address: u64, source: Option<Source> },
     /// `patch` leads here: leave with the site.
     Leave { patch: u32, site: u32 },
     /// `patch` leads here when a branch in the middle of the block is taken: save the flags if need be, give back
@@ -187,7 +187,7 @@ pub(super) enum Cold {
     Window { patch: u32 },
     /// `patch` leads here when a return in the middle of the block goes elsewhere, to the address in RCX: save the flags
     /// if need be, give back what the budget was charged for the rest of the block, and go there.
-    Return { patch: u32, site: u32, source: Option<Instruction>, unretired: u32 },
+    Return { patch: u32, site: u32, source: Option<Source>, unretired: u32 },
     /// `patch` leads here from a call that missed the jump cache: push the return address, unless the target is not
     /// canonical, and leave with the site and the next RIP, which is in RCX.
     Call { patch: u32, site: u32, back: u32 },
@@ -201,7 +201,7 @@ pub(super) struct Side {
     ip: u64,
     save_flags: Option<Overflow>,
     /// What gives the flags if they are nowhere.
-    source: Option<Instruction>,
+    source: Option<Source>,
     unretired: u32,
     same_stack: bool,
     /// Where it is counted.
@@ -388,7 +388,7 @@ impl Translator {
             if treatment.ends_block() && position + 1 == list.len() {
                 self.move_out();
             }
-            self.keep_source(ins);
+            self.keep_source(ins, *treatment);
             self.follower = list.get(position + 1).map(|(follower, _)| follower.ip());
             self.instruction(ins, *treatment);
             self.index += 1;

@@ -84,7 +84,7 @@ impl Translator {
     /// Before the block ends: all registers go back to where they always are.
     pub(super) fn move_out(&mut self) {
         let moving = self.residents.iter().flatten().fold(0, |mask, resident| mask | 1 << resident.guest);
-        if self.source.is_some_and(|source| source.reads & moving != 0) {
+        if self.source_reads(moving) {
             if self.flags == Flags::Source {
                 self.save_flags();
             }

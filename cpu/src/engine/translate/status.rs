@@ -26,13 +26,17 @@ impl Overflow {
     }
 }
 
-/// A host instruction without memory operand that gives the flags that an earlier one gave, while the guest registers
-/// that it reads are what they were.
+/// A host instruction without operand in guest memory that gives the flags that an earlier one gave, while the guest
+/// registers that it reads are what they were.
 #[derive(Clone, Copy)]
-pub(super) struct Source {
-    pub(super) instruction: Instruction,
+pub(in crate::engine) struct Source {
+    instruction: Instruction,
+    /// Takes back what the instruction did, so that it can be done again.
+    undo: Option<Instruction>,
     /// Guest registers that it reads, as a bit mask.
-    pub(super) reads: u32,
+    reads: u32,
+    /// What has been added to RSP since.
+    popped: i32,
 }
 
 impl Translator {
@@ -88,7 +92,7 @@ impl Translator {
     /// Gives the host its flags once more.
     pub(super) fn repeat(&mut self) {
         let source = self.source.expect("flags that are nowhere have a source");
-        self.emit(&source.instruction).expect("what was encoded once can be encoded again");
+        self.emit_source(&source);
         self.flags = Flags::Host(Overflow::behind(&source.instruction));
     }
 
@@ -108,16 +112,42 @@ impl Translator {
     }
 
     /// In cold code: puts flags that are nowhere into the slot. Uses RAX.
-    pub(super) fn settle(&mut self, source: Option<Instruction>) {
+    pub(super) fn settle(&mut self, source: Option<Source>) {
         if let Some(source) = source {
-            self.emit(&source).expect("what was encoded once can be encoded again");
-            self.store_flags(Overflow::behind(&source));
+            self.emit_source(&source);
+            self.store_flags(Overflow::behind(&source.instruction));
         }
     }
 
+    fn emit_source(&mut self, source: &Source) {
+        let wide = self.mode.is_64bit();
+        let moved = source.reads & 1 << gpr::RSP != 0 && source.popped != 0;
+        if moved {
+            self.a.lea(wide, host::RSP, Some(host::RSP), None, -source.popped);
+        }
+        for instruction in source.undo.iter().chain([&source.instruction]) {
+            self.emit(instruction).expect("what was encoded once can be encoded again");
+        }
+        if moved {
+            self.a.lea(wide, host::RSP, Some(host::RSP), None, source.popped);
+        }
+    }
+
+    /// RSP is about to change by a constant, and the flags are not.
+    pub(super) fn popped(&mut self, by: i32) {
+        if let Some(source) = &mut self.source {
+            source.popped += by;
+        }
+    }
+
+    /// The source of the flags reads a register of these, a bit mask.
+    pub(super) fn source_reads(&self, registers: u32) -> bool {
+        self.source.is_some_and(|source| source.reads & registers != 0)
+    }
+
     /// The instruction that cold code must repeat to have the flags.
-    pub(super) fn source_in_need(&self) -> Option<Instruction> {
-        self.source.filter(|_| self.flags == Flags::Source).map(|source| source.instruction)
+    pub(super) fn source_in_need(&self) -> Option<Source> {
+        self.source.filter(|_| self.flags == Flags::Source)
     }
 
     /// Status flags behind the current instruction that someone may look at.
@@ -126,15 +156,20 @@ impl Translator {
     }
 
     /// Before an instruction: it may change what the source of the flags reads.
-    pub(super) fn keep_source(&mut self, ins: &Instruction) {
-        let Some(source) = self.source else { return };
+    pub(super) fn keep_source(&mut self, ins: &Instruction, treatment: Treatment) {
+        if self.source.is_none() {
+            return;
+        }
         let mut written = 0;
         for used in self.info.info(ins).used_registers() {
             if let Some(number) = gpr_number(used.register()).filter(|_| writes(used.access())) {
                 written |= 1 << number;
             }
         }
-        if source.reads & written != 0 {
+        if moves_stack(ins, treatment) {
+            written &= !(1 << gpr::RSP);
+        }
+        if self.source_reads(written) {
             if self.needs[self.position].live != 0 {
                 self.save_flags();
             }
@@ -152,6 +187,16 @@ impl Translator {
     }
 }
 
+/// The instruction adds a constant to RSP by [`Translator::adjust_rsp`], and does not change it otherwise.
+fn moves_stack(ins: &Instruction, treatment: Treatment) -> bool {
+    use Treatment::*;
+    match treatment {
+        Push | PushFlags | Call | FollowedCall | IndirectCall | Return | FollowedReturn => true,
+        Pop => ins.op0_register() != Register::RSP,
+        _ => false,
+    }
+}
+
 /// The memory operand of a renamed instruction is a field of the vCPU block.
 fn is_in_block(out: &Instruction) -> bool {
     out.memory_base() == Register::RAX + u32::from(host::BLOCK)
@@ -159,8 +204,9 @@ fn is_in_block(out: &Instruction) -> bool {
 
 /// What gives the flags that `out` gives, the renamed form of `ins`, again behind it.
 pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Option<Source> {
-    use Mnemonic::{And, Cmp, Or, Test, Xor};
+    use Mnemonic::{Add, And, Cmp, Or, Sub, Test, Xor};
     let mut repeated = *out;
+    let mut undo = None;
     match ins.mnemonic() {
         Cmp | Test => {}
         // Their results give the same flags again.
@@ -168,6 +214,7 @@ pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Opt
             let code = if out.op0_register().size() == 8 { Code::Test_rm64_r64 } else { Code::Test_rm32_r32 };
             repeated = Instruction::with2(code, out.op0_register(), out.op0_register()).ok()?;
         }
+        Add | Sub => undo = Some(inverse(out)?),
         _ => return None,
     }
     let mut reads = 0;
@@ -186,5 +233,33 @@ pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Opt
             _ => {}
         }
     }
-    Some(Source { instruction: repeated, reads })
+    Some(Source { instruction: repeated, undo, reads, popped: 0 })
+}
+
+/// What takes back an addition or subtraction of 32 or 64 bits, if its operands are two.
+fn inverse(out: &Instruction) -> Option<Instruction> {
+    use Code::*;
+    let code = match out.code() {
+        Add_rm32_r32 => Sub_rm32_r32,
+        Add_r32_rm32 => Sub_r32_rm32,
+        Add_rm64_r64 => Sub_rm64_r64,
+        Add_r64_rm64 => Sub_r64_rm64,
+        Add_rm32_imm8 => Sub_rm32_imm8,
+        Add_rm32_imm32 => Sub_rm32_imm32,
+        Add_rm64_imm8 => Sub_rm64_imm8,
+        Add_rm64_imm32 => Sub_rm64_imm32,
+        Sub_rm32_r32 => Add_rm32_r32,
+        Sub_r32_rm32 => Add_r32_rm32,
+        Sub_rm64_r64 => Add_rm64_r64,
+        Sub_r64_rm64 => Add_r64_rm64,
+        Sub_rm32_imm8 => Add_rm32_imm8,
+        Sub_rm32_imm32 => Add_rm32_imm32,
+        Sub_rm64_imm8 => Add_rm64_imm8,
+        Sub_rm64_imm32 => Add_rm64_imm32,
+        _ => return None,
+    };
+    let same = out.op1_kind() == OpKind::Register && out.op0_register() == out.op1_register();
+    let mut inverse = *out;
+    inverse.set_code(code);
+    (!same).then_some(inverse)
 }
