@@ -95,7 +95,11 @@ impl Core {
             return self.first_of_pop(exception, &instruction);
         }
         let bit_string = classify::treatment(&instruction, Mode::of(self.state())) == Treatment::BitString;
-        match operand.filter(|_| !bit_string).map(|i| system::effective_address(self.state(), &instruction, i)) {
+        let address = |operand| match bit_string {
+            true => system::bit_string_address(self.state(), &instruction),
+            false => system::effective_address(self.state(), &instruction, operand),
+        };
+        match operand.map(address) {
             Some(Err(_)) if self.is_misaligned(&instruction) => Exception::GP0,
             Some(Err(address)) => address,
             Some(Ok(_)) => {
@@ -105,9 +109,7 @@ impl Core {
                 // Its own operand has an address: then it was the stack that had none.
                 if exception == Exception::GP0 { Exception::StackFault { error: 0 } } else { exception }
             }
-            None if exception == Exception::GP0
-                && (instruction.is_stack_instruction() || bit_string && in_stack_segment(&instruction)) =>
-            {
+            None if exception == Exception::GP0 && instruction.is_stack_instruction() => {
                 Exception::StackFault { error: 0 }
             }
             None => exception,
@@ -190,11 +192,4 @@ impl Core {
         self.bus = None;
         result.map_err(|_| Stop::TripleFault)
     }
-}
-
-/// The memory operand belongs to the stack segment.
-fn in_stack_segment(instruction: &Instruction) -> bool {
-    let base = instruction.memory_base().full_register();
-    matches!(base, Register::RSP | Register::RBP)
-        && !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
 }

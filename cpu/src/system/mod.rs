@@ -44,6 +44,7 @@ pub use interrupts::{TripleFault, deliver_exception, deliver_interrupt, deliver_
 pub use operand::effective_address;
 pub(crate) use operand::{effective_offset, next_rip as rip_behind};
 pub use paging::is_canonical;
+pub use scalar::bit_string_address;
 
 /// With whose rights a linear address is accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -242,6 +242,15 @@ fn shift(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn S
 }
 
 /// BT, BTS, BTR, BTC. A register offset into memory reaches outside the operand.
+/// Linear address of what BT, BTS, BTR or BTC with a register as bit offset reads. Errors: #GP, #SS.
+pub fn bit_string_address(state: &CpuState, instr: &Instruction) -> Result<u64, Exception> {
+    let size = instr.op1_register().size();
+    let offset = sign_extend(read_register(state, instr.op1_register()), size) as i64;
+    let displacement = (offset >> (size * 8).trailing_zeros()).wrapping_mul(size as i64) as u64;
+    let operand = effective_offset(state, instr).wrapping_add(displacement) & mask(address_size(instr));
+    linear(state, memory_segment(instr), operand, size, instr.mnemonic() != Mnemonic::Bt)
+}
+
 fn bit_test(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
     let bits = size as u64 * 8;
     let modifies = instr.mnemonic() != Mnemonic::Bt;
@@ -249,10 +258,7 @@ fn bit_test(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dy
     let offset = read_operand(state, instr, 1, if string { size } else { 1 }, sys)?;
     let mut at = 0;
     let value = if string {
-        let elements = sign_extend(offset, size) as i64 >> bits.trailing_zeros();
-        let displacement = elements.wrapping_mul(size as i64) as u64;
-        let operand = effective_offset(state, instr).wrapping_add(displacement) & mask(address_size(instr));
-        at = linear(state, memory_segment(instr), operand, size, modifies)?;
+        at = bit_string_address(state, instr)?;
         read_memory(state, sys, at, size, Privilege::Current)?
     } else {
         read_operand(state, instr, 0, size, sys)?

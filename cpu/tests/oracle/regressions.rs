@@ -10,6 +10,7 @@ use crate::generate::ALIGNMENT_CHECK;
 type Entry = (u32, &'static str, &'static [u8], fn(&mut Registers));
 
 const RCX: usize = 1;
+const RBX: usize = 3;
 const RSP: usize = 4;
 const RSI: usize = 6;
 const RDI: usize = 7;
@@ -129,6 +130,9 @@ const CASES: &[Entry] = &[
     (32, "POP from nowhere to nowhere", b"\x36\x8f\x44\x1c\x06", |r| {
         r.gpr[RSP] = 0x169;
         r.gpr[3] = 0xFFFF_FE8E;
+    }),
+    (32, "a bit beyond the end of a segment", b"\x36\x0f\xbb\x1e", |r| {
+        (r.gpr[RSI], r.gpr[RBX]) = (0xFFFF_FFF1, 96);
     }),
     (32, "BOUND reads one bound after the other", b"\x62\x16", |r| r.gpr[RSI] = 0xFFFF_FFFB),
     (32, "VMASKMOV that selects nothing may name CS", b"\x2e\xc4\xe2\x71\x2e\x16", |r| r.gpr[RSI] = DATA.start),
