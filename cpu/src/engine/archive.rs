@@ -9,7 +9,9 @@
 
 use super::hash::FastMap;
 use super::mode::Mode;
-use super::translate::{MAX_BLOCK_BYTES, MAX_RECORDS, Placed, Request, Site, SiteKind, Translator};
+use super::translate::{
+    Elsewhere, MAX_BLOCK_BYTES, MAX_RECORDS, OtherPage, Placed, Request, Site, SiteKind, Translator,
+};
 use super::undefined::Undefined;
 use iced_x86::{Decoder, DecoderOptions};
 use serde::{Deserialize, Serialize};
@@ -73,6 +75,8 @@ pub enum Relocation {
     Site(u32),
     /// An immediate with the identity of the block's page.
     Identity(u32),
+    /// An immediate with the identity of another page, and the page's number among those.
+    OtherIdentity(u32, u8),
 }
 
 /// One translation with its position taken out: it stands at offset 0, its first site is site 0.
@@ -80,6 +84,9 @@ pub enum Relocation {
 struct Record<'a> {
     key: Key,
     guest: &'a [u8],
+    /// What comes from other pages: linear page, offset in it, bytes.
+    #[serde(borrow)]
+    elsewhere: Vec<(u64, u16, &'a [u8])>,
     code: &'a [u8],
     placed: Placed,
     relocations: Vec<Relocation>,
@@ -143,14 +150,24 @@ impl Archive {
     }
 
     /// Puts the translation that was asked for into the translator, as if it had been made now.
-    pub fn paste(&self, request: &Request, origin: u32, translator: &mut Translator) -> Option<Placed> {
+    /// `others` says what is known of a linear page.
+    pub fn paste<'a>(
+        &self,
+        request: &Request,
+        origin: u32,
+        translator: &mut Translator,
+        others: impl Fn(u64) -> OtherPage<'a>,
+    ) -> Option<Placed> {
         let key = Key::of(request);
         let mut number = self.index.get(&key.hash()).map_or(0, |number| number + 1);
         while number != 0 {
             let (at, next) = self.records[number as usize - 1];
             let record: Record = postcard::from_bytes(record_at(&self.kept, at as usize)?).ok()?;
-            if record.key == key && record.is_made_from(request) {
-                return record.paste(request, origin, translator);
+            if record.key == key
+                && record.is_made_from(request)
+                && let Some(placed) = record.paste(request, origin, translator, &others)
+            {
+                return Some(placed);
             }
             number = next;
         }
@@ -168,15 +185,25 @@ impl Archive {
             match *relocation {
                 Relocation::Away(at) => change(&mut code, at, |rel| rel.wrapping_add(origin)),
                 Relocation::Site(at) => change(&mut code, at, |site| site.wrapping_sub(request.first_site)),
-                Relocation::Identity(at) => change(&mut code, at, |_| 0),
+                Relocation::Identity(at) | Relocation::OtherIdentity(at, _) => change(&mut code, at, |_| 0),
             };
         }
         let Some(guest) = placed.guest(request) else { return };
         let first = request.rip.wrapping_sub(u64::from(placed.guest_before));
-        let offset_of = |rip: u64| rip.wrapping_sub(first) as u16;
+        let offset_of = |rip: u64| rip.wrapping_sub(first);
+        if translator.emulated.iter().any(|instruction| offset_of(instruction.ip()) >= guest.len() as u64) {
+            return;
+        }
+        let bytes_of = |part: &Elsewhere| {
+            let other = request.others.iter().find(|other| other.vpage == part.vpage)?;
+            let (_, _, code) = other.code?;
+            Some((part.vpage, part.first, code.get(part.first.into()..)?.get(..part.len.into())?))
+        };
+        let Some(elsewhere) = translator.elsewhere.iter().map(bytes_of).collect() else { return };
         let record = Record {
             key: Key::of(request),
             guest,
+            elsewhere,
             code: &code,
             placed: placed.moved(0u32.wrapping_sub(origin)),
             relocations: translator.relocations.clone(),
@@ -185,7 +212,7 @@ impl Archive {
                 .iter()
                 .map(|site| site.moved(0u32.wrapping_sub(origin), 0u32.wrapping_sub(request.first_emulated), 0))
                 .collect(),
-            emulated: translator.emulated.iter().map(|instruction| offset_of(instruction.ip())).collect(),
+            emulated: translator.emulated.iter().map(|instruction| offset_of(instruction.ip()) as u16).collect(),
             faults: translator.faults.iter().map(|(at, site)| (at - origin, site - request.first_site)).collect(),
         };
         let Ok(bytes) = postcard::to_stdvec(&record) else { return };
@@ -215,11 +242,23 @@ impl Record<'_> {
         self.placed.guest(request).is_some_and(|guest| guest == self.guest)
     }
 
-    fn paste(&self, request: &Request, origin: u32, translator: &mut Translator) -> Option<Placed> {
+    fn paste<'a>(
+        &self,
+        request: &Request,
+        origin: u32,
+        translator: &mut Translator,
+        others: impl Fn(u64) -> OtherPage<'a>,
+    ) -> Option<Placed> {
         let records = self.sites.len().max(self.emulated.len()).max(self.faults.len());
         if self.code.len() > MAX_BLOCK_BYTES || records > MAX_RECORDS {
             return None;
         }
+        let found = |(vpage, first, bytes): &(u64, u16, &[u8])| {
+            let (identity, page, code) = others(*vpage).code?;
+            let part = Elsewhere { vpage: *vpage, page, first: *first, len: bytes.len() as u16 };
+            code.get((*first).into()..)?.starts_with(bytes).then_some((identity, part))
+        };
+        let parts: Vec<_> = self.elsewhere.iter().map(found).collect::<Option<_>>()?;
         translator.a.start(origin as u64);
         translator.a.put(self.code);
         for relocation in &self.relocations {
@@ -228,6 +267,10 @@ impl Record<'_> {
                 Relocation::Away(at) => change(code, at, |rel| rel.wrapping_sub(origin)),
                 Relocation::Site(at) => change(code, at, |site| site.wrapping_add(request.first_site)),
                 Relocation::Identity(at) => change(code, at, |_| request.page_identity),
+                Relocation::OtherIdentity(at, part) => {
+                    let (identity, _) = parts.get(usize::from(part))?;
+                    change(code, at, |_| *identity)
+                }
             };
             if !done {
                 return None;
@@ -235,6 +278,7 @@ impl Record<'_> {
         }
         let moved = |site: &Site| site.moved(origin, request.first_emulated, request.block);
         translator.elsewhere.clear();
+        translator.elsewhere.extend(parts.iter().map(|(_, part)| *part));
         translator.sites.clear();
         translator.sites.extend(self.sites.iter().map(moved));
         translator.faults.clear();
@@ -292,6 +336,7 @@ impl Site {
 #[cfg(test)]
 mod tests {
     use super::super::assembler::Assembler;
+    use super::super::profile::Ways;
     use super::super::residents;
     use super::super::thunks;
     use super::*;
@@ -338,6 +383,39 @@ mod tests {
         &[0x48, 0x8B, 0x05, 0, 0x10, 0, 0, 0xF0, 0x0F, 0xB1, 0x0A, 0xE2, 0xFE], // mov rax, [rip+4096]; lock cmpxchg; loop
     ];
 
+    fn unknown(vpage: u64) -> OtherPage<'static> {
+        OtherPage { vpage, code: None }
+    }
+
+    #[test]
+    fn what_comes_from_other_pages_must_be_there() {
+        // call 0x40_2008, where there is: inc rax; ret
+        let code = [0xE8, 0x03, 0x10, 0, 0, 0x90, 0xF4];
+        let other = |offset: usize, identity| {
+            let mut page = vec![0xCC; 4096];
+            page[offset..][..4].copy_from_slice(&[0x48, 0xFF, 0xC0, 0xC3]);
+            OtherPage { vpage: 0x402, code: Some((identity, 9, &*page.leak())) }
+        };
+        let (known, moved) = ([other(8, 5)], other(9, 5));
+        let hot = |index| Request { hot: Some(Ways::Random(0)), heats: false, others: &known, ..request(&code, index) };
+        let archive = Archive::new(Vec::new()).expect("an empty archive");
+        let (mut made, mut pasted) = (translator(), translator());
+        let placed = made.translate(&hot(11), 0x8000).expect("all it wants");
+        assert!(placed.spreads && made.elsewhere.len() == 1);
+        archive.add(&hot(11), 0x8000, &made, &placed);
+        let archive = Archive::new(archive.bytes()).expect("its own bytes");
+        assert!(archive.paste(&hot(11), 0, &mut pasted, unknown).is_none());
+        assert!(archive.paste(&hot(11), 0, &mut pasted, |_| moved).is_none());
+        for identity in [5, 6] {
+            let there = other(8, identity);
+            let request = Request { others: &[there], ..hot(200) };
+            let placed = made.translate(&request, 0x12_3450).expect("all it wants");
+            let again = archive.paste(&request, 0x12_3450, &mut pasted, |_| there).expect("it is in the archive");
+            assert_eq!((&made.a.bytes, &made.elsewhere), (&pasted.a.bytes, &pasted.elsewhere));
+            assert_eq!(format!("{placed:?}"), format!("{again:?}"));
+        }
+    }
+
     #[test]
     fn a_pasted_translation_is_the_one_that_would_be_made() {
         let archive = Archive::new(Vec::new()).expect("an empty archive");
@@ -351,7 +429,7 @@ mod tests {
         let mut pasted = translator();
         for bytes in BLOCKS {
             let request = request(bytes, 200);
-            let there = archive.paste(&request, 0x12_3450, &mut pasted).expect("it is in the archive");
+            let there = archive.paste(&request, 0x12_3450, &mut pasted, unknown).expect("it is in the archive");
             let placed = made.translate(&request, 0x12_3450).expect("whole instructions");
             assert_eq!(made.a.bytes, pasted.a.bytes, "{bytes:x?}");
             assert_eq!(format!("{placed:?}"), format!("{there:?}"));
@@ -359,9 +437,9 @@ mod tests {
             assert_eq!((&made.faults, &made.emulated), (&pasted.faults, &pasted.emulated));
         }
         let changed = [0x48, 0x8B, 0x03, 0x48, 0x8B, 0x4B, 0x10, 0x48, 0x01, 0xC8, 0xC3];
-        assert!(archive.paste(&request(&changed, 1), 0, &mut pasted).is_none(), "other bytes");
+        assert!(archive.paste(&request(&changed, 1), 0, &mut pasted, unknown).is_none(), "other bytes");
         let other = Request { window: false, ..request(BLOCKS[0], 1) };
-        assert!(archive.paste(&other, 0, &mut pasted).is_none(), "other settings");
+        assert!(archive.paste(&other, 0, &mut pasted, unknown).is_none(), "other settings");
     }
 
     #[test]
@@ -377,7 +455,7 @@ mod tests {
             let mut flipped = bytes.clone();
             flipped[at] ^= 0x41;
             if let Some(archive) = Archive::new(flipped) {
-                archive.paste(&request, 0x1000, &mut translator);
+                archive.paste(&request, 0x1000, &mut translator, unknown);
             }
         }
     }

@@ -6,10 +6,11 @@ use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
 use super::profile::Ways;
+use super::region::Array;
 use super::translate::{Elsewhere, Lacks, MAX_BLOCK_BYTES, MAX_INSTRUCTIONS, OtherPage, Request};
 use super::translations::{CodePage, Purpose, Start, start};
 use crate::exception::Exception;
-use crate::memory::{PAGE_MASK, PAGE_SIZE};
+use crate::memory::{PAGE_MASK, PAGE_SIZE, PhysMemory};
 use crate::paging::is_canonical;
 
 impl Core {
@@ -253,7 +254,10 @@ impl Core {
         let mut second_physical = None;
         let archive = self.config.archive.as_deref();
         let archive = archive.filter(|_| purpose.is_linked() && self.chaos.is_none() && request.cuts.is_empty());
-        let pasted = archive.and_then(|archive| archive.paste(&request, origin, &mut self.translator));
+        // SAFETY: the vCPU block is owned by this core; it does not run while a block is translated.
+        let itlb = unsafe { &(*self.block).itlb[mode.class() as usize] };
+        let other = |vpage| other_page(itlb, &self.t.code_pages, &self.memory, vpage, mode);
+        let pasted = archive.and_then(|archive| archive.paste(&request, origin, &mut self.translator, other));
         self.statistics.pasted += u64::from(pasted.is_some());
         let translated = match pasted {
             Some(placed) => Ok(placed),
@@ -263,12 +267,12 @@ impl Core {
                     let request = Request { others: &others, ..request };
                     match self.translator.translate(&request, origin) {
                         Ok(placed) => {
-                            if let Some(archive) = archive.filter(|_| !placed.spreads) {
+                            if let Some(archive) = archive {
                                 archive.add(&request, origin, &self.translator, &placed);
                             }
                             break Ok(placed);
                         }
-                        Err(Lacks::Page(vpage)) => others.push(self.other_page(vpage, mode)),
+                        Err(Lacks::Page(vpage)) => others.push(other(vpage)),
                         Err(Lacks::Bytes) => break Err(()),
                     }
                 }
@@ -314,26 +318,12 @@ impl Core {
             self.begin_to_watch(second_page.into());
         }
         for part in 0..self.translator.elsewhere.len() {
-            let Elsewhere { page, first, len } = self.translator.elsewhere[part];
+            let Elsewhere { page, first, len, .. } = self.translator.elsewhere[part];
             if self.t.pages.add_block(page, index, first.into(), len.into()) {
                 self.begin_to_watch(page.into());
             }
         }
         Ok(Ok(index))
-    }
-
-    /// What a block may go on in, as far as the instruction TLB knows the page: translating must not be seen, hence walk
-    /// no tables.
-    fn other_page<'a>(&self, vpage: u64, mode: Mode) -> OtherPage<'a> {
-        // SAFETY: the vCPU block is owned by this core.
-        let identity = unsafe { (*self.block).itlb[mode.class() as usize][vpage as usize % ITLB_ENTRIES] };
-        let CodePage { vpage: known, page, mode: its_mode, .. } = self.t.code_pages[identity];
-        let host = self.memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE);
-        let code = host.filter(|_| identity != 0 && known == vpage && its_mode == mode).map(|host| {
-            // SAFETY: the page is mapped RAM; the guest does not run while it is read.
-            (identity, page, unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) })
-        });
-        OtherPage { vpage, code }
     }
 
     /// Puts what the translator has just made where it can be executed and found.
@@ -352,4 +342,23 @@ impl Core {
         self.translator.faults.drain(..).for_each(|fault| self.t.faults.push(fault));
         self.t.add_block(rip, identity, second, purpose, placed);
     }
+}
+
+/// What a block may go on in, as far as the instruction TLB knows the page: translating must not be seen, hence walk no
+/// tables.
+fn other_page<'a>(
+    itlb: &[u32; ITLB_ENTRIES],
+    code_pages: &Array<CodePage>,
+    memory: &PhysMemory,
+    vpage: u64,
+    mode: Mode,
+) -> OtherPage<'a> {
+    let identity = itlb[vpage as usize % ITLB_ENTRIES];
+    let CodePage { vpage: known, page, mode: its_mode, .. } = code_pages[identity];
+    let host = memory.host(u64::from(page) * PAGE_SIZE, PAGE_SIZE);
+    let code = host.filter(|_| identity != 0 && known == vpage && its_mode == mode).map(|host| {
+        // SAFETY: the page is mapped RAM; the guest does not run while it is read.
+        (identity, page, unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) })
+    });
+    OtherPage { vpage, code }
 }

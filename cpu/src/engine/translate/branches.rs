@@ -53,9 +53,11 @@ impl Translator {
     }
 
     /// In front of an instruction in another page: leaves if that is not the page that it was decoded from.
-    pub(super) fn cross(&mut self, crossing: &Crossing) {
+    /// It is the `number`th page that the block goes on in.
+    pub(super) fn cross(&mut self, number: usize, crossing: &Crossing) {
         self.clobber_flags();
         self.a.cmp_field_imm32(field::itlb(self.mode.class(), crossing.vpage), crossing.identity);
+        self.relocations.push(Relocation::OtherIdentity(self.a.offset() - 4, number as u8));
         let patch = self.a.jcc(cc::NE, 0);
         let side = Side {
             target: self.ip,

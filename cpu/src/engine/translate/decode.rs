@@ -45,8 +45,9 @@ pub struct OtherPage<'a> {
 }
 
 /// What a block was translated from in another page than its own.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elsewhere {
+    pub vpage: u64,
     pub page: u32,
     pub first: u16,
     pub len: u16,
@@ -295,6 +296,7 @@ impl Translator {
         let first = &walk.parts[0];
         self.elsewhere.clear();
         self.elsewhere.extend(walk.parts[1..].iter().filter(|part| part.high > part.low).map(|part| Elsewhere {
+            vpage: part.vpage,
             page: part.page,
             first: part.low as u16,
             len: (part.high - part.low) as u16,

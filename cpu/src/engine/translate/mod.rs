@@ -326,7 +326,7 @@ impl Translator {
         self.a.start(origin as u64);
         let plan = &self.plan;
         let crossings = std::mem::take(&mut self.crossings);
-        let crosses = |i: usize| crossings.iter().find(|crossing| crossing.position == i);
+        let crosses = |i: usize| crossings.iter().enumerate().find(|(_, crossing)| crossing.position == i);
         let stays = |i: usize| {
             !request.mode.is_direct()
                 && crosses(i).is_none()
@@ -381,8 +381,8 @@ impl Translator {
         for (position, (ins, treatment)) in list.iter().enumerate() {
             self.position = position;
             self.ip = ins.ip();
-            if let Some(crossing) = crosses(position) {
-                self.cross(crossing);
+            if let Some((number, crossing)) = crosses(position) {
+                self.cross(number, crossing);
             }
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
             if treatment.ends_block() && position + 1 == list.len() {
