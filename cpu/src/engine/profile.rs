@@ -113,7 +113,7 @@ impl<'a> Guide<'a> {
         *self = Guide::new(self.ways, rip);
     }
 
-    /// At a conditional branch, in front of `next`: it is usually taken, or usually not, if that is known. If it is
+    /// At a conditional branch, in front of `next`: it is usually taken, or usually not, if that is known and clear. If it is
     /// followed, [`Guide::enter`] must be told where to.
     pub fn usually(&mut self, next: u64) -> Option<bool> {
         if let Ways::Random(bits) = &mut self.ways {
@@ -121,7 +121,12 @@ impl<'a> Guide<'a> {
             return (*bits & 2 != 0).then_some(*bits & 1 != 0);
         }
         let taken = u32::from(self.taken[self.branch]);
-        let usual = (self.runs >= TELLING).then_some(taken * 2 > self.runs);
+        let usual = match self.runs {
+            runs if runs < TELLING => None,
+            runs if taken * 4 > runs * 3 => Some(true),
+            runs if taken * 4 < runs => Some(false),
+            _ => None,
+        };
         self.runs = self.runs.saturating_sub(taken);
         self.branch += 1;
         if self.branch == COUNTED {
@@ -145,6 +150,8 @@ mod tests {
         };
         count(0x1000, 100, [10, 80, 4, 0, 6]);
         count(0x2000, TELLING as u16 - 1, [9; COUNTED]);
+        count(0x3000, 100, [70; COUNTED]);
+        assert_eq!(Guide::new(Ways::Counted(&profile), 0x3000).usually(0), None, "three of ten went the other way");
         let mut guide = Guide::new(Ways::Counted(&profile), 0x1000);
         let five = [(); COUNTED].map(|()| guide.usually(0x2000));
         // Of the hundred ninety come to the second, ten behind it: too few to tell of the others.
