@@ -325,9 +325,12 @@ impl Site {
             }
             SiteKind::Window { patch } => SiteKind::Window { patch: patch.wrapping_add(code) },
             SiteKind::Crossing { patch } => SiteKind::Crossing { patch: patch.wrapping_add(code) },
-            SiteKind::Hot { longer, counts } => SiteKind::Hot { longer, counts: counts.wrapping_add(code) },
             SiteKind::Emulate { instruction } => SiteKind::Emulate { instruction: instruction.wrapping_add(emulated) },
-            kind @ (SiteKind::Indirect { .. } | SiteKind::Budget | SiteKind::Lookup | SiteKind::Fault { .. }) => kind,
+            kind @ (SiteKind::Indirect { .. }
+            | SiteKind::Budget
+            | SiteKind::Hot
+            | SiteKind::Lookup
+            | SiteKind::Fault { .. }) => kind,
         };
         Site { kind, block, ..*self }
     }

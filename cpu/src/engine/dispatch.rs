@@ -10,7 +10,7 @@ use super::recent::Branch;
 use super::segmented::is_segmented;
 use super::signals::{self, SignalStack};
 use super::thunks::exit;
-use super::translate::{COUNTS_NOT, MAX_INSTRUCTIONS, Site, SiteKind};
+use super::translate::{MAX_INSTRUCTIONS, Site, SiteKind};
 use super::translations::Purpose;
 use crate::Icount;
 use crate::bus::{Bus, TscLine};
@@ -313,18 +313,15 @@ impl Core {
                         self.rewind(site);
                         short = !self.policy_goes_on();
                     }
-                    SiteKind::Hot { longer, counts } => {
+                    SiteKind::Hot => {
+                        self.statistics.hot += 1;
                         self.rewind(site);
                         self.hold(shadow, held);
                         let Site { block: old, rip, .. } = self.t.sites[site];
                         // SAFETY: the vCPU block is owned by this core.
-                        if unsafe { (*self.block).profile.end(rip) } || longer {
-                            self.statistics.hot += 1;
-                            self.t.supersede(old);
-                            follow = Follow::Forward { old };
-                        } else {
-                            self.t.patch(counts, &COUNTS_NOT);
-                        }
+                        unsafe { (*self.block).profile.end(rip) };
+                        self.t.supersede(old);
+                        follow = Follow::Forward { old };
                     }
                     SiteKind::Window { patch } => {
                         self.statistics.window += 1;

@@ -361,16 +361,6 @@ impl Translations {
         unsafe { (self.address(at) as *mut u32).write_unaligned(displacement) };
     }
 
-    /// Overwrites instructions at offset `at` with others.
-    pub fn patch(&mut self, at: u32, instructions: &[u8]) {
-        assert!(at as usize + instructions.len() <= self.offsets.code_capacity, "patches stay inside the code memory");
-        self.patience.written(at);
-        // SAFETY: as above.
-        unsafe {
-            std::ptr::copy_nonoverlapping(instructions.as_ptr(), self.address(at) as *mut u8, instructions.len())
-        };
-    }
-
     /// Overwrites the instruction at offset `at` with `jmp target`.
     pub fn patch_jmp(&mut self, at: u32, target: u32) {
         assert!(at as usize + 5 <= self.offsets.code_capacity, "patches stay inside the code memory");

@@ -21,10 +21,8 @@ pub(super) struct Path {
     pub(super) guest_len: u32,
     /// Address behind the last of them.
     pub(super) next: u64,
-    /// The block has conditional branches.
-    pub(super) branches: bool,
-    /// If it were hot it would go on.
-    pub(super) longer: bool,
+    /// If the block were hot it could be another.
+    pub(super) could_be_better: bool,
 }
 
 /// What must be known for a translation, besides what the request says.
@@ -305,8 +303,7 @@ impl Translator {
             guest_before: (request.at - first.low) as u32,
             guest_len: (first.high - request.at) as u32,
             next,
-            branches,
-            longer: walk.longer,
+            could_be_better: branches || walk.longer,
         })
     }
 

@@ -47,9 +47,6 @@ const JUMP_SCALE: u8 = (size_of::<JumpEntry>() / JUMP_CODE) as u8;
 /// Longest block, in instructions. The budget's immediate is one byte.
 pub const MAX_INSTRUCTIONS: u32 = 64;
 
-/// As long as what counts a block's runs: two NOPs.
-pub const COUNTS_NOT: [u8; 15] = [0x66, 0x0F, 0x1F, 0x84, 0, 0, 0, 0, 0, 0x66, 0x0F, 0x1F, 0x44, 0, 0];
-
 /// Most bytes that the translation of one block can take.
 pub const MAX_BLOCK_BYTES: usize = 64 * 1024;
 
@@ -82,9 +79,8 @@ pub enum SiteKind {
     Indirect { popped: i32 },
     /// The budget does not cover the block.
     Budget,
-    /// The block has run so often that it is worth a better translation, which may be `longer`. If there is none, what
-    /// `counts` the runs, at this offset, is overwritten.
-    Hot { longer: bool, counts: u32 },
+    /// The block has run so often that it is worth another translation.
+    Hot,
     /// The block reaches beyond the stack window. The rel32 at `patch` may be led to a translation without it.
     Window { patch: u32 },
     /// The range of a group of accesses crosses a page. The rel32 at `patch` may be led to a translation without groups.
@@ -342,8 +338,8 @@ impl Translator {
             Residents::default()
         };
 
-        let Path { guest_before, guest_len, next, branches, longer } = path;
-        self.counting = (request.heats && request.hot.is_none() && (branches || longer)).then_some(0);
+        let Path { guest_before, guest_len, next, could_be_better } = path;
+        self.counting = (request.heats && request.hot.is_none() && could_be_better).then_some(0);
         let mut placed = Placed {
             checked: origin,
             guest_len,
@@ -365,11 +361,9 @@ impl Translator {
             let patch = self.a.jcc(cc::S, 0);
             self.cold.push(Cold::Leave { patch, site });
             if self.counting.is_some() {
-                let counts = self.a.here() as u32;
                 self.a.add_field16(field::runs(request.rip), HEAT_STEP);
-                let site = self.site(SiteKind::Hot { longer, counts }, self.count);
+                let site = self.site(SiteKind::Hot, self.count);
                 let patch = self.a.jcc(cc::C, 0);
-                debug_assert_eq!(self.a.here() as u32, counts + COUNTS_NOT.len() as u32);
                 self.cold.push(Cold::Leave { patch, site });
             }
         } else {
