@@ -1,5 +1,5 @@
 //! Which instructions a block consists of: what follows the first one in its page and, if the block runs often, what its
-//! jumps, backward branches and calls lead to.
+//! branches, jumps and calls lead to.
 
 use super::*;
 
