@@ -7,7 +7,7 @@
 use std::mem::offset_of;
 
 /// So often a block runs before it is hot. Another translation costs what it saves in about as many runs.
-pub const HEAT: u32 = 1 << 12;
+const HEAT: u32 = 1 << 12;
 
 /// What is added to the counter of runs at each: it overflows when the block is hot.
 pub const HEAT_STEP: u8 = ((1 << 16) / HEAT) as u8;
@@ -148,7 +148,8 @@ mod tests {
         count(0x1000, 100, [10, 80, 4, 0, 6]);
         count(0x2000, TELLING as u16 - 1, [9; COUNTED]);
         count(0x3000, 100, [70; COUNTED]);
-        assert_eq!(Guide::new(Ways::Counted(&profile), 0x3000).usually(0), None, "three of ten went the other way");
+        let usual = |profile: &Profile, rip| Guide::new(Ways::Counted(profile), rip).usually(0);
+        assert_eq!(usual(&profile, 0x3000), None, "three of ten went the other way");
         let mut guide = Guide::new(Ways::Counted(&profile), 0x1000);
         let five = [(); COUNTED].map(|()| guide.usually(0x2000));
         // Of the hundred ninety come to the second, ten behind it: too few to tell of the others.
@@ -158,12 +159,12 @@ mod tests {
         assert_eq!(guide.usually(0), Some(false));
         let elsewhere = 0x1000 + PLACES as u64 * 4096;
         assert_eq!(Profile::runs(elsewhere), Profile::runs(0x1000));
-        assert_eq!(Guide::new(Ways::Counted(&profile), elsewhere).usually(0), None, "what is there is about another");
+        assert_eq!(usual(&profile, elsewhere), None, "what is there is about another");
         profile.end(elsewhere);
         profile.end(0x2000);
-        assert_eq!(Guide::new(Ways::Counted(&profile), 0x2000).usually(0), Some(false));
-        assert_eq!(Guide::new(Ways::Counted(&profile), 0x1000).usually(0), Some(false));
+        assert_eq!(usual(&profile, 0x2000), Some(false));
+        assert_eq!(usual(&profile, 0x1000), Some(false));
         profile.begin(elsewhere);
-        assert_eq!(Guide::new(Ways::Counted(&profile), 0x1000).usually(0), None);
+        assert_eq!(usual(&profile, 0x1000), None);
     }
 }

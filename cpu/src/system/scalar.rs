@@ -241,7 +241,6 @@ fn shift(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn S
     Ok(())
 }
 
-/// BT, BTS, BTR, BTC. A register offset into memory reaches outside the operand.
 /// Linear address of what BT, BTS, BTR or BTC with a register as bit offset reads. Errors: #GP, #SS.
 pub fn bit_string_address(state: &CpuState, instr: &Instruction) -> Result<u64, Exception> {
     let size = instr.op1_register().size();
@@ -251,6 +250,7 @@ pub fn bit_string_address(state: &CpuState, instr: &Instruction) -> Result<u64, 
     linear(state, memory_segment(instr), operand, size, instr.mnemonic() != Mnemonic::Bt)
 }
 
+/// BT, BTS, BTR, BTC. A register offset into memory reaches outside the operand.
 fn bit_test(state: &mut CpuState, instr: &Instruction, size: usize, sys: &mut dyn System) -> Result<(), ExecError> {
     let bits = size as u64 * 8;
     let modifies = instr.mnemonic() != Mnemonic::Bt;
