@@ -149,6 +149,16 @@ pub fn writes_code_segment(ins: &Instruction) -> bool {
         })
 }
 
+/// The memory operand's linear address is made of 64-bit general registers and a constant.
+pub fn has_plain_address(ins: &Instruction) -> bool {
+    let (base, index) = (ins.memory_base(), ins.memory_index());
+    let is_plain = |register: Register| register == Register::None || register.is_gpr64();
+    is_plain(base)
+        && is_plain(index)
+        && (base, index) != (Register::None, Register::None)
+        && !matches!(ins.memory_segment(), Register::FS | Register::GS)
+}
+
 /// The memory operand's address is computed in 16 bits.
 pub fn has_16_bit_address(ins: &Instruction) -> bool {
     let register = if ins.memory_base() != Register::None { ins.memory_base() } else { ins.memory_index() };

@@ -9,7 +9,7 @@
 //! in front, that all of them fall into the stack window, and then adds the window's distance.
 
 use super::block::WINDOW_SPANS;
-use super::classify::Treatment;
+use super::classify::{self, Treatment};
 use super::registers::gpr_number;
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
@@ -236,12 +236,7 @@ impl Plan {
 
     fn operand(&mut self, i: usize, ins: &Instruction, size: usize, read: bool, write: bool) {
         let (base, index) = (ins.memory_base(), ins.memory_index());
-        let is_address = |register: Register| register == Register::None || register.is_gpr64();
-        let plain = is_address(base)
-            && is_address(index)
-            && (base, index) != (Register::None, Register::None)
-            && !matches!(ins.memory_segment(), Register::FS | Register::GS)
-            && (read || write);
+        let plain = classify::has_plain_address(ins) && (read || write);
         let offset = ins.memory_displacement64() as i64;
         if plain && offset.abs() < 1 << 24 {
             let scale = if index == Register::None { 1 } else { ins.memory_index_scale() as u8 };
@@ -438,7 +433,7 @@ pub fn needs_pointer(ins: &Instruction) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{classify, mode::Mode};
+    use super::super::mode::Mode;
     use super::*;
     use iced_x86::{Decoder, DecoderOptions};
 

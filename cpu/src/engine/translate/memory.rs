@@ -248,13 +248,7 @@ impl Translator {
     /// without it if the instruction needs that itself.
     fn can_repeat_address(&mut self, ins: &Instruction) -> bool {
         let (base, index) = (ins.memory_base(), ins.memory_index());
-        let is_address = |register: Register| register == Register::None || register.is_gpr64();
-        if !self.mode.is_64bit()
-            || !is_address(base)
-            || !is_address(index)
-            || (base, index) == (Register::None, Register::None)
-            || matches!(ins.memory_segment(), Register::FS | Register::GS)
-        {
+        if !self.mode.is_64bit() || !classify::has_plain_address(ins) {
             return false;
         }
         let has_home = |register| gpr_number(register).is_none_or(|guest| self.home[guest as usize].is_some());
