@@ -19,6 +19,10 @@ pub fn overwritten(ins: &Instruction) -> u32 {
         return 0;
     }
     let defined = ins.rflags_written() | ins.rflags_cleared() | ins.rflags_set();
+    if defined != 0 && matches!(ins.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd) {
+        // Whoever executes a shift gives those that are undefined values that do not depend on their old ones.
+        return STATUS;
+    }
     let af = if classify::clears_af(ins) { RflagsBits::AF } else { 0 };
     (defined | af) & STATUS
 }

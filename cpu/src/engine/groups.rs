@@ -16,7 +16,7 @@ use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Op
 /// Widest range of a group, in bytes.
 const SPAN_MAX: i32 = 512;
 /// Most groups of a block: slots in the vCPU block.
-pub const GROUPS_MAX: usize = 14;
+pub const GROUPS_MAX: usize = 13;
 const RSP: usize = 4;
 const RBP: usize = 5;
 
@@ -153,6 +153,28 @@ impl Plan {
     /// True if RSP before this instruction is what it was when the block began.
     pub fn same_stack(&self, instruction: usize) -> bool {
         self.depth.get(instruction).is_some_and(|depth| *depth == Some(0))
+    }
+
+    /// The host's flags are lost in front of an instruction, or by it; a guess where that depends on more than the plan.
+    pub fn clobbers(&self, i: usize, ins: &Instruction, treatment: Treatment) -> bool {
+        use Treatment::*;
+        match treatment {
+            Nothing | Lea | Branch => false,
+            Plain => {
+                let first = |member: Member| {
+                    let same = |assigned: &[Option<Assigned>; 2]| {
+                        assigned.iter().flatten().any(|assigned| usize::from(assigned.group) == member.group)
+                    };
+                    !self.assigned[..i].iter().any(same)
+                };
+                ins.op_kinds().any(|kind| kind == OpKind::Memory)
+                    && !self.windowed(i, Which::Operand)
+                    && self.member(i, Which::Operand).is_none_or(first)
+            }
+            Push | Pop => ins.op0_kind() == OpKind::Memory || !self.windowed(i, Which::Stack),
+            FollowedCall => !self.windowed(i, Which::Stack),
+            _ => true,
+        }
     }
 
     /// The place of an access in its group, if it shares its translation with another.

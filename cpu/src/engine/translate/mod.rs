@@ -20,7 +20,7 @@ pub(super) use status::Flags;
 use decode::{Crossing, Path};
 use memory::{Wanted, address_size};
 use places::{Holds, ScratchRegisters};
-use status::{Overflow, Source};
+use status::{Overflow, Source, gives_by_operand};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
@@ -237,6 +237,8 @@ pub struct Translator {
     inhabited: std::ops::Range<usize>,
     pub(super) mode: Mode,
     careful: bool,
+    /// Only cold code will look at the flags of the current instruction when they have left the host.
+    fade: bool,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
     mends_flags: bool,
     isolated: bool,
@@ -282,6 +284,7 @@ impl Translator {
             inhabited: 0..0,
             mode: Mode(0),
             careful: false,
+            fade: false,
             mends_flags: false,
             isolated: false,
             counting: None,
@@ -379,6 +382,7 @@ impl Translator {
                 self.cross(number, crossing);
             }
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
+            self.fade = settles && gives_by_operand(ins) && self.fades(&list, position, |at| crosses(at).is_some());
             if treatment.ends_block() && position + 1 == list.len() {
                 self.move_out();
             }
