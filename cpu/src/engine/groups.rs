@@ -117,6 +117,8 @@ pub struct Plan {
 struct Assigned {
     group: u8,
     low: i32,
+    /// It begins the group.
+    first: bool,
 }
 
 /// Which access of an instruction is meant.
@@ -141,11 +143,18 @@ impl Plan {
         self.windowed.get(instruction).is_some_and(|w| w[which as usize])
     }
 
-    /// True if all memory accesses of an instruction go through the window, so that none can leave the block.
-    pub fn stays_in_window(&self, instruction: usize, treatment: Treatment) -> bool {
+    /// True if an access is known to be translated: it goes through the window, or is not the first of its group. So it
+    /// cannot leave the block.
+    pub fn is_translated(&self, instruction: usize, which: Which) -> bool {
+        self.windowed(instruction, which)
+            || self.assigned.get(instruction).is_some_and(|assigned| assigned[which as usize].is_some_and(|a| !a.first))
+    }
+
+    /// True if all memory accesses of an instruction are known to be translated.
+    pub fn stays(&self, instruction: usize, treatment: Treatment) -> bool {
         match treatment {
-            Treatment::Plain => self.windowed(instruction, Which::Operand),
-            Treatment::FollowedCall => self.windowed(instruction, Which::Stack),
+            Treatment::Plain => self.is_translated(instruction, Which::Operand),
+            Treatment::FollowedCall => self.is_translated(instruction, Which::Stack),
             _ => false,
         }
     }
@@ -160,26 +169,16 @@ impl Plan {
         use Treatment::*;
         match treatment {
             Nothing | Lea | Branch => false,
-            Plain => {
-                let first = |member: Member| {
-                    let same = |assigned: &[Option<Assigned>; 2]| {
-                        assigned.iter().flatten().any(|assigned| usize::from(assigned.group) == member.group)
-                    };
-                    !self.assigned[..i].iter().any(same)
-                };
-                ins.op_kinds().any(|kind| kind == OpKind::Memory)
-                    && !self.windowed(i, Which::Operand)
-                    && self.member(i, Which::Operand).is_none_or(first)
-            }
-            Push | Pop => ins.op0_kind() == OpKind::Memory || !self.windowed(i, Which::Stack),
-            FollowedCall => !self.windowed(i, Which::Stack),
+            Plain => ins.op_kinds().any(|kind| kind == OpKind::Memory) && !self.is_translated(i, Which::Operand),
+            Push | Pop => ins.op0_kind() == OpKind::Memory || !self.is_translated(i, Which::Stack),
+            FollowedCall => !self.is_translated(i, Which::Stack),
             _ => true,
         }
     }
 
     /// The place of an access in its group, if it shares its translation with another.
     pub fn member(&self, instruction: usize, which: Which) -> Option<Member> {
-        let Assigned { group, low } = self.assigned.get(instruction)?[which as usize]?;
+        let Assigned { group, low, .. } = self.assigned.get(instruction)?[which as usize]?;
         let found = &self.groups[group as usize];
         (found.count > 1).then_some(Member { group: group as usize, offset: low - found.min })
     }
@@ -299,14 +298,14 @@ impl Plan {
                 group.max = max;
                 group.count += 1;
                 group.write |= write;
-                self.assigned[i][which as usize] = Some(Assigned { group: number as u8, low });
+                self.assigned[i][which as usize] = Some(Assigned { group: number as u8, low, first: false });
                 return;
             }
         }
         if self.groups.len() == GROUPS_MAX {
             return;
         }
-        self.assigned[i][which as usize] = Some(Assigned { group: self.groups.len() as u8, low });
+        self.assigned[i][which as usize] = Some(Assigned { group: self.groups.len() as u8, low, first: true });
         self.groups.push(Group {
             registers,
             write,

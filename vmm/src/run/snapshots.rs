@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::directory::INPUTS;
 use crate::machine::Machine;
@@ -19,7 +20,11 @@ use crate::store::{
 };
 
 /// Instructions between snapshots.
-pub const EVERY_INSTRUCTIONS: u64 = 1 << 28;
+const EVERY_INSTRUCTIONS: u64 = 1 << 28;
+/// How many times as far apart they may be where writing one takes long.
+const STRETCH: u64 = 4;
+/// Where it does, the writer rests for so many times as long as it wrote.
+const REST: u32 = 7;
 /// Snapshots that a run keeps.
 pub const MOST: usize = 128;
 /// Bytes of RAM written after which a snapshot is taken early.
@@ -32,6 +37,8 @@ const EARLY_PART: u64 = 8;
 pub struct SnapshotOptions {
     /// Instructions between two snapshots.
     pub every_instructions: u64,
+    /// How many times as many there may be, so that the writer is at work for an eighth of the time only.
+    pub stretch: u64,
     /// Bytes of RAM written since the last snapshot after which the next is taken early.
     pub dirty_bytes: u64,
     /// Snapshots that are kept: when there are more, every second one is removed and the distance doubles.
@@ -40,7 +47,12 @@ pub struct SnapshotOptions {
 
 impl Default for SnapshotOptions {
     fn default() -> SnapshotOptions {
-        SnapshotOptions { every_instructions: EVERY_INSTRUCTIONS, dirty_bytes: DIRTY_BYTES, most: MOST }
+        SnapshotOptions {
+            every_instructions: EVERY_INSTRUCTIONS,
+            stretch: STRETCH,
+            dirty_bytes: DIRTY_BYTES,
+            most: MOST,
+        }
     }
 }
 
@@ -68,6 +80,8 @@ struct Writer {
 #[derive(Default)]
 struct Shared {
     busy: AtomicBool,
+    /// Until when the thread should have nothing to do.
+    rest: Mutex<Option<Instant>>,
     /// How often the list was thinned out: the distance has doubled as often.
     thinned: AtomicU32,
     failure: Mutex<Option<SnapshotError>>,
@@ -136,7 +150,11 @@ impl Snapshotter {
         if busy || since < every / EARLY_PART || since == 0 || !machine.at_moment() {
             return false;
         }
-        since >= every || machine.unhashed_bytes() >= self.options.dirty_bytes
+        if since < every && machine.unhashed_bytes() < self.options.dirty_bytes {
+            return false;
+        }
+        let rest = self.writer.as_ref().and_then(|writer| *lock(&writer.shared.rest));
+        since >= every.saturating_mul(self.options.stretch) || rest.is_none_or(|until| Instant::now() >= until)
     }
 
     fn failure(&self) -> Result<(), SnapshotError> {
@@ -200,6 +218,7 @@ struct Scribe {
 impl Scribe {
     fn work(&mut self, receiver: &Receiver<Begun>, shared: &Shared) {
         while let Ok((start, hashed, line)) = receiver.recv() {
+            let begun = Instant::now();
             let capture = start.finish(hashed);
             let written = self.write(&capture, line, shared);
             *lock(&shared.memory) = capture.into_memory();
@@ -208,6 +227,7 @@ impl Scribe {
                 // Later captures build on this one.
                 return;
             }
+            *lock(&shared.rest) = Some(Instant::now() + begun.elapsed() * REST);
             shared.busy.store(false, Ordering::Release);
         }
     }

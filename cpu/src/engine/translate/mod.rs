@@ -327,13 +327,12 @@ impl Translator {
         let crossings = std::mem::take(&mut self.crossings);
         let crosses = |i: usize| crossings.iter().enumerate().find(|(_, crossing)| crossing.position == i);
         let stays = |i: usize| {
-            !request.mode.is_direct()
-                && crosses(i).is_none()
-                && flags::stays(&list[i], plan.stays_in_window(i, list[i].1))
+            !request.mode.is_direct() && crosses(i).is_none() && flags::stays(&list[i], plan.stays(i, list[i].1))
         };
         flags::needs(&list, stays, &mut self.needs);
 
         let settles = !request.careful && !request.isolated;
+        let fading = settles && request.hot.is_some();
         self.residents = if settles && request.mode.is_64bit() {
             let free = Free { distance: self.plan.window.is_none(), budget: !request.mode.is_direct() };
             residents::choose(&list, &mut self.info, free, request.resident_uses)
@@ -382,7 +381,7 @@ impl Translator {
                 self.cross(number, crossing);
             }
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
-            self.fade = settles && gives_by_operand(ins) && self.fades(&list, position, |at| crosses(at).is_some());
+            self.fade = fading && gives_by_operand(ins) && self.fades(&list, position, |at| crosses(at).is_some());
             if treatment.ends_block() && position + 1 == list.len() {
                 self.move_out();
             }

@@ -69,7 +69,9 @@ impl Translator {
             guest.is_some_and(|guest| self.scratch.find(guest).is_some())
         });
         let in_place = match use_of.memory {
-            None if kept.is_none() && !pin_rax && !pin_rcx && !near => homeless::use_place(&mut out, &use_of.access, &self.home),
+            None if kept.is_none() && !pin_rax && !pin_rcx && !near => {
+                homeless::use_place(&mut out, &use_of.access, &self.home)
+            }
             _ => None,
         };
         if let Some(guest) = in_place.and_then(|i| gpr_number(ins.op_register(i))) {
@@ -161,13 +163,7 @@ impl Translator {
 
     /// Keeps an operand of an instruction whose flags fade, so that cold code can have them again: says which one. One in
     /// memory, at `at`, is RAX from then on.
-    fn keep_operand(
-        &mut self,
-        ins: &Instruction,
-        out: &mut Instruction,
-        at: Operand,
-        use_of: &mut Use,
-    ) -> Option<u32> {
+    fn keep_operand(&mut self, ins: &Instruction, out: &mut Instruction, at: Operand, use_of: &mut Use) -> Option<u32> {
         let size = use_of.memory.map_or(ins.op0_register().size(), |_| ins.memory_size().size());
         let registers = (0..ins.op_count()).filter(|i| ins.op_kind(*i) == OpKind::Register);
         let mut homes = registers.map(|i| gpr_number(ins.op_register(i)).and_then(|guest| self.home[guest as usize]));

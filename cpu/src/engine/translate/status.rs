@@ -224,7 +224,8 @@ impl Translator {
         crosses: impl Fn(usize) -> bool,
     ) -> bool {
         let read = list[i].0.op_kinds().zip(0..).filter(|(kind, _)| *kind == OpKind::Register);
-        let read = read.fold(0u32, |mask, (_, i2)| mask | gpr_number(list[i].0.op_register(i2)).map_or(0, |guest| 1 << guest));
+        let read =
+            read.fold(0u32, |mask, (_, i2)| mask | gpr_number(list[i].0.op_register(i2)).map_or(0, |guest| 1 << guest));
         let shifts = list[i].0.op1_kind() == OpKind::Immediate8;
         let mut lost = false;
         for (at, (ins, treatment)) in list.iter().enumerate().skip(i + 1) {
@@ -235,7 +236,7 @@ impl Translator {
             if treatment.ends_block() && at + 1 == list.len() || needed && lost || may_fault && lost {
                 return false;
             }
-            if ins.rflags_modified() & STATUS != 0 {
+            if self.needs[at].live == 0 || ins.rflags_modified() & STATUS != 0 {
                 return lost && !needed;
             }
             let writes_it = |used: &iced_x86::UsedRegister| {

@@ -8,7 +8,7 @@ use orrery_cpu::engine::{EngineConfig, EngineKind};
 use crate::config::MachineConfig;
 use crate::moment::MomentName;
 use crate::run::SnapshotOptions;
-use crate::run::snapshots::{DIRTY_BYTES, EVERY_INSTRUCTIONS, MOST};
+use crate::run::snapshots::{DIRTY_BYTES, MOST};
 
 // Headings of the help, below the command's own options.
 const MACHINE: &str = "The machine";
@@ -133,9 +133,10 @@ pub struct SnapshotArgs {
     /// Take no automatic snapshots
     #[arg(long, help_heading = SNAPSHOTS)]
     pub no_snapshots: bool,
-    /// Instructions between automatic snapshots
-    #[arg(long, help_heading = SNAPSHOTS, value_name = "N", default_value_t = EVERY_INSTRUCTIONS, value_parser = clap::value_parser!(u64).range(1..))]
-    pub snapshot_every: u64,
+    /// Instructions between automatic snapshots; by default 268435456, and up to four times as many where writing one
+    /// takes long
+    #[arg(long, help_heading = SNAPSHOTS, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_every: Option<u64>,
     /// Take a snapshot early when so much memory has been written, in MiB
     #[arg(long, help_heading = SNAPSHOTS, value_name = "MIB", default_value_t = DIRTY_BYTES >> 20, value_parser = clap::value_parser!(u64).range(1..1 << 24))]
     pub snapshot_dirty: u64,
@@ -147,8 +148,10 @@ pub struct SnapshotArgs {
 impl SnapshotArgs {
     /// What these flags ask for.
     pub fn options(&self) -> Option<SnapshotOptions> {
+        let plain = SnapshotOptions::default();
         (!self.no_snapshots).then_some(SnapshotOptions {
-            every_instructions: self.snapshot_every,
+            every_instructions: self.snapshot_every.unwrap_or(plain.every_instructions),
+            stretch: self.snapshot_every.map_or(plain.stretch, |_| 1),
             dirty_bytes: self.snapshot_dirty << 20,
             most: self.snapshot_most as usize,
         })
