@@ -3,6 +3,7 @@
 mod common;
 
 use common::Empty;
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use orrery_cpu::Icount;
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
@@ -276,6 +277,85 @@ fn flags_are_what_they_were_behind_a_miss() {
         let mut random = guest(EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() }, &code);
         assert_eq!(random.0.run(END, &mut Empty), Stop::Halted, "chaos {chaos}");
         assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
+    }
+}
+
+/// What gives the flags in [`fading`], from RDX, RDI, R8 and two numbers in memory: at R10, and one byte behind that.
+type Giver = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+/// Instructions of all kinds whose flags can be had again from their operands.
+const GIVERS: [Giver; 24] = [
+    |a| a.cmp(rdx, qword_ptr(r10)),
+    |a| a.cmp(edx, dword_ptr(r10)),
+    |a| a.cmp(qword_ptr(r10), rdx),
+    |a| a.cmp(dword_ptr(r10), 0x1234_5678),
+    |a| a.cmp(byte_ptr(r10 + 1), 0x25),
+    |a| a.cmp(byte_ptr(r10 + 1), dil),
+    |a| a.cmp(dl, byte_ptr(r10 + 1)),
+    |a| a.cmp(rdx, rdi),
+    |a| a.cmp(edx, -3),
+    |a| a.test(qword_ptr(r10), rdx),
+    |a| a.test(dl, 1),
+    |a| a.test(edx, edi),
+    |a| a.test(rdx, rdx),
+    |a| a.add(rdx, rdi),
+    |a| a.add(edx, dword_ptr(r10)),
+    |a| a.sub(rdx, qword_ptr(r10)),
+    |a| a.sub(edx, 0x0F0F_0F0F),
+    |a| a.and(rdx, rdi),
+    |a| a.xor(edx, dword_ptr(r10)),
+    |a| a.or(rdx, -16),
+    |a| a.shl(rdx, 3),
+    |a| a.shr(edx, 9),
+    |a| a.sar(rdx, 1),
+    |a| a.shr(r8, 31),
+];
+
+/// A loop in which `giver` gives flags that nobody looks at, but that an access behind it faults at last, when what gave
+/// them is gone, as far as `gone` says: 1 for RDX, 2 for RDI, 4 for the numbers in memory.
+fn fading(giver: Giver, gone: u32, rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let mut again = a.create_label();
+    a.mov(ebp, rounds).unwrap();
+    a.mov(rsi, DATA).unwrap();
+    a.lea(r10, ptr(rsi + 0x100)).unwrap();
+    a.mov(rbx, 0x9E37_79B9_7F4A_7C15u64 + u64::from(rounds) * 0x1234_5678_9ABC).unwrap();
+    a.mov(r9, 1u64 << 45).unwrap();
+    a.set_label(&mut again).unwrap();
+    a.imul_2(rdx, rbx).unwrap();
+    a.lea(rdx, ptr(rdx + rbp + 7)).unwrap();
+    a.rorx(rdi, rdx, 17).unwrap();
+    a.lea(r8, ptr(rdi + rdx)).unwrap();
+    a.mov(qword_ptr(r10), r8).unwrap();
+    giver(&mut a).unwrap();
+    if gone & 1 != 0 {
+        a.mov(rdx, rbp).unwrap();
+    }
+    if gone & 2 != 0 {
+        a.mov(edi, 3).unwrap();
+    }
+    if gone & 4 != 0 {
+        a.mov(qword_ptr(r10), rbp).unwrap();
+    }
+    a.mov(rax, qword_ptr(rsi)).unwrap();
+    a.cmp(ebp, 2).unwrap();
+    a.cmove(rsi, r9).unwrap();
+    a.dec(ebp).unwrap();
+    a.jne(again).unwrap();
+    a.hlt().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+#[test]
+fn flags_that_fade_are_there_when_somebody_looks() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    for (number, giver) in GIVERS.into_iter().enumerate() {
+        for gone in 0..8 {
+            let code = fading(giver, gone, 20_000 + number as u32);
+            let (mut expected, mut hot) = (guest(plain.clone(), &code), guest(EngineConfig::default(), &code));
+            compare_at_end(&mut expected, &mut hot, Stop::TripleFault);
+            assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+        }
     }
 }
 

@@ -210,8 +210,8 @@ pub struct Near {
     pub flags: u32,
     /// What was in host registers that residents of the running block live in.
     pub evicted: [u64; RESIDENTS_MAX],
-    /// An operand of the instruction that gave the flags, to have them again.
-    pub operand: u64,
+    /// Operands of the instruction that gave the flags, to have these again.
+    pub operands: [u64; 2],
     /// Host addresses of the ranges of the running block's groups.
     pub groups: [u64; super::groups::GROUPS_MAX],
 }
@@ -360,7 +360,9 @@ pub mod field {
     pub const fn evicted(index: usize) -> u32 {
         offset!(near.evicted) + 8 * index as u32
     }
-    pub const OPERAND: u32 = offset!(near.operand);
+    pub const fn operand(index: u32) -> u32 {
+        offset!(near.operands) + 8 * index
+    }
     pub const fn group(index: usize) -> u32 {
         offset!(near.groups) + 8 * index as u32
     }

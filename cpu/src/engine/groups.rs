@@ -16,7 +16,7 @@ use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Op
 /// Widest range of a group, in bytes.
 const SPAN_MAX: i32 = 512;
 /// Most groups of a block: slots in the vCPU block.
-pub const GROUPS_MAX: usize = 13;
+pub const GROUPS_MAX: usize = 12;
 const RSP: usize = 4;
 const RBP: usize = 5;
 

@@ -9,15 +9,15 @@ use super::registers::{Homes, gpr_number};
 use iced_x86::{Code, Instruction, OpAccess, OpKind, Register};
 
 /// What the instruction forms that are worth it have in common.
-struct Form {
+pub struct Form {
     /// The operand in the r/m position.
-    rm: u32,
+    pub rm: u32,
     /// The same instruction with the operands' positions exchanged.
     exchanged: Option<Code>,
 }
 
 /// The form of an integer instruction, if it is one of the common ones.
-fn form(code: Code) -> Option<Form> {
+pub fn form(code: Code) -> Option<Form> {
     use Code::*;
     macro_rules! two_way {
         ($($rm32_r32:ident $r32_rm32:ident $rm64_r64:ident $r64_rm64:ident $($immediate:ident)+;)+) => {

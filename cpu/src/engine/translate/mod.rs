@@ -7,6 +7,7 @@
 
 mod branches;
 mod decode;
+mod fading;
 mod instructions;
 mod memory;
 mod places;
@@ -20,7 +21,7 @@ pub(super) use status::Flags;
 use decode::{Crossing, Path};
 use memory::{Wanted, address_size};
 use places::{Holds, ScratchRegisters};
-use status::{Overflow, Source, gives_by_operand};
+use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
@@ -237,8 +238,9 @@ pub struct Translator {
     inhabited: std::ops::Range<usize>,
     pub(super) mode: Mode,
     careful: bool,
-    /// Only cold code will look at the flags of the current instruction when they have left the host.
-    fade: bool,
+    /// Only cold code will look at the flags of the current instruction when they have left the host, and by then these
+    /// registers, of those that it reads, have other values, as a bit mask.
+    fades: Option<u32>,
     /// Of the flags that the current instruction leaves, only ZF is the guest's; the others stay as they are.
     mends_flags: bool,
     isolated: bool,
@@ -284,7 +286,7 @@ impl Translator {
             inhabited: 0..0,
             mode: Mode(0),
             careful: false,
-            fade: false,
+            fades: None,
             mends_flags: false,
             isolated: false,
             counting: None,
@@ -381,7 +383,10 @@ impl Translator {
                 self.cross(number, crossing);
             }
             self.mends_flags = request.undefined.mends(ins) && self.live_behind() & !RflagsBits::ZF != 0;
-            self.fade = fading && gives_by_operand(ins) && self.fades(&list, position, |at| crosses(at).is_some());
+            self.fades = match fading {
+                true => self.fade(&list, position, |at| crosses(at).is_some()),
+                false => None,
+            };
             if treatment.ends_block() && position + 1 == list.len() {
                 self.move_out();
             }

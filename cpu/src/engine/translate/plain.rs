@@ -37,7 +37,7 @@ impl Translator {
             self.leave_source();
         }
 
-        let kept = if self.fade { self.keep_operand(ins, &mut out, at, &mut use_of) } else { None };
+        let kept = self.keep_operands(ins, &mut out, at, &mut use_of.memory);
         let (pin_rax, pin_rcx) = (classify::pins_rax(ins), classify::pins_rcx(ins));
         if pin_rax || pin_rcx {
             self.scratch = ScratchRegisters::default();
@@ -155,33 +155,8 @@ impl Translator {
             (self.flags, self.source) = (Flags::Slot, None);
         } else if use_of.flags_out && encoded {
             self.flags_from(ins, &out);
-            if let Some(operand) = kept {
-                self.source = Source::with_operand(&out, operand, &self.home);
-            }
-        }
-    }
-
-    /// Keeps an operand of an instruction whose flags fade, so that cold code can have them again: says which one. One in
-    /// memory, at `at`, is RAX from then on.
-    fn keep_operand(&mut self, ins: &Instruction, out: &mut Instruction, at: Operand, use_of: &mut Use) -> Option<u32> {
-        let size = use_of.memory.map_or(ins.op0_register().size(), |_| ins.memory_size().size());
-        let registers = (0..ins.op_count()).filter(|i| ins.op_kind(*i) == OpKind::Register);
-        let mut homes = registers.map(|i| gpr_number(ins.op_register(i)).and_then(|guest| self.home[guest as usize]));
-        if !matches!(size, 4 | 8) || self.mends_flags || !homes.clone().all(|home| home.is_some()) {
-            return None;
-        }
-        match use_of.memory.take() {
-            Some((operand, _)) => {
-                self.a.load(size, host::RAX, at);
-                self.a.store_field(host::RAX, field::OPERAND);
-                self.scratch.forget(host::RAX);
-                out.set_op_kind(operand, OpKind::Register);
-                out.set_op_register(operand, if size == 8 { Register::RAX } else { Register::EAX });
-                Some(operand)
-            }
-            None => {
-                self.a.store_field(homes.next()??, field::OPERAND);
-                Some(0)
+            if let Some(kept) = kept {
+                self.source = Source::with_kept(&out, kept, &self.home);
             }
         }
     }

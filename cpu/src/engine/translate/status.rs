@@ -30,39 +30,20 @@ impl Overflow {
 /// registers that it reads are what they were.
 #[derive(Clone, Copy)]
 pub(in crate::engine) struct Source {
-    instruction: Instruction,
-    /// It works on RAX, with the operand that was kept.
-    loads: bool,
+    pub(super) instruction: Instruction,
+    /// The operand that is in RAX for it, from where it was kept.
+    pub(super) loads: Option<u32>,
     /// Takes back what the instruction did, so that it can be done again.
-    undo: Option<Instruction>,
+    pub(super) undo: Option<Instruction>,
     /// Guest registers that it reads, as a bit mask.
-    reads: u32,
+    pub(super) reads: u32,
     /// What has been added to RSP since.
-    popped: i32,
+    pub(super) popped: i32,
 }
 
-impl Source {
-    /// What gives the flags of `out`, a renamed instruction, with the operand of it that was kept.
-    pub(super) fn with_operand(out: &Instruction, operand: u32, homes: &Homes) -> Option<Source> {
-        let mut instruction = *out;
-        if let Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar = out.mnemonic() {
-            instruction.set_op0_register(sized(out.op0_register(), host::RAX));
-            return Some(Source { instruction, loads: true, undo: None, reads: 0, popped: 0 });
-        }
-        instruction.set_op_kind(operand, OpKind::Memory);
-        set_memory(&mut instruction, Assembler::field(field::OPERAND));
-        let undo = match instruction.mnemonic() {
-            Mnemonic::Add | Mnemonic::Sub => Some(inverse(&instruction)?),
-            _ => None,
-        };
-        let reads = read_homes(&instruction, homes)?;
-        Some(Source { instruction, loads: false, undo, reads, popped: 0 })
-    }
-}
-
-/// The guest registers, as a bit mask, whose homes the register operands of an instruction are.
-fn read_homes(out: &Instruction, homes: &Homes) -> Option<u32> {
-    let registers = (0..out.op_count()).filter(|i| out.op_kind(*i) == OpKind::Register);
+/// The guest registers, as a bit mask, whose homes the register operands of an instruction are, but for one operand.
+pub(super) fn read_homes(out: &Instruction, homes: &Homes, but: Option<u32>) -> Option<u32> {
+    let registers = (0..out.op_count()).filter(|i| out.op_kind(*i) == OpKind::Register && but != Some(*i));
     registers.map(|i| gpr_number(out.op_register(i))).try_fold(0, |mask, home| {
         // RAX and RCX are the translator's own.
         let home = home?;
@@ -156,8 +137,8 @@ impl Translator {
         if moved {
             self.a.lea(wide, host::RSP, Some(host::RSP), None, -source.popped);
         }
-        if source.loads {
-            self.a.load_field(host::RAX, field::OPERAND);
+        if let Some(operand) = source.loads {
+            self.a.load_field(host::RAX, field::operand(operand));
             self.scratch.forget(host::RAX);
         }
         for instruction in source.undo.iter().chain([&source.instruction]) {
@@ -215,40 +196,6 @@ impl Translator {
         }
     }
 
-    /// The flags of instruction `i` will leave the host, and then nobody but cold code needs them until others take their
-    /// place.
-    pub(super) fn fades(
-        &mut self,
-        list: &[(Instruction, Treatment)],
-        i: usize,
-        crosses: impl Fn(usize) -> bool,
-    ) -> bool {
-        let read = list[i].0.op_kinds().zip(0..).filter(|(kind, _)| *kind == OpKind::Register);
-        let read =
-            read.fold(0u32, |mask, (_, i2)| mask | gpr_number(list[i].0.op_register(i2)).map_or(0, |guest| 1 << guest));
-        let shifts = list[i].0.op1_kind() == OpKind::Immediate8;
-        let mut lost = false;
-        for (at, (ins, treatment)) in list.iter().enumerate().skip(i + 1) {
-            let leaves = self.plan.clobbers(at, ins, *treatment);
-            let may_fault = classify::may_fault(ins);
-            lost |= crosses(at) || leaves;
-            let needed = self.needs[at].in_host;
-            if treatment.ends_block() && at + 1 == list.len() || needed && lost || may_fault && lost {
-                return false;
-            }
-            if self.needs[at].live == 0 || ins.rflags_modified() & STATUS != 0 {
-                return lost && !needed;
-            }
-            let writes_it = |used: &iced_x86::UsedRegister| {
-                writes(used.access()) && gpr_number(used.register()).is_some_and(|guest| read & 1 << guest != 0)
-            };
-            if !shifts && self.info.info(ins).used_registers().iter().any(writes_it) {
-                return false;
-            }
-        }
-        false
-    }
-
     /// Behind an instruction that was emitted as `out`: its flags are in the host, and can perhaps be had again.
     pub(super) fn flags_from(&mut self, ins: &Instruction, out: &Instruction) {
         self.flags = Flags::Host(Overflow::behind(ins));
@@ -256,21 +203,8 @@ impl Translator {
     }
 }
 
-/// The instruction gives flags that could be had again with one operand as it was.
-pub(super) fn gives_by_operand(ins: &Instruction) -> bool {
-    use Mnemonic::*;
-    match ins.mnemonic() {
-        Cmp | Test => ins.op0_kind() == OpKind::Memory || ins.op1_kind() == OpKind::Memory,
-        Add | Sub => ins.op1_kind() == OpKind::Memory,
-        Shl | Sal | Shr | Sar => {
-            ins.op0_kind() == OpKind::Register && ins.op1_kind() == OpKind::Immediate8 && flags::overwritten(ins) != 0
-        }
-        _ => false,
-    }
-}
-
 /// The instruction adds a constant to RSP by [`Translator::adjust_rsp`], and does not change it otherwise.
-fn moves_stack(ins: &Instruction, treatment: Treatment) -> bool {
+pub(super) fn moves_stack(ins: &Instruction, treatment: Treatment) -> bool {
     use Treatment::*;
     match treatment {
         Push | PushFlags | Call | FollowedCall | IndirectCall | Return | FollowedReturn => true,
@@ -299,7 +233,7 @@ pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Opt
         Add | Sub => undo = Some(inverse(out)?),
         _ => return None,
     }
-    let mut reads = read_homes(&repeated, homes)?;
+    let mut reads = read_homes(&repeated, homes, None)?;
     for i in 0..repeated.op_count() {
         match repeated.op_kind(i) {
             // A register that lives in the vCPU block.
@@ -310,11 +244,11 @@ pub(super) fn source(ins: &Instruction, out: &Instruction, homes: &Homes) -> Opt
             _ => {}
         }
     }
-    Some(Source { instruction: repeated, loads: false, undo, reads, popped: 0 })
+    Some(Source { instruction: repeated, loads: None, undo, reads, popped: 0 })
 }
 
 /// What takes back an addition or subtraction of 32 or 64 bits, if its operands are two.
-fn inverse(out: &Instruction) -> Option<Instruction> {
+pub(super) fn inverse(out: &Instruction) -> Option<Instruction> {
     use Code::*;
     let code = match out.code() {
         Add_rm32_r32 => Sub_rm32_r32,
