@@ -334,7 +334,7 @@ impl Translator {
         flags::needs(&list, stays, &mut self.needs);
 
         let settles = !request.careful && !request.isolated;
-        let fading = settles && request.hot.is_some();
+        let fading = settles && request.hot.is_some() && !request.mode.is_direct();
         self.residents = if settles && request.mode.is_64bit() {
             let free = Free { distance: self.plan.window.is_none(), budget: !request.mode.is_direct() };
             residents::choose(&list, &mut self.info, free, request.resident_uses)
