@@ -219,3 +219,64 @@ impl Translator {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::mode::Mode;
+    use crate::engine::profile::Ways;
+    use crate::engine::residents;
+    use crate::engine::thunks;
+    use crate::engine::translate::Request;
+    use crate::engine::undefined::Undefined;
+    use crate::state::CpuState;
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+
+    #[test]
+    fn whatever_touches_memory_is_a_fault_site() {
+        // cmp rdx, [r10]; mov rdx, rbp; mov rax, [rsi]; add rbx, 1; cmp [rdi], ecx; mov rax, [rsi]; add rbx, [rdi]; hlt
+        let code = [
+            0x49, 0x3B, 0x12, 0x48, 0x89, 0xEA, 0x48, 0x8B, 0x06, 0x48, 0x83, 0xC3, 0x01, 0x39, 0x0F, 0x48, 0x8B, 0x06,
+            0x48, 0x03, 0x1F, 0xF4,
+        ];
+        let mut a = Assembler::default();
+        a.start(0);
+        let mut translator = Translator::new(thunks::emit(&mut a));
+        for hot in [None, Some(Ways::Random(0))] {
+            let request = Request {
+                rip: 0x40_1000,
+                code: &code,
+                at: 0,
+                mode: Mode::of(&CpuState::long_mode_boot(0, 0, 0, 0, 0, 0)).direct(),
+                max_instructions: 64,
+                careful: false,
+                grouping: true,
+                resident_uses: residents::WORTH_IT,
+                window: true,
+                hot,
+                heats: hot.is_none(),
+                isolated: false,
+                undefined: Undefined::NONE,
+                block: 0,
+                first_site: 0,
+                first_emulated: 0,
+                page_identity: 1,
+                second_page: None,
+                others: &[],
+                tlb_mask: 0xFFF,
+                cuts: &[],
+            };
+            const ORIGIN: u32 = 0x8000;
+            translator.translate(&request, ORIGIN).expect("all that it wants");
+            let block = Register::RAX + u32::from(host::BLOCK);
+            let touches: Vec<u32> = Decoder::with_ip(64, &translator.a.bytes, ORIGIN.into(), DecoderOptions::NONE)
+                .iter()
+                .filter(|ins| ins.op_kinds().any(|kind| kind == OpKind::Memory) && ins.mnemonic() != Mnemonic::Lea)
+                .filter(|ins| ins.memory_base() != block)
+                .map(|ins| ins.ip() as u32)
+                .collect();
+            assert_eq!(touches, translator.faults.iter().map(|fault| fault.0).collect::<Vec<_>>());
+            assert_eq!(touches.len(), 5);
+        }
+    }
+}
