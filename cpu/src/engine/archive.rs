@@ -338,42 +338,16 @@ impl Site {
 
 #[cfg(test)]
 mod tests {
-    use super::super::assembler::Assembler;
     use super::super::profile::Ways;
-    use super::super::residents;
-    use super::super::thunks;
     use super::*;
-    use crate::state::CpuState;
-
-    fn translator() -> Translator {
-        let mut a = Assembler::default();
-        a.start(0);
-        Translator::new(thunks::emit(&mut a))
-    }
 
     fn request(bytes: &[u8], index: u32) -> Request<'_> {
         Request {
-            rip: 0x40_1000,
-            code: bytes,
-            at: 0,
-            mode: Mode::of(&CpuState::long_mode_boot(0, 0, 0, 0, 0, 0)),
-            max_instructions: 64,
-            careful: false,
-            grouping: true,
-            resident_uses: residents::WORTH_IT,
-            window: true,
-            hot: None,
-            heats: true,
-            isolated: false,
-            undefined: Undefined::NONE,
             block: index,
             first_site: 3 * index,
             first_emulated: 5 * index,
             page_identity: 7 * index,
-            second_page: None,
-            others: &[],
-            tlb_mask: 0xFFF,
-            cuts: &[],
+            ..Request::ordinary(bytes)
         }
     }
 
@@ -402,7 +376,7 @@ mod tests {
         let (known, moved) = ([other(8, 5)], other(9, 5));
         let hot = |index| Request { hot: Some(Ways::Random(0)), heats: false, others: &known, ..request(&code, index) };
         let archive = Archive::new(Vec::new()).expect("an empty archive");
-        let (mut made, mut pasted) = (translator(), translator());
+        let (mut made, mut pasted) = (Translator::alone(), Translator::alone());
         let placed = made.translate(&hot(11), 0x8000).expect("all it wants");
         assert!(placed.spreads && made.elsewhere.len() == 1);
         archive.add(&hot(11), 0x8000, &made, &placed);
@@ -422,14 +396,14 @@ mod tests {
     #[test]
     fn a_pasted_translation_is_the_one_that_would_be_made() {
         let archive = Archive::new(Vec::new()).expect("an empty archive");
-        let mut made = translator();
+        let mut made = Translator::alone();
         for bytes in BLOCKS {
             let request = request(bytes, 11);
             let placed = made.translate(&request, 0x8000).expect("whole instructions");
             archive.add(&request, 0x8000, &made, &placed);
         }
         let archive = Archive::new(archive.bytes()).expect("its own bytes");
-        let mut pasted = translator();
+        let mut pasted = Translator::alone();
         for bytes in BLOCKS {
             let request = request(bytes, 200);
             let there = archive.paste(&request, 0x12_3450, &mut pasted, unknown).expect("it is in the archive");
@@ -448,7 +422,7 @@ mod tests {
     #[test]
     fn damaged_archives_are_refused_or_find_nothing() {
         let archive = Archive::new(Vec::new()).expect("an empty archive");
-        let mut translator = translator();
+        let mut translator = Translator::alone();
         let request = request(BLOCKS[1], 1);
         let placed = translator.translate(&request, 0).expect("whole instructions");
         archive.add(&request, 0, &translator, &placed);

@@ -56,6 +56,16 @@ impl Default for SnapshotOptions {
     }
 }
 
+impl SnapshotOptions {
+    /// True if a snapshot is to be taken so many instructions and bytes written behind the last one, with `every`
+    /// instructions between two now; `rests` says whether the writer does.
+    fn ask_for(&self, since: u64, every: u64, written: u64, rests: impl FnOnce() -> bool) -> bool {
+        let much = written >= self.dirty_bytes && since >= every / EARLY_PART;
+        let latest = every.saturating_mul(self.stretch);
+        (since >= every || much) && (latest == every || since >= latest || !rests())
+    }
+}
+
 /// Takes the snapshots of one run.
 pub struct Snapshotter {
     options: SnapshotOptions,
@@ -147,14 +157,12 @@ impl Snapshotter {
         let thinned = self.writer.as_ref().map_or(0, |writer| writer.shared.thinned.load(Ordering::Relaxed));
         let every = self.options.every_instructions.saturating_mul(1 << thinned.min(40));
         let busy = self.writer.as_ref().is_some_and(|writer| writer.shared.busy.load(Ordering::Acquire));
-        if busy || since < every / EARLY_PART || since == 0 || !machine.at_moment() {
+        if busy || since == 0 || !machine.at_moment() {
             return false;
         }
-        if since < every && machine.unhashed_bytes() < self.options.dirty_bytes {
-            return false;
-        }
-        let rest = self.writer.as_ref().and_then(|writer| *lock(&writer.shared.rest));
-        since >= every.saturating_mul(self.options.stretch) || rest.is_none_or(|until| Instant::now() >= until)
+        let rest = || self.writer.as_ref().and_then(|writer| *lock(&writer.shared.rest));
+        let rests = || rest().is_some_and(|until| Instant::now() < until);
+        self.options.ask_for(since, every, machine.unhashed_bytes(), rests)
     }
 
     fn failure(&self) -> Result<(), SnapshotError> {
@@ -256,5 +264,22 @@ impl Scribe {
             shared.thinned.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_writer_that_rests_is_asked_later_but_is_asked() {
+        let options = SnapshotOptions { every_instructions: 800, stretch: 4, dirty_bytes: 1000, most: 2 };
+        let due = |since, written, rests| options.ask_for(since, 800, written, || rests);
+        assert!(due(800, 0, false) && !due(799, 999, false));
+        assert!(due(100, 1000, false) && !due(99, 1000, false), "early, but not at once");
+        assert!(!due(800, 0, true) && !due(3199, 1000, true) && due(3200, 0, true));
+        let exactly = SnapshotOptions { stretch: 1, ..options };
+        assert!(exactly.ask_for(800, 800, 0, || true) && exactly.ask_for(100, 800, 1000, || true));
+        assert!(!exactly.ask_for(799, 800, 999, || false));
     }
 }

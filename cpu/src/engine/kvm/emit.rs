@@ -223,13 +223,8 @@ impl Translator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::mode::Mode;
     use crate::engine::profile::Ways;
-    use crate::engine::residents;
-    use crate::engine::thunks;
     use crate::engine::translate::Request;
-    use crate::engine::undefined::Undefined;
-    use crate::state::CpuState;
     use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
     #[test]
@@ -239,33 +234,10 @@ mod tests {
             0x49, 0x3B, 0x12, 0x48, 0x89, 0xEA, 0x48, 0x8B, 0x06, 0x48, 0x83, 0xC3, 0x01, 0x39, 0x0F, 0x48, 0x8B, 0x06,
             0x48, 0x03, 0x1F, 0xF4,
         ];
-        let mut a = Assembler::default();
-        a.start(0);
-        let mut translator = Translator::new(thunks::emit(&mut a));
+        let mut translator = Translator::alone();
         for hot in [None, Some(Ways::Random(0))] {
-            let request = Request {
-                rip: 0x40_1000,
-                code: &code,
-                at: 0,
-                mode: Mode::of(&CpuState::long_mode_boot(0, 0, 0, 0, 0, 0)).direct(),
-                max_instructions: 64,
-                careful: false,
-                grouping: true,
-                resident_uses: residents::WORTH_IT,
-                window: true,
-                hot,
-                heats: hot.is_none(),
-                isolated: false,
-                undefined: Undefined::NONE,
-                block: 0,
-                first_site: 0,
-                first_emulated: 0,
-                page_identity: 1,
-                second_page: None,
-                others: &[],
-                tlb_mask: 0xFFF,
-                cuts: &[],
-            };
+            let ordinary = Request::ordinary(&code);
+            let request = Request { mode: ordinary.mode.direct(), hot, heats: hot.is_none(), ..ordinary };
             const ORIGIN: u32 = 0x8000;
             translator.translate(&request, ORIGIN).expect("all that it wants");
             let block = Register::RAX + u32::from(host::BLOCK);

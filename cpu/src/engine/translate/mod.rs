@@ -614,3 +614,43 @@ impl Translator {
         result.map(|_| ())
     }
 }
+
+#[cfg(test)]
+impl Translator {
+    /// One whose doors lead nowhere, to look at what it emits.
+    pub(super) fn alone() -> Translator {
+        let mut a = Assembler::default();
+        a.start(0);
+        Translator::new(super::thunks::emit(&mut a))
+    }
+}
+
+#[cfg(test)]
+impl<'a> Request<'a> {
+    /// An ordinary block of 64-bit supervisor code.
+    pub(super) fn ordinary(code: &'a [u8]) -> Request<'a> {
+        Request {
+            rip: 0x40_1000,
+            code,
+            at: 0,
+            mode: Mode::of(&crate::state::CpuState::long_mode_boot(0, 0, 0, 0, 0, 0)),
+            max_instructions: MAX_INSTRUCTIONS,
+            careful: false,
+            grouping: true,
+            resident_uses: residents::WORTH_IT,
+            window: true,
+            hot: None,
+            heats: true,
+            isolated: false,
+            undefined: Undefined::NONE,
+            block: 0,
+            first_site: 0,
+            first_emulated: 0,
+            page_identity: 0,
+            second_page: None,
+            others: &[],
+            tlb_mask: 0xFFF,
+            cuts: &[],
+        }
+    }
+}
