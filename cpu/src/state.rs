@@ -163,7 +163,7 @@ pub struct XsaveImage(pub [u8; XSAVE_SIZE]);
 impl XsaveImage {
     /// The upper half of some YMM register is not zero.
     pub fn upper_in_use(&self) -> bool {
-        self.0[576..].iter().any(|byte| *byte != 0)
+        self.0[576..] != [0; XSAVE_SIZE - 576]
     }
 }
 

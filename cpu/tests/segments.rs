@@ -4,7 +4,7 @@ use orrery_cpu::bus::MsrRefused;
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::ModelFeatures;
-use orrery_cpu::state::{CpuState, Segment, TableRegister, gpr, rflags, seg};
+use orrery_cpu::state::{CpuState, Segment, TableRegister, control, gpr, rflags, seg};
 use orrery_cpu::{Bus, Icount};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -181,6 +181,51 @@ fn handled(engine: &mut Engine, memory: &GuestMemory, error: bool) -> (u64, u64)
     let at = engine.state().gpr[gpr::RSP] + if error { 8 } else { 0 };
     let pushed: u64 = memory.read_obj(GuestAddress(at)).expect("inside RAM");
     ((engine.state().rip - HANDLERS) / 16, pushed)
+}
+
+#[test]
+fn selectors_and_bases_are_read_and_written() {
+    const DATA: u64 = 0x50_0000;
+    // MOV [RSI+RCX+2], DS; MOV AX, SS; MOV R11W, DS; MOV R12D, DS; WRFSBASE RBX; RDFSBASE RDX; WRGSBASE R13; RDGSBASE R14;
+    // HLT; WRGSBASE RDI
+    let code = [
+        &[0x8C, 0x5C, 0x0E, 0x02, 0x66, 0x8C, 0xD0, 0x66, 0x41, 0x8C, 0xDB, 0x41, 0x8C, 0xDC][..],
+        &[0xF3, 0x48, 0x0F, 0xAE, 0xD3, 0xF3, 0x48, 0x0F, 0xAE, 0xC2],
+        &[0xF3, 0x49, 0x0F, 0xAE, 0xDD, 0xF3, 0x49, 0x0F, 0xAE, 0xCE],
+        &[0xF4, 0xF3, 0x48, 0x0F, 0xAE, 0xDF],
+    ]
+    .concat();
+    let (mut machine, memory) = engine(BASE, &code);
+    memory.write_obj(u64::MAX, GuestAddress(DATA)).expect("inside RAM");
+    let state = machine.state_mut();
+    state.cr4 |= control::CR4_FSGSBASE;
+    state.gpr = std::array::from_fn(|i| 0x1111_2222_3333_0000 | i as u64);
+    (state.gpr[gpr::RSI], state.gpr[gpr::RCX]) = (DATA - 0x123, 0x123);
+    state.gpr[gpr::RSP] = STACK;
+    (state.gpr[gpr::RBX], state.gpr[gpr::R13]) = (0x7FFF_1234_5678, 0xFFFF_8000_0000_0008);
+    state.rflags |= rflags::STATUS;
+    machine.state_replaced();
+    assert_eq!(machine.run(Icount(9), &mut Ports::default()), Stop::Halted);
+    let state = machine.state();
+    assert_eq!(memory.read_obj::<u64>(GuestAddress(DATA)).expect("inside RAM"), 0xFFFF_FFFF_0018_FFFF);
+    assert_eq!(state.gpr[gpr::RAX], 0x1111_2222_3333_0018);
+    assert_eq!((state.gpr[gpr::R11], state.gpr[gpr::R12]), (0x1111_2222_3333_0018, 0x18));
+    assert_eq!((state.seg[seg::FS].base, state.gpr[gpr::RDX]), (0x7FFF_1234_5678, 0x7FFF_1234_5678));
+    assert_eq!((state.seg[seg::GS].base, state.gpr[gpr::R14]), (0xFFFF_8000_0000_0008, 0xFFFF_8000_0000_0008));
+    assert_eq!(state.rflags & rflags::STATUS, rflags::STATUS);
+
+    // What is not canonical is refused, and so are all when CR4 says so.
+    for (cr4, base, error, vector) in [(control::CR4_FSGSBASE, 1 << 47, true, 13), (0, 0x1000, false, 6)] {
+        let at = BASE + code.len() as u64 - 5;
+        let state = machine.state_mut();
+        (state.rip, state.halted) = (at, false);
+        state.gpr[gpr::RDI] = base;
+        state.cr4 = state.cr4 & !control::CR4_FSGSBASE | cr4;
+        machine.state_replaced();
+        let (found, pushed) = handled(&mut machine, &memory, error);
+        assert_eq!((found, pushed), (vector, at));
+        assert_eq!(machine.state().seg[seg::GS].base, 0xFFFF_8000_0000_0008);
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 #![allow(missing_docs)]
 
-use super::block::BLOCK_BIAS;
+use super::block::{BLOCK_BIAS, TLB_ENTRIES};
 
 /// Host register numbers.
 pub mod host {
@@ -281,8 +281,18 @@ impl Assembler {
         self.memory(dst, at);
     }
 
-    /// `mov [at], src` with size 8 or 4.
+    /// `mov dst, src` (16-bit), which leaves the rest of `dst` alone
+    pub fn mov16(&mut self, dst: u8, src: u8) {
+        self.bytes.push(0x66);
+        self.rex(false, src, 0, dst);
+        self.put(&[op::STORE, 0xC0 | (src & 7) << 3 | dst & 7]);
+    }
+
+    /// `mov [at], src` with size 8, 4 or 2.
     pub fn store(&mut self, size: usize, at: Operand, src: u8) {
+        if size == 2 {
+            self.bytes.push(0x66);
+        }
         self.rex(size == 8, src, at.index.unwrap_or(0), at.base);
         self.bytes.push(op::STORE);
         self.memory(src, at);
@@ -389,6 +399,32 @@ impl Assembler {
         self.bytes.push(0x66);
         self.on_field(false, &[0x83], 0, field);
         self.bytes.push(by);
+    }
+
+    /// `test byte [field], imm8`
+    pub fn test_field8(&mut self, field: u32, value: u8) {
+        self.on_field(false, &[0xF6], 0, field);
+        self.bytes.push(value);
+    }
+
+    /// `or byte [field], imm8`
+    pub fn or_field8(&mut self, field: u32, value: u8) {
+        self.on_field(false, &[0x80], 1, field);
+        self.bytes.push(value);
+    }
+
+    /// `mov byte [field], 0`
+    pub fn clear_field8(&mut self, field: u32) {
+        self.on_field(false, &[0xC6], 0, field);
+        self.bytes.push(0);
+    }
+
+    /// Where in a TLB of so many entries, less one, an address is.
+    pub fn tlb_index(&mut self, dst: u8, address: u8, mask: u32) {
+        self.page_number(dst, address);
+        if mask as usize + 1 < TLB_ENTRIES {
+            self.and32(dst, mask);
+        }
     }
 
     /// `call [field]`

@@ -55,8 +55,10 @@ pub enum Treatment {
     PushFlags,
     /// CLAC or STAC: the next instruction has another access class.
     AccessFlag,
-    /// MOV of a segment register's selector to a general register of 32 or 64 bits.
+    /// MOV of a segment register's selector to a general register, or to memory in 64-bit code.
     ReadSelector,
+    /// RDFSBASE, RDGSBASE, WRFSBASE or WRGSBASE with 64 bits.
+    SegmentBase,
     /// RDTSC or RDTSCP, where the counter is a function of the icount.
     ReadTsc,
     /// REP MOVS or REP STOS, where guest addresses are the host's.
@@ -178,14 +180,14 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
     match ins.mnemonic() {
         Mnemonic::Cld | Mnemonic::Std => return Treatment::Direction,
         Mnemonic::Pushfq if mode.is_64bit() => return Treatment::PushFlags,
-        Mnemonic::Mov
-            if ins.op0_kind() == OpKind::Register
-                && ins.op0_register().is_gpr()
-                && ins.op0_register().size() >= 4
-                && ins.op1_kind() == OpKind::Register
-                && ins.op1_register().is_segment_register() =>
+        Mnemonic::Mov if ins.op1_kind() == OpKind::Register && ins.op1_register().is_segment_register() => {
+            let inline = ins.op0_kind() == OpKind::Register || mode.is_64bit() && !mode.is_direct();
+            return if inline { Treatment::ReadSelector } else { Treatment::Emulate };
+        }
+        Mnemonic::Rdfsbase | Mnemonic::Rdgsbase | Mnemonic::Wrfsbase | Mnemonic::Wrgsbase
+            if mode.fsgsbase() && mode.is_64bit() && !mode.is_direct() && ins.op0_register().size() == 8 =>
         {
-            return Treatment::ReadSelector;
+            return Treatment::SegmentBase;
         }
         Mnemonic::Rdtsc | Mnemonic::Rdtscp => return Treatment::ReadTsc,
         Mnemonic::Cli if mode.ring0() => return Treatment::ClearInterrupt,

@@ -103,6 +103,18 @@ impl Core {
         }
     }
 
+    /// Where to enter the translation at RIP, if the jump cache says so and nobody wants to be told of it.
+    fn known_entry(&self) -> Option<u32> {
+        let state = self.state();
+        let mode = Mode::of(state);
+        if self.observes_entries() || mode != self.last_mode[mode.class() as usize] {
+            return None;
+        }
+        // SAFETY: translated code is not running.
+        let jumps = unsafe { &(*self.block).jumps };
+        jumps.get(state.rip).map(|checked| self.t.offset(checked))
+    }
+
     /// Tells translated code whether it may read the time-stamp counter.
     fn offer_tsc(&mut self) {
         let state = self.state();
@@ -202,39 +214,47 @@ impl Core {
                 }
                 continue;
             }
-            // Most often only the instruction TLB did not know the page.
-            let guess = if let Follow::Forward { old } = follow { Some(old) } else { None };
-            let index = match self.find(purpose, guess) {
-                Ok(Ok(index)) => index,
-                Ok(Err(stop)) => return stop,
-                Err(exception) => {
-                    follow = Follow::Nothing;
-                    careful = false;
-                    short = false;
-                    if let Some(stop) = self.raise(exception) {
-                        return stop;
-                    }
-                    continue;
-                }
+            let known = match follow {
+                Follow::Nothing | Follow::Jump if purpose == Purpose::Ordinary => self.known_entry(),
+                _ => None,
             };
-            if self.observe_entry() {
-                let state = self.state_mut();
-                state.interrupt_shadow = shadow;
-                state.rflags |= if resume { rflags::RF } else { 0 };
-                return Stop::Observed;
-            }
-            // Since `follow` was noted the code it is about may have been forgotten.
-            let forgotten = std::mem::replace(&mut clears, self.t.clears) != self.t.clears;
-            if purpose.is_linked() && !forgotten && self.config.chaining {
-                self.follow(&follow, index);
-            }
+            let entry = if let Some(entry) = known {
+                entry
+            } else {
+                // Most often only the instruction TLB did not know the page.
+                let guess = if let Follow::Forward { old } = follow { Some(old) } else { None };
+                let index = match self.find(purpose, guess) {
+                    Ok(Ok(index)) => index,
+                    Ok(Err(stop)) => return stop,
+                    Err(exception) => {
+                        follow = Follow::Nothing;
+                        careful = false;
+                        short = false;
+                        if let Some(stop) = self.raise(exception) {
+                            return stop;
+                        }
+                        continue;
+                    }
+                };
+                if self.observe_entry() {
+                    let state = self.state_mut();
+                    state.interrupt_shadow = shadow;
+                    state.rflags |= if resume { rflags::RF } else { 0 };
+                    return Stop::Observed;
+                }
+                // Since `follow` was noted the code it is about may have been forgotten.
+                let forgotten = std::mem::replace(&mut clears, self.t.clears) != self.t.clears;
+                if purpose.is_linked() && !forgotten && self.config.chaining {
+                    self.follow(&follow, index);
+                }
+                self.t.blocks[index].entry
+            };
             follow = Follow::Nothing;
             short = false;
             let was_careful = std::mem::take(&mut careful);
             let before = self.now();
             let mut traps = None;
             let mut stop = None;
-            let entry = self.t.blocks[index].entry;
             let argument = self.enter(entry);
             self.statistics.entries += 1;
             let mut attention = false;
@@ -283,12 +303,12 @@ impl Core {
                     }
                 }
                 site => match self.t.sites[site].kind {
-                    SiteKind::Link { target, patch, same_stack } => {
+                    SiteKind::Link { target, patch, depth } => {
                         self.statistics.link += 1;
                         let source = self.t.sites[site].block;
                         self.state_mut().rip = target;
                         if self.t.blocks[source].purpose.is_linked() {
-                            follow = Follow::Link(Branch { patch, source, same_stack });
+                            follow = Follow::Link(Branch { patch, source, depth });
                         }
                     }
                     SiteKind::Indirect { popped } => {
@@ -365,6 +385,9 @@ impl Core {
                         }
                         if self.now() > before {
                             traps = Some(self.traps_behind(&instruction, trap, held));
+                        }
+                        if purpose.is_linked() {
+                            follow = Follow::Jump;
                         }
                     }
                     SiteKind::Memory { .. } | SiteKind::Fault { .. } => unreachable!("these leave by other doors"),

@@ -16,6 +16,7 @@ impl Mode {
     const FLAT: u16 = 1 << 7;
     const RING0: u16 = 1 << 8;
     const DIRECT: u16 = 1 << 9;
+    const FSGSBASE: u16 = 1 << 10;
 
     /// The mode of the current state.
     pub fn of(state: &CpuState) -> Mode {
@@ -49,6 +50,9 @@ impl Mode {
         let avx = control::XCR0_SSE | control::XCR0_AVX;
         if state.cr0 & control::CR0_TS == 0 && state.cr4 & control::CR4_OSXSAVE != 0 && state.xcr0 & avx == avx {
             mode |= Mode::AVX;
+        }
+        if state.cr4 & control::CR4_FSGSBASE != 0 {
+            mode |= Mode::FSGSBASE;
         }
         Mode(mode)
     }
@@ -99,6 +103,11 @@ impl Mode {
     /// CPL 0.
     pub fn ring0(self) -> bool {
         self.0 & Mode::RING0 != 0
+    }
+
+    /// RDFSBASE and its like may execute, in 64-bit code.
+    pub fn fsgsbase(self) -> bool {
+        self.0 & Mode::FSGSBASE != 0
     }
 
     /// x87 and MMX instructions may execute.

@@ -312,10 +312,16 @@ impl Core {
             || !observed.executions.is_empty() && observed.executions.binary_search(&self.state().rip).is_ok()
     }
 
+    /// Somebody wants to know which code is entered.
+    #[inline]
+    pub fn observes_entries(&self) -> bool {
+        !self.observed.cuts.is_empty() || self.observed.every_execution
+    }
+
     /// The code at RIP has been found and is about to be entered; true if the run stops instead.
     #[inline]
     pub fn observe_entry(&mut self) -> bool {
-        if self.observed.cuts.is_empty() && !self.observed.every_execution {
+        if !self.observes_entries() {
             return false;
         }
         let (now, rip) = (self.now().0, self.state().rip);

@@ -47,19 +47,26 @@ pub struct Statistics {
     pub kvm_exits: u64,
     /// Page faults among them.
     pub kvm_faults: u64,
-    emulated: FastMap<u32, u64>,
+    /// By number of the mnemonic, up to the highest so far.
+    emulated: Vec<u64>,
 }
 
 impl Statistics {
     /// Counts one emulated instruction.
     pub(super) fn emulate(&mut self, mnemonic: Mnemonic) {
-        *self.emulated.entry(mnemonic as u32).or_default() += 1;
+        let number = mnemonic as usize;
+        if number >= self.emulated.len() {
+            self.emulated.resize(number + 1, 0);
+        }
+        self.emulated[number] += 1;
     }
 
     /// Emulated instructions by mnemonic, most frequent first.
     pub fn emulated(&self) -> Vec<(String, u64)> {
         let mut list: Vec<_> = Mnemonic::values()
-            .filter_map(|m| self.emulated.get(&(m as u32)).map(|count| (format!("{m:?}").to_lowercase(), *count)))
+            .zip(&self.emulated)
+            .filter(|(_, count)| **count > 0)
+            .map(|(mnemonic, count)| (format!("{mnemonic:?}").to_lowercase(), *count))
             .collect();
         list.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         list

@@ -88,14 +88,8 @@ impl Translator {
             Treatment::ReadTsc => self.read_tsc(ins),
             Treatment::RepeatedMove => self.repeated_move(ins),
             Treatment::PushFlags => self.push_flags(),
-            Treatment::ReadSelector => {
-                self.a.load_field16_eax(field::selector(ins.op1_register().number()));
-                let guest = gpr_number(ins.op0_register()).expect("a general register");
-                match self.home[guest as usize] {
-                    Some(home) => self.a.mov(home, host::RAX),
-                    None => self.a.store_field(host::RAX, field::homeless(guest)),
-                }
-            }
+            Treatment::ReadSelector => self.read_selector(ins),
+            Treatment::SegmentBase => self.segment_base(ins),
             Treatment::AccessFlag => {
                 self.system_flag(rflags::AC, ins.mnemonic() == Mnemonic::Stac);
                 self.link(ins.next_ip());
@@ -109,6 +103,52 @@ impl Translator {
         }
     }
 
+    fn read_selector(&mut self, ins: &Instruction) {
+        let selector = field::selector(ins.op1_register().number());
+        match gpr_number(ins.op0_register()).filter(|_| ins.op0_kind() == OpKind::Register) {
+            Some(guest) => {
+                self.a.load_field16_eax(selector);
+                match self.home[guest as usize] {
+                    _ if ins.op0_register().size() > 2 => self.put(guest, host::RAX),
+                    Some(home) => self.a.mov16(home, host::RAX),
+                    None => self.a.store(2, Assembler::field(field::homeless(guest)), host::RAX),
+                }
+            }
+            None => {
+                let at = self.operand(ins, 2, false, true);
+                self.pointer(at);
+                self.a.load_field16_eax(selector);
+                self.a.store(2, POINTER, host::RAX);
+            }
+        }
+    }
+
+    fn segment_base(&mut self, ins: &Instruction) {
+        use Mnemonic::{Rdfsbase, Rdgsbase, Wrfsbase};
+        let base = field::segment_base(if matches!(ins.mnemonic(), Rdfsbase | Wrfsbase) { seg::FS } else { seg::GS });
+        let guest = gpr_number(ins.op0_register()).expect("a general register");
+        if matches!(ins.mnemonic(), Rdfsbase | Rdgsbase) {
+            self.a.load_field(host::RAX, base);
+            self.put(guest, host::RAX);
+            return;
+        }
+        self.put_flags_away();
+        self.fetch(host::RCX, guest);
+        self.compare_canonical();
+        let site = self.emulation_site(ins, self.unretired());
+        let patch = self.a.jcc(cc::NE, 0);
+        self.cold.push(Cold::Leave { patch, site });
+        self.a.store_field(host::RCX, base);
+    }
+
+    /// Gives a guest register the value of a host register.
+    fn put(&mut self, guest: u8, from: u8) {
+        match self.home[guest as usize] {
+            Some(home) => self.a.mov(home, from),
+            None => self.a.store_field(from, field::homeless(guest)),
+        }
+    }
+
     pub(super) fn load_effective_address(&mut self, ins: &Instruction) {
         let dst = ins.op0_register();
         let guest = gpr_number(dst).expect("LEA writes a general register");
@@ -118,7 +158,7 @@ impl Translator {
             self.scratch = ScratchRegisters::default();
             let target = self.held(guest, host::RAX);
             self.scratch = ScratchRegisters::default();
-            self.a.put(&[0x66, 0x40 | target >> 3, op::STORE, 0xC8 | target & 7]); // mov target16, cx
+            self.a.mov16(target, host::RCX);
             if home.is_none() {
                 self.a.store_field(target, field::homeless(guest));
             }
