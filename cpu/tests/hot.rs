@@ -9,7 +9,7 @@ use orrery_cpu::Icount;
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::ModelFeatures;
-use orrery_cpu::state::{CpuState, gpr};
+use orrery_cpu::state::{CpuState, gpr, seg};
 use vm_memory::{Bytes, GuestAddress};
 
 const CODE: u64 = 0x40_1000;
@@ -448,5 +448,130 @@ fn random_blocks_come_to_the_same_end() {
             assert_eq!(random.0.run(END, &mut Empty), Stop::Halted, "chaos {chaos}");
             assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
         }
+    }
+}
+
+/// Where R14 and R15 point in turn: pieces of their thread windows cross pages.
+const THREADS: [u64; 8] = [0x60_0000, 0x60_0EC8, 0x60_0CE0, 0x60_1C10, 0x60_1DD0, 0x60_0FF1, 0x60_0D08, 0x60_1CF8];
+const TABLE: u64 = 0x68_0000;
+
+/// User code that looks at memory behind R14 and R15 in loops that do not write these registers, each time after they have
+/// been written in another way.
+fn threads(rounds: u32) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).expect("an assembler");
+    let (mut outer, mut end, mut look, mut turn) =
+        (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+    a.mov(ebp, rounds).unwrap();
+    a.set_label(&mut outer).unwrap();
+    let writes: [&dyn Fn(&mut CodeAssembler) -> Result<(), IcedError>; 12] = [
+        &|a| a.mov(r15, qword_ptr(rsi + rdi * 8)),
+        &|a| a.mov(r14, r15),
+        &|a| a.xor(r15b, 0x48),
+        &|a| a.add(r14w, 8),
+        &|a| a.xchg(r14, r15),
+        &|a| a.lea(r15d, ptr(r14 + 0x10)),
+        &|a| {
+            a.push(qword_ptr(rsi + rdi * 8))?;
+            a.pop(r14)
+        },
+        &|a| a.cmovne(r15, qword_ptr(rsi + rdi * 8)),
+        &|a| a.mov(r14w, word_ptr(rsi + rdi * 8)),
+        &|a| a.xadd(r15b, r8b),
+        &|a| a.cmpxchg(r14, r15),
+        &|a| a.btc(r15, 4),
+    ];
+    for write in writes {
+        a.lea(edi, ptr(rdi + 3)).unwrap();
+        a.and(edi, THREADS.len() as i32 - 1).unwrap();
+        a.test(rdx, rdx).unwrap();
+        write(&mut a).unwrap();
+        a.call(look).unwrap();
+    }
+    a.dec(ebp).unwrap();
+    a.jne(outer).unwrap();
+    a.set_label(&mut end).unwrap();
+    a.jmp(end).unwrap();
+
+    a.set_label(&mut look).unwrap();
+    a.mov(ecx, 40).unwrap();
+    a.set_label(&mut turn).unwrap();
+    a.add(rbx, qword_ptr(r15 + 0x13)).unwrap();
+    a.adc(qword_ptr(r15 + 0x108), rbx).unwrap();
+    a.cmp(rbx, qword_ptr(r14 + 0x118)).unwrap();
+    a.sbb(rdx, qword_ptr(r15 + 0x340)).unwrap();
+    a.inc(dword_ptr(r14 + 0x30)).unwrap();
+    a.rcl(rdx, 3).unwrap();
+    a.xor(qword_ptr(r15 + 0xFC), rdx).unwrap();
+    a.xor(rdx, qword_ptr(r14 + 0x3F8)).unwrap();
+    a.sub(rbx, qword_ptr(r15 + 0x250)).unwrap();
+    a.mov(dword_ptr(r15 + 0x114), edx).unwrap();
+    a.lea(rcx, ptr(rcx - 1)).unwrap();
+    a.add(rbx, qword_ptr(r14 + 0x2F8)).unwrap();
+    a.inc(ecx).unwrap();
+    a.dec(ecx).unwrap();
+    a.jne(turn).unwrap();
+    a.ret().unwrap();
+    a.assemble(CODE).expect("it can be assembled")
+}
+
+/// As `guest`, in user mode.
+fn user_guest(config: EngineConfig, code: &[u8]) -> (Engine, GuestMemory) {
+    let (mut engine, memory) = guest(config, code);
+    let write = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at)).expect("inside RAM");
+    // What the windows are about lies in small pages, in another order, and in yet another from the second root.
+    for (root, turned) in [(0x1000, 1), (0x8000, 2)] {
+        let tables = [0x1000, 0x2000, 0x3000].map(|table| root + table);
+        [root].iter().chain(&tables).zip(&tables).for_each(|(at, next)| write(*at, next | 7));
+        (0..8).for_each(|i| write(tables[1] + 8 * i, if i == 3 { tables[2] | 7 } else { i << 21 | 0x87 }));
+        let place = |page| if page < 3 { (page + turned) % 3 } else { page };
+        (0..512).for_each(|page| write(tables[2] + 8 * page, 0x60_0000 + (place(page) << 12) | 7));
+    }
+    THREADS.iter().zip(0..).for_each(|(thread, i)| write(TABLE + 8 * i, *thread));
+    let state = engine.state_mut();
+    state.cpl = 3;
+    state.seg[seg::CS].selector |= 3;
+    state.seg[seg::CS].attributes |= 3 << 5;
+    state.seg[seg::SS].selector |= 3;
+    state.seg[seg::SS].attributes |= 3 << 5;
+    state.gpr[gpr::RSI] = TABLE;
+    engine.state_replaced();
+    (engine, memory)
+}
+
+#[test]
+fn thread_windows_show_what_the_registers_point_at() {
+    let plain = EngineConfig { max_block_instructions: 1, grouping: false, ..EngineConfig::default() };
+    let code = threads(9_000);
+    let [mut expected, mut hot] = [plain, EngineConfig::default()].map(|config| user_guest(config, &code));
+    let end = Icount(6_000_000);
+    assert_eq!(expected.0.run(Icount(3_000_000), &mut Empty), Stop::Limit);
+    assert_eq!(hot.0.run(Icount(3_000_000), &mut Empty), Stop::Limit);
+    let mut at = 3_000_000;
+    for step in (0..4_000).map(|i| 97 + i % 83).chain((0..400).map(|_| 1)) {
+        at += step;
+        let dirty = [&mut expected, &mut hot].map(|(engine, _)| {
+            assert_eq!(engine.run(Icount(at), &mut Empty), Stop::Limit);
+            if step % 8 == 0 {
+                engine.state_mut().cr3 ^= 0x9000;
+                engine.state_replaced();
+            }
+            let mut dirty = engine.take_dirty();
+            dirty.sort_unstable();
+            dirty
+        });
+        assert_eq!(seen(&hot), seen(&expected), "at {at}");
+        assert_eq!(dirty[1], dirty[0], "pages written before {at}");
+    }
+    assert!(hot.0.statistics().hot > 0, "{}", hot.0.statistics());
+    assert_eq!(expected.0.run(end, &mut Empty), Stop::Limit);
+    assert_eq!(hot.0.run(end, &mut Empty), Stop::Limit);
+    assert_eq!(seen(&hot), seen(&expected));
+    let mut expected = user_guest(EngineConfig { max_block_instructions: 1, ..EngineConfig::default() }, &code);
+    assert_eq!(expected.0.run(Icount(1_000_000), &mut Empty), Stop::Limit);
+    for chaos in 1..40 {
+        let config = EngineConfig { chaos_seed: Some(chaos), ..EngineConfig::default() };
+        let mut random = user_guest(config, &code);
+        assert_eq!(random.0.run(Icount(1_000_000), &mut Empty), Stop::Limit, "chaos {chaos}");
+        assert_eq!(seen(&random), seen(&expected), "chaos {chaos}");
     }
 }

@@ -320,8 +320,8 @@ impl Site {
             SiteKind::Memory { size, read, write, class, careful, first, resume } => {
                 SiteKind::Memory { size, read, write, class, careful, first, resume: resume.wrapping_add(code) }
             }
-            SiteKind::Link { target, patch, same_stack } => {
-                SiteKind::Link { target, patch: patch.wrapping_add(code), same_stack }
+            SiteKind::Link { target, patch, depth } => {
+                SiteKind::Link { target, patch: patch.wrapping_add(code), depth }
             }
             SiteKind::Window { patch } => SiteKind::Window { patch: patch.wrapping_add(code) },
             SiteKind::Crossing { patch } => SiteKind::Crossing { patch: patch.wrapping_add(code) },

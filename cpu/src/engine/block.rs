@@ -6,6 +6,7 @@
 use super::profile::Profile;
 use super::residents::RESIDENTS_MAX;
 use super::signals::SignalStack;
+use super::threads;
 use crate::memory::PAGE_SIZE;
 use crate::state::{CpuState, gpr};
 use std::mem::offset_of;
@@ -208,6 +209,8 @@ pub struct Near {
     pub homeless: [u64; 16 - HOMELESS_FIRST],
     /// Status flags while translated code runs: SF, ZF, AF, PF, CF in bits 15:8 (as LAHF), OF in bit 0.
     pub flags: u32,
+    /// Which pieces of each thread window are known, a bit each.
+    pub threads_known: [u8; 2],
     /// What was in host registers that residents of the running block live in.
     pub evicted: [u64; RESIDENTS_MAX],
     /// Operands of the instruction that gave the flags, to have these again.
@@ -268,6 +271,8 @@ pub struct VcpuBlock {
     pub spares: [[SpareWindow; SPARE_WINDOWS]; 2],
     /// Distance of the window in use.
     pub window_distance: u64,
+    /// Host addresses that belong to the values of R14 and R15, for each piece of their thread windows.
+    pub threads: [[u64; threads::PIECES]; 2],
     /// How often a block may still miss the window before Rust is asked for a better one.
     pub window_patience: u32,
     pub profile: Profile,
@@ -362,6 +367,13 @@ pub mod field {
     }
     pub const fn operand(index: u32) -> u32 {
         offset!(near.operands) + 8 * index
+    }
+    /// Both registers' are side by side.
+    pub const fn threads_known(register: usize) -> u32 {
+        offset!(near.threads_known) + register as u32
+    }
+    pub const fn thread(piece: threads::Piece) -> u32 {
+        offset!(threads) + 8 * (piece.register * threads::PIECES + piece.number) as u32
     }
     pub const fn group(index: usize) -> u32 {
         offset!(near.groups) + 8 * index as u32

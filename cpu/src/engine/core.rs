@@ -124,7 +124,8 @@ impl Core {
         let room = Region::reused(size_of::<VcpuBlock>()).map_err(EngineError::CodeMemory)?;
         let mut a = Assembler::default();
         a.start(0);
-        let thunks = thunks::emit(&mut a);
+        let tlb_mask = (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1;
+        let thunks = thunks::emit(&mut a, tlb_mask);
         let mut translator = Translator::new(thunks);
         translator.a = a;
         let chaos = config.chaos_seed.map(Chaos::new);
@@ -152,7 +153,7 @@ impl Core {
             root: 0,
             exact_jumps: false,
             foreseen: false,
-            tlb_mask: (1 << config.tlb_bits.clamp(1, super::block::TLB_BITS_MAX)) - 1,
+            tlb_mask,
             thunks,
             last_mode: [Mode(0); CLASSES],
             limit: 0,

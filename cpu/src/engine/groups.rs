@@ -11,6 +11,7 @@
 use super::block::WINDOW_SPANS;
 use super::classify::{self, Treatment};
 use super::registers::gpr_number;
+use super::threads::{self, Piece};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 /// Widest range of a group, in bytes.
@@ -43,6 +44,8 @@ impl Registers {
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
     pub registers: Registers,
+    /// All accesses lie in this piece of a thread window.
+    pub piece: Option<Piece>,
     /// Some access writes.
     pub write: bool,
     /// The first access writes.
@@ -104,6 +107,8 @@ pub struct Plan {
     rbp_now: Option<i32>,
     use_window: bool,
     use_groups: bool,
+    /// Registers that have a thread window in this block: it does not write them.
+    threads: [bool; 2],
     /// RSP relative to the block's beginning before each instruction, and at the end.
     depth: Vec<Option<i32>>,
     /// For every instruction: the group of its memory operand and of its stack access.
@@ -159,9 +164,9 @@ impl Plan {
         }
     }
 
-    /// True if RSP before this instruction is what it was when the block began.
-    pub fn same_stack(&self, instruction: usize) -> bool {
-        self.depth.get(instruction).is_some_and(|depth| *depth == Some(0))
+    /// Where RSP is before this instruction, from where it was when the block began.
+    pub fn depth(&self, instruction: usize) -> Option<i16> {
+        self.depth.get(instruction).copied().flatten().and_then(|depth| depth.try_into().ok())
     }
 
     /// The host's flags are lost in front of an instruction, or by it; a guess where that depends on more than the plan.
@@ -180,7 +185,13 @@ impl Plan {
     pub fn member(&self, instruction: usize, which: Which) -> Option<Member> {
         let Assigned { group, low, .. } = self.assigned.get(instruction)?[which as usize]?;
         let found = &self.groups[group as usize];
-        (found.count > 1).then_some(Member { group: group as usize, offset: low - found.min })
+        (found.count > 1 || found.piece.is_some()).then_some(Member { group: group as usize, offset: low - found.min })
+    }
+
+    /// The register, of those that make the address of the instruction's memory operand, that is not looked at for it.
+    pub fn spared(&self, instruction: usize) -> Option<u8> {
+        let member = self.member(instruction, Which::Operand)?;
+        self.groups[member.group].piece.map(Piece::guest)
     }
 
     /// Plans a block of 64-bit code.
@@ -190,11 +201,20 @@ impl Plan {
         info: &mut InstructionInfoFactory,
         use_window: bool,
         use_groups: bool,
+        use_threads: bool,
     ) {
         self.clear();
         self.added = [0; 16];
         (self.rsp_now, self.rbp_now) = (Some(0), None);
         (self.use_window, self.use_groups) = (use_window, use_groups);
+        self.threads = [use_threads && use_groups; 2];
+        if self.threads[0] {
+            let written = list
+                .iter()
+                .map(|(ins, _)| threads::written(ins, info))
+                .fold([false; 2], |all, one| [all[0] | one[0], all[1] | one[1]]);
+            self.threads = written.map(|written| !written);
+        }
         for (i, (ins, treatment)) in list.iter().enumerate() {
             self.assigned.push([None; 2]);
             self.windowed.push([false; 2]);
@@ -289,7 +309,12 @@ impl Plan {
         let added = |register: Option<u8>| register.map_or(0, |guest| self.added[guest as usize]);
         let bias = added(registers.base) + added(registers.index) * i32::from(registers.scale);
         let (low, high) = (offset + bias, offset + bias + size);
-        let fits = |group: &Group| group.open && group.registers == registers;
+        let piece = match registers {
+            Registers { base: Some(base), index: None, .. } => Piece::of(base, offset, size),
+            _ => None,
+        };
+        let piece = piece.filter(|piece| self.threads[piece.register]);
+        let fits = |group: &Group| group.open && group.registers == registers && group.piece == piece;
         let candidates = self.groups.iter_mut().enumerate().rev().filter(|(_, group)| fits(group));
         for (number, group) in candidates {
             let (min, max) = (group.min.min(low), group.max.max(high));
@@ -308,6 +333,7 @@ impl Plan {
         self.assigned[i][which as usize] = Some(Assigned { group: self.groups.len() as u8, low, first: true });
         self.groups.push(Group {
             registers,
+            piece,
             write,
             first_write: write,
             min: low,
@@ -465,7 +491,7 @@ mod tests {
             .map(|ins| (ins, classify::treatment(&ins, mode)))
             .collect();
         let mut plan = Plan::default();
-        plan.make(&list, &mut InstructionInfoFactory::new(), true, true);
+        plan.make(&list, &mut InstructionInfoFactory::new(), true, true, false);
         plan
     }
 

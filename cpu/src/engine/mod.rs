@@ -37,6 +37,7 @@ mod residents;
 mod segmented;
 mod signals;
 mod statistics;
+mod threads;
 mod thunks;
 mod translate;
 mod translations;

@@ -133,13 +133,17 @@ pub struct Branch {
     /// Offset of its rel32.
     pub patch: u32,
     pub source: u32,
-    /// RSP is what it was when the source began.
-    pub same_stack: bool,
+    /// Where RSP is, from where it was when the source began.
+    pub depth: Option<i16>,
 }
 
 /// Branches that were led to blocks lately: a few for each block, of so many. Each as the block's index + 1, or 0; the
-/// rel32; the source, and in the lowest bit whether the stack is the same. Empty until there is one.
-pub struct Branches(Vec<[[u32; 3]; BRANCHES_EACH]>);
+/// rel32; the source; and the depth, with a bit above it if it is known. Numbers, so that the host need not provide what is
+/// not used. Empty until there is one.
+pub struct Branches(Vec<[[u32; 4]; BRANCHES_EACH]>);
+
+/// A depth is known.
+const KNOWN: u32 = 1 << 16;
 
 impl Branches {
     /// None noted yet.
@@ -150,17 +154,19 @@ impl Branches {
     /// The branch has been led to the block.
     pub fn note(&mut self, block: u32, branch: Branch) {
         if self.0.is_empty() {
-            self.0 = vec![[[0; 3]; BRANCHES_EACH]; BRANCHES];
+            self.0 = vec![[[0; 4]; BRANCHES_EACH]; BRANCHES];
         }
         let places = &mut self.0[block as usize % BRANCHES];
         places.rotate_right(1);
-        places[0] = [block + 1, branch.patch, branch.source << 1 | u32::from(branch.same_stack)];
+        let depth = branch.depth.map_or(0, |depth| KNOWN | u32::from(depth as u16));
+        places[0] = [block + 1, branch.patch, branch.source, depth];
     }
 
     /// Those that are known to have been led to the block, perhaps elsewhere since.
     pub fn to(&self, block: u32) -> Vec<Branch> {
         let places = self.0.get(block as usize % BRANCHES).into_iter().flatten().filter(|place| place[0] == block + 1);
-        places.map(|[_, patch, from]| Branch { patch: *patch, source: from >> 1, same_stack: from & 1 != 0 }).collect()
+        let depth = |depth: u32| (depth & KNOWN != 0).then_some(depth as u16 as i16);
+        places.map(|[_, patch, source, at]| Branch { patch: *patch, source: *source, depth: depth(*at) }).collect()
     }
 }
 
@@ -195,7 +201,7 @@ mod tests {
     #[test]
     fn the_latest_branches_to_a_block_are_known() {
         let mut branches = Branches::new();
-        let branch = |patch| Branch { patch, source: 1, same_stack: false };
+        let branch = |patch| Branch { patch, source: 1, depth: None };
         assert!(branches.to(0).is_empty());
         (0..6).for_each(|patch| branches.note(7, branch(patch)));
         assert_eq!(branches.to(7).iter().map(|branch| branch.patch).collect::<Vec<_>>(), [5, 4, 3, 2]);

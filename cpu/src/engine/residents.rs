@@ -67,19 +67,20 @@ pub struct Free {
 }
 
 /// Chooses for the instructions of a block; what ends it does not count. `uses_min` is what a register must be used to
-/// be worth it.
+/// be worth it; `spared` says which register an instruction does not read, although it is part of its operand.
 pub fn choose(
     list: &[(Instruction, Treatment)],
     info: &mut InstructionInfoFactory,
     free: Free,
     uses_min: u8,
+    spared: impl Fn(usize) -> Option<u8>,
 ) -> Residents {
     let mut uses = [0u32; 16];
     let mut reads_tsc = false;
-    for (ins, treatment) in list.iter().filter(|(_, treatment)| !treatment.ends_block()) {
+    for (i, (ins, treatment)) in list.iter().enumerate().filter(|(_, (_, treatment))| !treatment.ends_block()) {
         reads_tsc |= *treatment == Treatment::ReadTsc;
         for used in info.info(ins).used_registers() {
-            if let Some(guest) = gpr_number(used.register()) {
+            if let Some(guest) = gpr_number(used.register()).filter(|guest| spared(i) != Some(*guest)) {
                 let access = used.access();
                 uses[guest as usize] += u32::from(reads(access)) + u32::from(writes(access));
             }

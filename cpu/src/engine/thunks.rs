@@ -6,6 +6,7 @@
 use super::assembler::{Assembler, cc, host, op};
 use super::block::{SPARE_WINDOWS, SpareWindow, StackWindow, field};
 use super::registers::HOME;
+use super::threads;
 use std::mem::offset_of;
 
 /// What `exit_argument` holds besides a site index.
@@ -32,6 +33,9 @@ pub struct Thunks {
     /// The stack window of supervisor or user code does not cover a block, which goes on at RCX: with the carry flag
     /// set if there was another window for RSP, which is now in force. Uses RAX.
     pub window: [u64; 2],
+    /// A piece of a thread window is not known for reading, or for writing, as the block goes on at RCX: with the carry flag
+    /// set unless it is now, and the host address of what the register points at is in RCX. Uses RAX.
+    pub threads: [[u64; 2]; 2 * threads::PIECES],
 }
 
 /// Registers that the System V calling convention preserves.
@@ -79,6 +83,9 @@ fn load_guest(a: &mut Assembler) {
         a.load_field(host::RAX, field::gpr(guest));
         a.store_field(host::RAX, field::homeless(guest));
     }
+    for register in 0..2 {
+        a.clear_field8(field::threads_known(register));
+    }
     a.load_field(host::BUDGET, field::BUDGET);
     a.load_field(host::DISTANCE, field::WINDOW_DISTANCE);
     for (guest, home) in HOME.iter().enumerate() {
@@ -89,7 +96,7 @@ fn load_guest(a: &mut Assembler) {
 }
 
 /// Emits the doors at the assembler's position.
-pub fn emit(a: &mut Assembler) -> Thunks {
+pub fn emit(a: &mut Assembler, tlb_mask: u32) -> Thunks {
     let mut thunks = Thunks { enter: a.here(), ..Thunks::default() };
     for reg in CALLEE_SAVED {
         a.push(reg);
@@ -151,6 +158,7 @@ pub fn emit(a: &mut Assembler) -> Thunks {
         thunks.window[which] = a.here();
         emit_window(a, which);
     }
+    threads::emit(a, &mut thunks, tlb_mask);
     thunks
 }
 

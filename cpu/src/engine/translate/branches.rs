@@ -12,8 +12,8 @@ impl Translator {
     }
 
     pub(super) fn link_site(&mut self, target: u64, patch: u32) {
-        let same_stack = self.plan.same_stack(self.position + 1);
-        let kind = SiteKind::Link { target, patch: self.a.origin as u32 + patch, same_stack };
+        let depth = self.plan.depth(self.position + 1);
+        let kind = SiteKind::Link { target, patch: self.a.origin as u32 + patch, depth };
         let site = self.site(kind, 0);
         self.cold.push(Cold::Leave { patch, site });
     }
@@ -46,7 +46,7 @@ impl Translator {
             save_flags: if let Flags::Host(overflow) = self.flags { Some(overflow) } else { None },
             source: None,
             unretired: self.unretired() - 1,
-            same_stack: self.plan.same_stack(self.position + 1),
+            depth: self.plan.depth(self.position + 1),
             counter,
         };
         self.cold.push(Cold::Side { patch, side });
@@ -65,7 +65,7 @@ impl Translator {
             save_flags: None,
             source: self.source_in_need(),
             unretired: self.unretired(),
-            same_stack: self.plan.same_stack(self.position),
+            depth: self.plan.depth(self.position),
             counter: None,
         };
         self.cold.push(Cold::Side { patch, side });

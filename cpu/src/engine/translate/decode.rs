@@ -185,7 +185,8 @@ impl Translator {
     fn make_plan(&mut self, request: &Request) {
         let use_window = request.window && !request.isolated;
         if (request.grouping || use_window) && !request.careful && request.mode.is_64bit() {
-            self.plan.make(&self.instructions, &mut self.info, use_window, request.grouping);
+            let use_threads = request.hot.is_some() && request.mode.class() == Class::User && !request.mode.is_direct();
+            self.plan.make(&self.instructions, &mut self.info, use_window, request.grouping, use_threads);
         } else {
             self.plan.clear();
         }

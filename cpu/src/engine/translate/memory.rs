@@ -96,42 +96,44 @@ impl Translator {
             }
         } else {
             let tags = field::tlb_tags(class, write || first.is_some_and(|first| first.others_write));
-            self.index(host::RAX, host::RCX);
-            // A distance is wanted by who has the address elsewhere: RCX need not keep it.
-            let offset = match wanted {
-                Wanted::Host => {
-                    self.a.field_index_op(op::LOAD, host::RAX, host::RAX, 8, tags);
-                    self.a.xor(host::RAX, host::RCX);
-                    host::RAX
-                }
+            let patch = match wanted {
+                Wanted::Host => self.compare_tag(size, tags),
+                // Who wants a distance has the address elsewhere: RCX need not keep it.
                 Wanted::Distance => {
+                    self.a.tlb_index(host::RAX, host::RCX, self.tlb_mask);
                     self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
-                    host::RCX
+                    self.a.cmp_imm(host::RCX, PAGE_SIZE as i32 - size as i32);
+                    self.a.jcc(cc::A, 0)
                 }
             };
-            self.a.cmp_imm(offset, 4096 - size as i32);
-            let patch = self.a.jcc(cc::A, 0);
             let group = first.map(|_| (self.ip, self.unretired()));
-            self.cold.push(Cold::Memory { patch, site, tags, source: self.source_in_need(), group, wanted });
-            let distances = field::tlb_distances(class);
+            let miss = Miss { site, tags, source: self.source_in_need(), group, wanted };
+            self.cold.push(Cold::Memory { patch, miss });
             match wanted {
-                Wanted::Host => {
-                    self.index(host::RAX, host::RCX);
-                    self.a.field_index_op(op::ADD, host::RCX, host::RAX, 8, distances);
+                Wanted::Host => self.add_distance(),
+                Wanted::Distance => {
+                    self.a.field_index_op(op::LOAD, host::RCX, host::RAX, 8, field::tlb_distances(class));
                 }
-                Wanted::Distance => self.a.field_index_op(op::LOAD, host::RCX, host::RAX, 8, distances),
             }
             let here = self.a.here();
             self.resume_at(site, here);
         }
     }
 
-    /// Where in the TLB an address is.
-    fn index(&mut self, dst: u8, address: u8) {
-        self.a.page_number(dst, address);
-        if self.tlb_mask as usize + 1 < TLB_ENTRIES {
-            self.a.and32(dst, self.tlb_mask);
-        }
+    /// Looks for the address in RCX in a TLB; returns the branch that is taken if it is not there, with what differs from
+    /// the tag in RAX.
+    pub(super) fn compare_tag(&mut self, size: usize, tags: u32) -> u32 {
+        self.a.tlb_index(host::RAX, host::RCX, self.tlb_mask);
+        self.a.field_index_op(op::LOAD, host::RAX, host::RAX, 8, tags);
+        self.a.xor(host::RAX, host::RCX);
+        self.a.cmp_imm(host::RAX, PAGE_SIZE as i32 - size as i32);
+        self.a.jcc(cc::A, 0)
+    }
+
+    /// Turns an address in RCX that the TLB knows into a host address.
+    pub(super) fn add_distance(&mut self) {
+        self.a.tlb_index(host::RAX, host::RCX, self.tlb_mask);
+        self.a.field_index_op(op::ADD, host::RCX, host::RAX, 8, field::tlb_distances(self.mode.class()));
     }
 
     /// The slow path of a site comes back to `here`. Returns where it came back to before.
@@ -147,7 +149,11 @@ impl Translator {
         let index = member.group;
         let group = self.plan.groups[index];
         let Registers { base, index: scaled, scale } = group.registers;
-        if !group.ready {
+        if !group.ready
+            && let Some(piece) = group.piece
+        {
+            self.through_thread(index, piece);
+        } else if !group.ready {
             self.clobber_flags();
             let home = base.and_then(|base| self.home[base as usize]);
             let wanted = if home.is_some() && scaled.is_none() { Wanted::Distance } else { Wanted::Host };
@@ -165,7 +171,40 @@ impl Translator {
             let base = self.held(base.expect("it had a home"), host::RAX);
             return Operand { base, index: Some(host::RCX), scale: 1, disp };
         }
-        Operand { base: host::RCX, index: None, disp: member.offset, ..POINTER }
+        let disp = if group.piece.is_some() { disp } else { member.offset };
+        Operand { base: host::RCX, index: None, disp, ..POINTER }
+    }
+
+    /// Puts the host address of what the base of a group points at, by a thread window, into RCX.
+    fn through_thread(&mut self, index: usize, piece: Piece) {
+        self.clobber_flags();
+        let group = self.plan.groups[index];
+        let first = First {
+            offset: group.first_offset(),
+            size: group.first_size,
+            others_write: group.write && !group.first_write,
+        };
+        let (size, read, write) = (group.span() as u16, group.first_read, group.first_write);
+        let class = self.mode.class();
+        let kind = SiteKind::Memory { size, read, write, class, careful: false, first: Some(first), resume: 0 };
+        let site = self.site(kind, self.unretired());
+        self.scratch = ScratchRegisters::default();
+        self.a.test_field8(field::threads_known(piece.register), piece.bit(group.write));
+        let patch = self.a.jcc(cc::E, 0);
+        self.a.load_field(host::RCX, field::thread(piece));
+        let back = self.a.here();
+        let miss = Miss {
+            site,
+            tags: field::tlb_tags(class, group.write),
+            source: self.source_in_need(),
+            group: Some((self.ip, self.unretired())),
+            wanted: Wanted::Host,
+        };
+        self.cold.push(Cold::Thread { patch, back, piece, write: group.write, start: group.start(), span: size, miss });
+        if group.count > 1 {
+            self.a.store_field(host::RCX, field::group(index));
+        }
+        self.plan.groups[index].ready = true;
     }
 
     /// The linear address of the memory operand, if it is a constant of the translation.

@@ -25,7 +25,7 @@ use status::{Overflow, Source};
 
 use super::archive::Relocation;
 use super::assembler::{Assembler, Operand, POINTER, cc, host, op};
-use super::block::{Class, JUMP_CODE, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, WINDOW_SPANS, field, window_of};
+use super::block::{Class, JUMP_CODE, JUMP_ENTRIES, JumpEntry, WINDOW_SPANS, field, window_of};
 use super::classify::{self, Treatment};
 use super::flags::{self, Need, STATUS};
 use super::groups::{Member, Plan, Registers, Which, needs_pointer, reads, writes};
@@ -34,8 +34,10 @@ use super::mode::Mode;
 use super::profile::{COUNTED, Guide, HEAT_STEP, Ways};
 use super::registers::{BORROWABLE, HOME, Homes, gpr_number, is_high_byte, sized};
 use super::residents::{self, Free, Residents};
+use super::threads::{self, Piece};
 use super::thunks::Thunks;
 use super::undefined::{self, Undefined};
+use crate::memory::PAGE_SIZE;
 use crate::state::{gpr, rflags, seg};
 use iced_x86::{
     Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfo, InstructionInfoFactory,
@@ -73,9 +75,9 @@ pub enum SiteKind {
     /// A memory access that missed the TLB. `resume` is the offset behind the check, which wants the host address in RCX.
     /// For a group, `first` is the access that happens now, which `read` and `write` are about.
     Memory { size: u16, read: bool, write: bool, class: Class, careful: bool, first: Option<First>, resume: u32 },
-    /// A direct branch whose rel32 at `patch` may be led to the target's translation. `same_stack` says that RSP is
-    /// what it was when the block began.
-    Link { target: u64, patch: u32, same_stack: bool },
+    /// A direct branch whose rel32 at `patch` may be led to the target's translation. `depth` is where RSP is then, from
+    /// where it was when the block began, if that is known.
+    Link { target: u64, patch: u32, depth: Option<i16> },
     /// An indirect branch missed the jump cache. `popped` has been added to RSP.
     Indirect { popped: i32 },
     /// The budget does not cover the block.
@@ -170,9 +172,11 @@ pub struct Placed {
 
 /// A piece of out-of-line code at the end of the block.
 pub(super) enum Cold {
-    /// `patch` leads here: recover the address and take the slow path. Or, if it is the range of a group, at this
-    /// instruction, that crosses a page: give back what the budget was charged, and go on without groups.
-    Memory { patch: u32, site: u32, tags: u32, source: Option<Source>, group: Option<(u64, u32)>, wanted: Wanted },
+    /// `patch` leads here: recover the address and take the slow path.
+    Memory { patch: u32, miss: Miss },
+    /// `patch` leads here if a piece of a thread window is not known: ask for it, or translate the range of the group, which
+    /// begins `start` from where the register points, and go back with the host address of that.
+    Thread { patch: u32, back: u64, piece: Piece, write: bool, start: i32, span: u16, miss: Miss },
     /// `patch` leads here: take the slow path with an address that is known.
     Constant { patch: u32, site: u32, address: u64, source: Option<Source> },
     /// `patch` leads here: leave with the site.
@@ -192,6 +196,16 @@ pub(super) enum Cold {
     Indirect { patch: u32, site: u32 },
 }
 
+/// An access that missed the TLB. If it is the range of a group, at this instruction, and crosses a page, the budget gets
+/// back what it was charged, and the block goes on without groups.
+pub(super) struct Miss {
+    site: u32,
+    tags: u32,
+    source: Option<Source>,
+    group: Option<(u64, u32)>,
+    wanted: Wanted,
+}
+
 /// A branch out of the middle of a block.
 pub(super) struct Side {
     target: u64,
@@ -200,7 +214,7 @@ pub(super) struct Side {
     /// What gives the flags if they are nowhere.
     source: Option<Source>,
     unretired: u32,
-    same_stack: bool,
+    depth: Option<i16>,
     /// Where it is counted.
     counter: Option<u32>,
 }
@@ -337,7 +351,8 @@ impl Translator {
         let fading = settles && request.hot.is_some() && !request.mode.is_direct();
         self.residents = if settles && request.mode.is_64bit() {
             let free = Free { distance: self.plan.window.is_none(), budget: !request.mode.is_direct() };
-            residents::choose(&list, &mut self.info, free, request.resident_uses)
+            let spared = |i| self.plan.spared(i);
+            residents::choose(&list, &mut self.info, free, request.resident_uses, spared)
         } else {
             Residents::default()
         };
@@ -391,6 +406,7 @@ impl Translator {
                 self.move_out();
             }
             self.keep_source(ins, *treatment);
+            self.forget_threads(ins);
             self.follower = list.get(position + 1).map(|(follower, _)| follower.ip());
             self.instruction(ins, *treatment);
             self.index += 1;
@@ -409,21 +425,28 @@ impl Translator {
         for (number, cold) in std::mem::take(&mut self.cold).into_iter().enumerate() {
             let inhabited = self.inhabited.contains(&number);
             match cold {
-                Cold::Memory { patch, site, tags, source, group, wanted } => {
+                Cold::Memory { patch, miss } => {
                     self.a.land(patch);
-                    let offset = if wanted == Wanted::Host { host::RAX } else { host::RCX };
-                    if let Some((ip, unretired)) = group {
-                        self.a.cmp_imm(offset, 0xFFF);
-                        let missed = self.a.jcc(cc::A, 0);
-                        self.settle(source);
-                        self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
-                        self.a.land(missed);
-                    }
-                    if wanted == Wanted::Distance {
-                        self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
-                    }
-                    self.settle(source);
-                    self.slow_access(site, inhabited, wanted);
+                    self.missed(miss, inhabited);
+                }
+                Cold::Thread { patch, back, piece, write, start, span, miss } => {
+                    self.a.land(patch);
+                    let after = self.a.lea_rcx_rip();
+                    let thunk = *piece.thunk(&mut self.thunks.threads, write);
+                    self.jump_away(thunk);
+                    self.a.land(after);
+                    self.a.jcc(cc::AE, back);
+                    // A resident is here, too: the block does not write it.
+                    self.a.load_field(host::RCX, field::homeless(piece.guest()));
+                    self.a.lea(true, host::RCX, Some(host::RCX), None, start);
+                    let missed = self.compare_tag(span.into(), miss.tags);
+                    self.add_distance();
+                    let translated = self.a.here();
+                    self.resume_at(miss.site, translated);
+                    self.a.lea(true, host::RCX, Some(host::RCX), None, -start);
+                    self.a.jmp(back);
+                    self.a.land(missed);
+                    self.missed(miss, inhabited);
                 }
                 Cold::Constant { patch, site, address, source } => {
                     self.a.land(patch);
@@ -481,7 +504,7 @@ impl Translator {
                     self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
                 }
-                Cold::Side { patch, side: Side { target, ip, save_flags, source, unretired, same_stack, counter } } => {
+                Cold::Side { patch, side: Side { target, ip, save_flags, source, unretired, depth, counter } } => {
                     self.a.land(patch);
                     self.settle(source);
                     if let Some(overflow) = save_flags {
@@ -490,7 +513,7 @@ impl Translator {
                     if let Some(counter) = counter {
                         self.a.add_field16(counter, 1);
                     }
-                    let kind = |patch| SiteKind::Link { target, patch, same_stack };
+                    let kind = |patch| SiteKind::Link { target, patch, depth };
                     self.leave_early(inhabited, ip, unretired, kind);
                 }
             }
@@ -514,6 +537,24 @@ impl Translator {
         self.leave(site);
     }
 
+    /// Behind a comparison with a tag that failed.
+    fn missed(&mut self, miss: Miss, inhabited: bool) {
+        let Miss { site, tags, source, group, wanted } = miss;
+        let offset = if wanted == Wanted::Host { host::RAX } else { host::RCX };
+        if let Some((ip, unretired)) = group {
+            self.a.cmp_imm(offset, 0xFFF);
+            let missed = self.a.jcc(cc::A, 0);
+            self.settle(source);
+            self.leave_early(inhabited, ip, unretired, |patch| SiteKind::Crossing { patch });
+            self.a.land(missed);
+        }
+        if wanted == Wanted::Distance {
+            self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, tags);
+        }
+        self.settle(source);
+        self.slow_access(site, inhabited, wanted);
+    }
+
     /// The slow path of a memory access, whose address is in RCX.
     fn slow_access(&mut self, site: u32, inhabited: bool, wanted: Wanted) {
         if inhabited {
@@ -534,6 +575,17 @@ impl Translator {
             self.emit_settle_in();
         }
         self.a.jmp(u64::from(behind));
+    }
+
+    /// Before an instruction: it may write a register that has a thread window.
+    fn forget_threads(&mut self, ins: &Instruction) {
+        if self.mode.class() == Class::User && !self.mode.is_direct() {
+            for (register, written) in threads::written(ins, &mut self.info).into_iter().enumerate() {
+                if written {
+                    self.a.clear_field8(field::threads_known(register));
+                }
+            }
+        }
     }
 
     /// Jumps to one of the doors.
@@ -621,7 +673,7 @@ impl Translator {
     pub(super) fn alone() -> Translator {
         let mut a = Assembler::default();
         a.start(0);
-        Translator::new(super::thunks::emit(&mut a))
+        Translator::new(super::thunks::emit(&mut a, 0xFFF))
     }
 }
 

@@ -101,14 +101,11 @@ impl Translations {
         self.hot.knows(start)
     }
 
-    /// Where a branch from one block to another enters it. `same_stack`: RSP is what it was when `from` began.
-    fn way(&self, from: u32, same_stack: bool, to: u32) -> u32 {
+    /// Where a branch from one block to another enters it. `depth`: where RSP is then, from where it was when `from` began.
+    fn way(&self, from: u32, depth: Option<i16>, to: u32) -> u32 {
         let (from, to) = (&self.blocks[from], &self.blocks[to]);
         let near = from.identity == to.identity && from.second.is_none() && to.second.is_none();
-        let covered = match (from.window, to.window) {
-            (Some((low, high)), Some((min, max))) => same_stack && low <= min && max <= high,
-            _ => false,
-        };
+        let covered = covers(from.window, depth, to.window);
         match (near, covered) {
             (false, _) => to.checked,
             (true, false) => to.entry,
@@ -118,7 +115,7 @@ impl Translations {
 
     /// Leads a branch to a block, as [`Translations::link`] does.
     pub fn link_to(&mut self, branch: Branch, block: u32) {
-        let way = self.way(branch.source, branch.same_stack, block);
+        let way = self.way(branch.source, branch.depth, block);
         self.link(branch.patch, way);
         self.branches.note(block, branch);
     }
@@ -203,5 +200,38 @@ impl Translations {
         self.code_pages.push(CodePage { vpage, page, mode, next: self.page_lists[list] });
         self.page_lists[list] = index + 1;
         index
+    }
+}
+
+/// Reach of a block from where RSP is when it begins: lowest offset, one past the highest.
+type Reach = Option<(i16, i16)>;
+
+/// A check of the stack window for a block that reaches `checked` serves another, which begins `depth` from there.
+fn covers(checked: Reach, depth: Option<i16>, reached: Reach) -> bool {
+    let (Some((low, high)), Some(depth), Some((min, max))) = (checked, depth, reached) else { return false };
+    let [low, high, depth, min, max] = [low, high, depth, min, max].map(i32::from);
+    low <= depth + min && depth + max <= high
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_of_the_window_serves_who_reaches_no_further() {
+        let checked = Some((-64, 64));
+        for (depth, reached, served) in [
+            (0, (-64, 64), true),
+            (0, (-65, 0), false),
+            (0, (0, 65), false),
+            (-56, (-8, 120), true),
+            (-56, (-16, 0), false),
+            (56, (-120, 8), true),
+            (56, (0, 16), false),
+            (i16::MAX, (1, 2), false),
+        ] {
+            assert_eq!(covers(checked, Some(depth), Some(reached)), served, "{depth} {reached:?}");
+        }
+        assert!(!covers(checked, None, checked) && !covers(None, Some(0), checked) && !covers(checked, Some(0), None));
     }
 }
