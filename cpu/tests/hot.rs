@@ -463,7 +463,8 @@ fn threads(rounds: u32) -> Vec<u8> {
         (a.create_label(), a.create_label(), a.create_label(), a.create_label());
     a.mov(ebp, rounds).unwrap();
     a.set_label(&mut outer).unwrap();
-    let writes: [&dyn Fn(&mut CodeAssembler) -> Result<(), IcedError>; 12] = [
+    type Write<'a> = &'a dyn Fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let writes: [Write; 12] = [
         &|a| a.mov(r15, qword_ptr(rsi + rdi * 8)),
         &|a| a.mov(r14, r15),
         &|a| a.xor(r15b, 0x48),
@@ -524,7 +525,7 @@ fn user_guest(config: EngineConfig, code: &[u8]) -> (Engine, GuestMemory) {
         [root].iter().chain(&tables).zip(&tables).for_each(|(at, next)| write(*at, next | 7));
         (0..8).for_each(|i| write(tables[1] + 8 * i, if i == 3 { tables[2] | 7 } else { i << 21 | 0x87 }));
         let place = |page| if page < 3 { (page + turned) % 3 } else { page };
-        (0..512).for_each(|page| write(tables[2] + 8 * page, 0x60_0000 + (place(page) << 12) | 7));
+        (0..512).for_each(|page| write(tables[2] + 8 * page, 0x60_0007 + (place(page) << 12)));
     }
     THREADS.iter().zip(0..).for_each(|(thread, i)| write(TABLE + 8 * i, *thread));
     let state = engine.state_mut();
