@@ -24,6 +24,10 @@ pub struct Host {
     pub cpus: usize,
     /// Version of QEMU.
     pub qemu: String,
+    /// How fast additions were while it was measured, as a part of the best seen then: 1 if nothing else was at work on
+    /// the same cores. The median of looks before each session.
+    #[serde(default)]
+    pub pace: Option<f64>,
 }
 
 impl Host {
@@ -35,6 +39,7 @@ impl Host {
             processor: model.and_then(|line| line.split_once(": ")).map_or("", |(_, name)| name).to_owned(),
             cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get()),
             qemu: hypervisors.qemu_version().unwrap_or_default(),
+            pace: None,
         }
     }
 }

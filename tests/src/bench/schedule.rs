@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 
 use super::figures::{Figures, Host};
 use super::lines::{Line, Span};
+use super::pace::Pace;
 use super::platform::{Hypervisors, Platform};
 use super::prepare::Prepared;
 use super::session::{self, Session};
@@ -40,7 +41,7 @@ pub fn run(
     workshop::empty_directory(&hypervisors.runs)?;
     bench.warm(prepared)?;
     let mut figures = Figures::new(&schedule.lines, Host::look(hypervisors));
-    let mut broken = Vec::new();
+    let (mut broken, mut pace) = (Vec::new(), Pace::default());
     for round in 1..=schedule.rounds {
         for prepared in prepared {
             for &platform in &schedule.platforms {
@@ -48,6 +49,7 @@ pub fn run(
                 if broken.contains(&(prepared.program, platform)) || !prepared.program.runs_on(platform) {
                     continue;
                 }
+                pace.look();
                 let session = bench.session(&format!("round {round} of {}", schedule.rounds), prepared, platform)?;
                 if let Some(failure) = &session.failure {
                     let place = format!("{} {}", platform.name(), prepared.program.name());
@@ -57,6 +59,7 @@ pub fn run(
                 record(&mut figures, schedule, prepared, platform, &session);
             }
         }
+        figures.host.pace = pace.median();
         keep(&figures)?;
     }
     Ok(figures)

@@ -93,6 +93,12 @@ fn main() -> Result<ExitCode> {
     hypervisors.check(&schedule.platforms)?;
     let figures = schedule::run(&schedule, &prepared, &hypervisors, &directory, &|figures| figures.write(&output))?;
     print!("{}", table::table(&figures, Style::Plain));
+    if let Some(pace) = figures.host.pace {
+        println!(
+            "pace of the host: {:.0} % of its best; below 90 % others were at work on the same cores",
+            100.0 * pace
+        );
+    }
     println!("raw figures: {}", output.display());
     for failure in &figures.failures {
         eprintln!("bench: {failure}");
