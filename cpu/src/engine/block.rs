@@ -368,7 +368,6 @@ pub mod field {
     pub const fn operand(index: u32) -> u32 {
         offset!(near.operands) + 8 * index
     }
-    /// Both registers' are side by side.
     pub const fn threads_known(register: usize) -> u32 {
         offset!(near.threads_known) + register as u32
     }

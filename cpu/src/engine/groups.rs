@@ -12,6 +12,7 @@ use super::block::WINDOW_SPANS;
 use super::classify::{self, Treatment};
 use super::registers::gpr_number;
 use super::threads::{self, Piece};
+use super::translate::First;
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 /// Widest range of a group, in bytes.
@@ -58,7 +59,7 @@ pub struct Group {
     pub count: u32,
     /// First access: its lowest offset in the version, its size, and how it is meant.
     first: i32,
-    pub first_size: u8,
+    first_size: u8,
     pub first_read: bool,
     /// The registers have not changed since.
     open: bool,
@@ -77,9 +78,10 @@ impl Group {
     pub fn span(&self) -> usize {
         (self.max - self.min) as usize
     }
-    /// Offset of the first access in the range.
-    pub fn first_offset(&self) -> u16 {
-        (self.first - self.min) as u16
+    /// The first access, for who finds out that the range has no translation yet.
+    pub fn first_access(&self) -> First {
+        let offset = (self.first - self.min) as u16;
+        First { offset, size: self.first_size, others_write: self.write && !self.first_write }
     }
 }
 

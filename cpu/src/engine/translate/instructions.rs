@@ -141,14 +141,6 @@ impl Translator {
         self.a.store_field(host::RCX, base);
     }
 
-    /// Gives a guest register the value of a host register.
-    fn put(&mut self, guest: u8, from: u8) {
-        match self.home[guest as usize] {
-            Some(home) => self.a.mov(home, from),
-            None => self.a.store_field(from, field::homeless(guest)),
-        }
-    }
-
     pub(super) fn load_effective_address(&mut self, ins: &Instruction) {
         let dst = ins.op0_register();
         let guest = gpr_number(dst).expect("LEA writes a general register");

@@ -158,9 +158,8 @@ impl Translator {
             let home = base.and_then(|base| self.home[base as usize]);
             let wanted = if home.is_some() && scaled.is_none() { Wanted::Distance } else { Wanted::Host };
             self.effective_address(host::RCX, base, scaled.map(|index| (index, scale)), group.start(), true);
-            let others_write = group.write && !group.first_write;
-            let first = First { offset: group.first_offset(), size: group.first_size, others_write };
-            self.lookup_range(group.span(), group.first_read, group.first_write, Some(first), wanted);
+            let first = Some(group.first_access());
+            self.lookup_range(group.span(), group.first_read, group.first_write, first, wanted);
             self.a.store_field(host::RCX, field::group(index));
             (self.plan.groups[index].ready, self.plan.groups[index].by_distance) = (true, wanted == Wanted::Distance);
         } else if self.scratch.rcx != Some(Holds::Group(index)) {
@@ -179,14 +178,10 @@ impl Translator {
     fn through_thread(&mut self, index: usize, piece: Piece) {
         self.clobber_flags();
         let group = self.plan.groups[index];
-        let first = First {
-            offset: group.first_offset(),
-            size: group.first_size,
-            others_write: group.write && !group.first_write,
-        };
+        let first = Some(group.first_access());
         let (size, read, write) = (group.span() as u16, group.first_read, group.first_write);
         let class = self.mode.class();
-        let kind = SiteKind::Memory { size, read, write, class, careful: false, first: Some(first), resume: 0 };
+        let kind = SiteKind::Memory { size, read, write, class, careful: false, first, resume: 0 };
         let site = self.site(kind, self.unretired());
         self.scratch = ScratchRegisters::default();
         self.a.test_field8(field::threads_known(piece.register), piece.bit(group.write));

@@ -122,6 +122,14 @@ impl Translator {
         }
     }
 
+    /// Gives a guest register the value of a host register.
+    pub(super) fn put(&mut self, guest: u8, from: u8) {
+        match self.home[guest as usize] {
+            Some(home) => self.a.mov(home, from),
+            None => self.a.store_field(from, field::homeless(guest)),
+        }
+    }
+
     /// A host register that holds the guest register: its home, or `scratch` after loading it.
     pub(in crate::engine) fn held(&mut self, guest: u8, scratch: u8) -> u8 {
         if let Some(home) = self.home[guest as usize] {
