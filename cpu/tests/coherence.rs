@@ -42,11 +42,14 @@ fn guest_memory(code: &[u8]) -> GuestMemory {
     memory
 }
 
+fn engine_over(memory: GuestMemory, tlb_bits: u32) -> Engine {
+    let config = EngineConfig { tlb_bits, code_cache_bytes: 1 << 20, ..EngineConfig::default() };
+    Engine::new(memory, ModelFeatures::default(), config).expect("an engine")
+}
+
 /// Such a guest in an engine with TLBs of `2^tlb_bits` entries.
 fn guest(code: &[u8], tlb_bits: u32) -> Engine {
-    let memory = guest_memory(code);
-    let config = EngineConfig { tlb_bits, code_cache_bytes: 1 << 20, ..EngineConfig::default() };
-    let mut engine = Engine::new(memory, ModelFeatures::default(), config).expect("an engine");
+    let mut engine = engine_over(guest_memory(code), tlb_bits);
     *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
     engine.state_replaced();
     engine
@@ -90,6 +93,91 @@ fn a_changed_page_table_entry_is_seen_at_once() {
         assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
         assert_eq!((engine.state().gpr[gpr::RBX], engine.state().gpr[gpr::RDX]), (0xAAAA, 0xBBBB));
     }
+}
+
+/// Registers of a guest that goes from one tree to the other and back: R8 and R9 are their roots, RDI is `SPLIT`, RSI is
+/// where the first tree maps it, and R10 is the frame there.
+fn visitor(code: &[u8], tlb_bits: u32) -> Engine {
+    let mut engine = guest(code, tlb_bits);
+    let gpr = &mut engine.state_mut().gpr;
+    (gpr[gpr::R8], gpr[gpr::R9], gpr[gpr::RDI], gpr[gpr::RSI]) = (SECOND_ROOT, 0x1000, SPLIT, LEAVES);
+    gpr[gpr::R10] = 0x60_0000;
+    engine
+}
+
+const TO_SECOND: [u8; 4] = [0x41, 0x0F, 0x22, 0xD8]; // mov cr3, r8
+const TO_FIRST: [u8; 4] = [0x41, 0x0F, 0x22, 0xD9]; // mov cr3, r9
+const HLT: [u8; 1] = [0xF4];
+
+#[test]
+fn what_is_kept_of_an_address_space_follows_its_tables() {
+    let change = [0x48, 0x89, 0x06]; // mov [rsi], rax: another frame, and no INVLPG
+    let others = [0x41, 0x0F, 0x01, 0x3B].repeat(100); // invlpg [r11]
+    for (tlb_bits, others) in [(12, &others[..]), (12, &[]), (1, &[])] {
+        // mov rbx, [rdi]; to the second tree; mov rcx, [rdi]; change the first; back; mov rdx, [rdi]
+        let read = [[0x48, 0x8B, 0x1F], [0x48, 0x8B, 0x0F], [0x48, 0x8B, 0x17]];
+        let code = [&read[0][..], &TO_SECOND, &read[1], &change, others, &TO_FIRST, &read[2], &HLT].concat();
+        let mut engine = visitor(&code, tlb_bits);
+        engine.state_mut().gpr[gpr::RAX] = 0x60_1003;
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+        let gpr = engine.state().gpr;
+        assert_eq!([gpr[gpr::RBX], gpr[gpr::RCX], gpr[gpr::RDX]], [0xAAAA, 0xBBBB, 0xBBBB]);
+
+        // The same with code: call rdi.
+        let call = [0xFF, 0xD7];
+        let code = [&call[..], &TO_SECOND, &call, &change, others, &TO_FIRST, &call, &HLT].concat();
+        let memory = guest_memory(&code);
+        for (frame, value) in [(0x60_0000, 0x10), (0x60_1000, 0x01)] {
+            let code = [0x83, 0xC5, value, 0xC3]; // add ebp, value; ret
+            memory.write_slice(&code, GuestAddress(frame)).expect("inside RAM");
+        }
+        let mut other = engine_over(memory, tlb_bits);
+        *other.state_mut() = visitor(&code, tlb_bits).state().clone();
+        other.state_replaced();
+        other.state_mut().gpr[gpr::RAX] = 0x60_1003;
+        assert_eq!(other.run(Icount(1000), &mut Empty), Stop::Halted);
+        assert_eq!(other.state().gpr[gpr::RBP], 0x12);
+    }
+}
+
+#[test]
+fn what_is_kept_of_an_address_space_writes_nothing_unnoticed() {
+    let write = [0x89, 0x47, 0x10]; // mov [rdi + 16], eax
+    let call = [0x41, 0xFF, 0xD2]; // call r10
+    let patch = [0xC6, 0x47, 0x02, 0x01]; // mov byte [rdi + 2], 1
+    // Code from the frame runs while the first tree is away, and changes through it.
+    let code = [&write[..], &TO_SECOND, &call, &TO_FIRST, &patch, &call, &HLT].concat();
+    for tlb_bits in [12, 1] {
+        let memory = guest_memory(&code);
+        let add = [0x83, 0xC5, 0x10, 0xC3]; // add ebp, 16; ret
+        memory.write_slice(&add, GuestAddress(0x60_0000)).expect("inside RAM");
+        let mut engine = engine_over(memory, tlb_bits);
+        *engine.state_mut() = visitor(&code, tlb_bits).state().clone();
+        engine.state_replaced();
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+        assert_eq!(engine.state().gpr[gpr::RBP], 0x11);
+    }
+    // Pages written are taken meanwhile.
+    let code = [&write[..], &TO_SECOND, &TO_FIRST, &write, &HLT].concat();
+    for tlb_bits in [12, 1] {
+        let mut engine = visitor(&code, tlb_bits);
+        assert_eq!(engine.run(Icount(2), &mut Empty), Stop::Limit);
+        assert!(engine.take_dirty().contains(&0x600));
+        assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+        assert!(engine.take_dirty().contains(&0x600), "TLB of 2^{tlb_bits} entries");
+    }
+}
+
+#[test]
+fn an_address_space_is_found_as_it_was_left() {
+    // mov rcx, [rdi]; mov rdx, [rdi]; dec rax; jnz to the start
+    let turn = [&TO_SECOND[..], &[0x48, 0x8B, 0x0F], &TO_FIRST, &[0x48, 0x8B, 0x17, 0x48, 0xFF, 0xC8]].concat();
+    let code = [&turn[..], &[0x75, -(turn.len() as i8 + 2) as u8], &HLT].concat();
+    let mut engine = visitor(&code, 12);
+    engine.state_mut().gpr[gpr::RAX] = 100;
+    assert_eq!(engine.run(Icount(1000), &mut Empty), Stop::Halted);
+    assert_eq!((engine.state().gpr[gpr::RCX], engine.state().gpr[gpr::RDX]), (0xBBBB, 0xAAAA));
+    assert!(engine.statistics().slow_accesses < 10, "{} misses", engine.statistics().slow_accesses);
 }
 
 #[test]

@@ -39,6 +39,7 @@ impl Core {
     pub fn flush_tlbs(&mut self, global: bool) {
         self.statistics.flushes += 1;
         if global {
+            self.parked.clear();
             self.root = self.state().cr3 & ROOT_MASK;
             self.t.flushes += u64::from(std::mem::take(&mut self.walked));
         }
@@ -51,11 +52,15 @@ impl Core {
         }
     }
 
-    /// CR3 was loaded. Translations of global pages are kept if they are those of the new tables too: if both
+    /// CR3 was loaded. What came from the old tables is put aside, and had again when they are. Translations of global pages are kept if they are those of the new tables too: if both
     /// top-level tables lead to the same tables for the upper half of the address space. Without that condition a
     /// guest would see what happens to be cached.
     pub fn switch_address_space(&mut self) {
         let new = self.state().cr3 & ROOT_MASK;
+        if new == self.root {
+            // What is cached came from the same tables, and says what they say.
+            return;
+        }
         let same = match (self.upper_half(self.root), self.upper_half(new)) {
             (Some(old), Some(new)) => old == new,
             _ => false,
@@ -64,7 +69,10 @@ impl Core {
             self.flush_tlbs(true);
             return;
         }
-        self.flush_tlbs(false);
+        self.statistics.flushes += 1;
+        self.direct_flush(false);
+        self.park(self.root);
+        self.unpark(new);
         self.root = new;
         // What is kept comes from the new table as well from now on.
         let page = (new / PAGE_SIZE) as usize;
@@ -103,6 +111,9 @@ impl Core {
     }
 
     pub fn flush_itlb(&mut self, c: usize, global: bool) {
+        if global {
+            self.parked.forget_code(c);
+        }
         // SAFETY: as above.
         let itlb = unsafe { &mut (*self.block).itlb[c] };
         for index in self.itlb_used[c].local.take() {
@@ -127,12 +138,14 @@ impl Core {
                 }
             }
         }
+        self.parked.forget_writes_of(host as u64);
         self.forget_windows();
         self.direct_watch(page);
     }
 
     /// Forgets all write translations: from now on, writes are noted again.
     pub fn flush_writes(&mut self) {
+        self.parked.forget_writes();
         for c in 0..super::block::CLASSES {
             self.flush_tlb(c, 1, true);
         }
@@ -154,6 +167,7 @@ impl Core {
         for itlb in &mut block.itlb {
             itlb[vpage as usize % ITLB_ENTRIES] = 0;
         }
+        self.parked.forget_page(linear);
         self.direct_flush_page(linear);
         self.forget_windows();
     }

@@ -63,6 +63,8 @@ pub struct Core {
     pub spares_used: [bool; 2],
     /// Guest-physical address of the top-level table that the cached translations come from.
     pub root: u64,
+    /// Translations that came from other ones.
+    pub parked: super::parked::Parked,
     /// The jump cache gets only what is looked for, see [`super::Engine::look_ahead`].
     pub exact_jumps: bool,
     /// What was seen ahead is in the jump cache.
@@ -148,6 +150,7 @@ impl Core {
             observed: Default::default(),
             used: Default::default(),
             itlb_used: Default::default(),
+            parked: Default::default(),
             jumps_used: InUse::default(),
             spares_used: [false; 2],
             root: 0,

@@ -29,6 +29,7 @@ mod mode;
 mod native;
 mod observe;
 mod pages;
+mod parked;
 mod profile;
 mod recent;
 mod region;
