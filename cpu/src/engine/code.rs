@@ -131,8 +131,7 @@ impl Core {
         let identity = self.t.identity(vpage, page, mode);
         // SAFETY: as above.
         unsafe { (*self.block).itlb[class as usize][slot] = identity };
-        let kept = super::coherence::survives_address_space(vpage << 12, translation.global);
-        self.itlb_used[class as usize].add(slot, kept);
+        self.itlb_used[class as usize].add(slot, vpage << 12);
         Ok(Ok(identity))
     }
 

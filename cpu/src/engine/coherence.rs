@@ -17,44 +17,45 @@ const TABLE_WRITES_MAX: u16 = 600;
 /// Which TLB indexes are in use, so that flushing costs what was filled.
 #[derive(Default)]
 pub struct Used {
-    pub global: InUse,
+    /// Pages in the upper half of the address space.
+    pub shared: InUse,
     pub local: InUse,
 }
 
 impl Used {
     /// Notes a filled entry. One that was filled before may be in the other list too: a flush of that list then
     /// forgets it early, but one that must be forgotten is always found.
-    pub fn add(&mut self, index: usize, kept: bool) {
-        if kept { &mut self.global } else { &mut self.local }.add(index);
+    pub fn add(&mut self, index: usize, linear: u64) {
+        if is_shared(linear) { &mut self.shared } else { &mut self.local }.add(index);
     }
 }
 
-/// The translation may outlive a load of CR3, see `switch_address_space`.
-pub fn survives_address_space(linear: u64, global: bool) -> bool {
-    global && linear >> 63 != 0
+/// Translations of the upper half of the address space may outlive a load of CR3, see `switch_address_space`.
+pub fn is_shared(linear: u64) -> bool {
+    linear >> 63 != 0
 }
 
 impl Core {
-    /// Forgets translations; those of global pages only if `global`.
-    pub fn flush_tlbs(&mut self, global: bool) {
+    /// Forgets translations; those of the upper half only if `shared`.
+    pub fn flush_tlbs(&mut self, shared: bool) {
         self.statistics.flushes += 1;
-        if global {
+        if shared {
             self.parked.clear();
             self.root = self.state().cr3 & ROOT_MASK;
             self.t.flushes += u64::from(std::mem::take(&mut self.walked));
         }
-        self.direct_flush(global);
+        self.direct_flush(shared);
         for c in 0..super::block::CLASSES {
             for write in 0..2 {
-                self.flush_tlb(c, write, global);
+                self.flush_tlb(c, write, shared);
             }
-            self.flush_itlb(c, global);
+            self.flush_itlb(c, shared);
         }
     }
 
-    /// CR3 was loaded. What came from the old tables is put aside, and had again when they are. Translations of global pages are kept if they are those of the new tables too: if both
-    /// top-level tables lead to the same tables for the upper half of the address space. Without that condition a
-    /// guest would see what happens to be cached.
+    /// CR3 was loaded. What came from the old tables is put aside, and had again when they are. Translations of the upper
+    /// half are kept if they are those of the new tables, too: if both top-level tables lead to the same tables for it.
+    /// Without that condition a guest would see what happens to be cached.
     pub fn switch_address_space(&mut self) {
         let new = self.state().cr3 & ROOT_MASK;
         if new == self.root {
@@ -93,7 +94,7 @@ impl Core {
         Some(unsafe { std::slice::from_raw_parts(table, half as usize) })
     }
 
-    fn flush_tlb(&mut self, c: usize, write: usize, global: bool) {
+    fn flush_tlb(&mut self, c: usize, write: usize, shared: bool) {
         if write == 1 {
             self.forget_window(window_of(c));
         }
@@ -103,15 +104,15 @@ impl Core {
         for index in used.local.take() {
             tlb.forget(index, write == 1);
         }
-        if global {
-            for index in used.global.take() {
+        if shared {
+            for index in used.shared.take() {
                 tlb.forget(index, write == 1);
             }
         }
     }
 
-    pub fn flush_itlb(&mut self, c: usize, global: bool) {
-        if global {
+    pub fn flush_itlb(&mut self, c: usize, shared: bool) {
+        if shared {
             self.parked.forget_code(c);
         }
         // SAFETY: as above.
@@ -119,8 +120,8 @@ impl Core {
         for index in self.itlb_used[c].local.take() {
             itlb[index] = 0;
         }
-        if global {
-            for index in self.itlb_used[c].global.take() {
+        if shared {
+            for index in self.itlb_used[c].shared.take() {
                 itlb[index] = 0;
             }
         }
@@ -132,7 +133,7 @@ impl Core {
         // SAFETY: the vCPU block is owned by this core.
         let tlbs = unsafe { &mut (*self.block).tlb };
         for (tlb, used) in tlbs.iter_mut().zip(&self.used) {
-            for index in used[1].local.iter().chain(used[1].global.iter()) {
+            for index in used[1].local.iter().chain(used[1].shared.iter()) {
                 if tlb.tags[1][index].wrapping_add(tlb.distances[index]) == host as u64 {
                     tlb.forget(index, true);
                 }

@@ -61,6 +61,8 @@ pub struct Core {
     pub jumps_used: InUse,
     /// There are spare stack windows.
     pub spares_used: [bool; 2],
+    /// Supervisor code has stack windows in the lower half of the address space.
+    pub low_windows: bool,
     /// Guest-physical address of the top-level table that the cached translations come from.
     pub root: u64,
     /// Translations that came from other ones.
@@ -151,6 +153,7 @@ impl Core {
             used: Default::default(),
             itlb_used: Default::default(),
             parked: Default::default(),
+            low_windows: false,
             jumps_used: InUse::default(),
             spares_used: [false; 2],
             root: 0,

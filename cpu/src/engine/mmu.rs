@@ -1,7 +1,6 @@
 //! The software MMU: fills the TLBs that translated code looks into, and serves what they miss.
 
 use super::block::{Bounce, Class};
-use super::coherence::survives_address_space;
 use super::core::{Core, Pending};
 use super::mode::class;
 use super::pages::{IS_TABLE, MANY_BASES};
@@ -92,12 +91,11 @@ impl Core {
     }
 
     /// Fills a TLB entry for the page of `linear`.
-    fn fill(&mut self, linear: u64, page: u64, host_page: u64, global: bool, class: Class, write: bool) {
+    fn fill(&mut self, linear: u64, page: u64, host_page: u64, class: Class, write: bool) {
         let index = ((linear >> 12) & self.tlb_mask as u64) as usize;
         // SAFETY: the vCPU block is owned by this core.
         unsafe { (*self.block).tlb[class as usize].fill(index, linear & !PAGE_MASK, host_page, write) };
-        let kept = survives_address_space(linear, global);
-        self.used[class as usize][write as usize].add(index, kept);
+        self.used[class as usize][write as usize].add(index, linear);
         if class == Class::User {
             self.direct_fill(linear, page, write);
         }
@@ -124,7 +122,7 @@ impl Core {
                 }
                 self.watched_write(page, offset, len, flags);
             } else if !self.observes_page(linear, page_gpa, true) {
-                self.fill(linear, page, host_page as u64, translation.global, intent.class, true);
+                self.fill(linear, page, host_page as u64, intent.class, true);
             }
         }
         if !intent.write && intent.class == Class::User && translation.dirty && self.t.code_since_branch().is_some() {
@@ -133,7 +131,7 @@ impl Core {
         if (!intent.write || self.t.pages.records[page as u32].flags == 0)
             && !self.observes_page(linear, page_gpa, false)
         {
-            self.fill(linear, page, host_page as u64, translation.global, intent.class, false);
+            self.fill(linear, page, host_page as u64, intent.class, false);
         }
         // SAFETY: the offset is inside the page that `host` returned.
         Ok(Target::Ram(unsafe { host_page.add(offset as usize) }))
@@ -305,7 +303,7 @@ impl Core {
                     }
                     self.mark_dirty(page);
                     let host_page = pointer.wrapping_sub((at & PAGE_MASK) as usize);
-                    self.fill(at, page, host_page as u64, translation.global, intent.class, true);
+                    self.fill(at, page, host_page as u64, intent.class, true);
                 }
                 Ok(Some(pointer.wrapping_sub(offset.into())))
             }

@@ -4,7 +4,7 @@
 //! They are no exception to the rule that translations say what the page tables say. Tables stay watched as long as anything
 //! that came from them is kept here, and what is forgotten in the TLBs is not had again from here.
 
-use super::block::{CLASSES, empty_tag};
+use super::block::{CLASSES, Class, empty_tag, window_of};
 use super::core::Core;
 use crate::memory::PAGE_MASK;
 
@@ -137,7 +137,10 @@ impl Core {
             }
         }
         self.parked.put(space);
-        self.forget_windows();
+        self.forget_window(window_of(Class::User as usize));
+        if std::mem::take(&mut self.low_windows) {
+            self.forget_window(window_of(Class::Kernel as usize));
+        }
     }
 
     /// Puts back what is known of the address space with this top-level table.

@@ -1,6 +1,7 @@
 //! The stack windows: ranges around RSP that translated code may reach without asking the TLB.
 
 use super::block::{Class, SPARE_WINDOWS, SpareWindow, WINDOW_SPANS, window_of};
+use super::coherence::is_shared;
 use super::core::Core;
 use crate::memory::{PAGE_MASK, PAGE_SIZE};
 
@@ -51,6 +52,7 @@ impl Core {
         let size = high - low + 1;
         // SAFETY: as above.
         let window = unsafe { &mut (*self.block).near.windows[window_of(class as usize)] };
+        self.low_windows |= class != Class::User && !is_shared(low);
         window.low = low;
         window.distance = distance;
         window.places = WINDOW_SPANS.map(|span| size + 1 - span as u64);
