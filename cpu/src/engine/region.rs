@@ -101,7 +101,12 @@ impl Region {
             None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
             Some(file) => (libc::MAP_PRIVATE, file.descriptor.as_raw_fd()),
         };
-        Region::aligned(size, flags, descriptor)
+        let region = Region::aligned(size, flags, descriptor)?;
+        if file.is_none() {
+            // SAFETY: the mapping that was just made.
+            unsafe { libc::madvise(region.base.cast(), region.size, libc::MADV_HUGEPAGE) };
+        }
+        Ok(region)
     }
 
     /// A mapping at an address at which large pages can be mapped.
