@@ -61,7 +61,7 @@ pub enum Treatment {
     SegmentBase,
     /// RDTSC or RDTSCP, where the counter is a function of the icount.
     ReadTsc,
-    /// REP MOVS or REP STOS, where guest addresses are the host's.
+    /// REP MOVS or REP STOS with 64-bit addresses in flat segments.
     RepeatedMove,
     /// Executed by `system::execute`; ends the block.
     Emulate,
@@ -196,7 +196,7 @@ pub fn treatment(ins: &Instruction, mode: Mode) -> Treatment {
         Mnemonic::Clac | Mnemonic::Stac if mode.ring0() => return Treatment::AccessFlag,
         _ => {}
     }
-    if mode.is_direct() && is_repeated_move(ins) {
+    if mode.is_64bit() && is_repeated_move(ins) {
         return Treatment::RepeatedMove;
     }
     if must_emulate(ins) || !mode.is_64bit() && writes_code_segment(ins) {

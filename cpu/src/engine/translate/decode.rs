@@ -226,10 +226,13 @@ impl Translator {
                     break;
                 }
             }
-            let treatment = classify::treatment(&ins, request.mode);
+            let treatment = match classify::treatment(&ins, request.mode) {
+                Treatment::RepeatedMove if request.careful || request.isolated => Treatment::Emulate,
+                treatment => treatment,
+            };
             if let Some((_, last)) = self.instructions.last_mut()
                 && *last == Treatment::SetInterrupt
-                && matches!(treatment, Treatment::Emulate | Treatment::ReadTsc)
+                && matches!(treatment, Treatment::Emulate | Treatment::ReadTsc | Treatment::RepeatedMove)
             {
                 // Between STI and this one the run may stop: STI must leave its shadow in the state.
                 *last = Treatment::Emulate;

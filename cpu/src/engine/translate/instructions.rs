@@ -86,7 +86,8 @@ impl Translator {
                 self.a.store_field(host::RAX, field::KERNEL_GS_BASE);
             }
             Treatment::ReadTsc => self.read_tsc(ins),
-            Treatment::RepeatedMove => self.repeated_move(ins),
+            Treatment::RepeatedMove if self.mode.is_direct() => self.repeated_move(ins),
+            Treatment::RepeatedMove => self.repeated_in_pages(ins),
             Treatment::PushFlags => self.push_flags(),
             Treatment::ReadSelector => self.read_selector(ins),
             Treatment::SegmentBase => self.segment_base(ins),

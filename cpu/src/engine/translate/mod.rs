@@ -13,6 +13,7 @@ mod memory;
 mod places;
 mod plain;
 mod status;
+mod strings;
 
 pub use decode::{Elsewhere, Lacks, OtherPage, PARTS_MAX};
 pub(super) use memory::set_memory;
