@@ -7,7 +7,7 @@ use orrery_cpu::bus::{MsrRefused, TscLine};
 use orrery_cpu::engine::{Engine, EngineConfig, Stop};
 use orrery_cpu::memory::GuestMemory;
 use orrery_cpu::model::ModelFeatures;
-use orrery_cpu::state::{CpuState, gpr};
+use orrery_cpu::state::{CpuState, control, gpr};
 use orrery_cpu::{Bus, Icount};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -377,4 +377,26 @@ fn the_counter_is_the_same_in_translated_code() {
         assert_eq!(run(true, stride, false), expected, "in strides of {stride}");
         assert_eq!(run(true, stride, true), expected, "with CR4.TSD, in strides of {stride}");
     }
+}
+
+#[test]
+fn a_branch_keeps_to_its_privileges() {
+    const FUNCTION: u64 = CODE + 0x100;
+    // stac; call r10; mov rbx, rax; clac; call r10; hlt
+    let mut code = vec![0x0F, 0x01, 0xCB, 0x41, 0xFF, 0xD2, 0x48, 0x89, 0xC3, 0x0F, 0x01, 0xCA, 0x41, 0xFF, 0xD2, 0xF4];
+    code.resize(0x100, 0x90);
+    code.extend([0x48, 0x8B, 0x07, 0xC3]); // mov rax, [rdi]; ret
+    let memory = guest_memory(&code);
+    // `SPLIT` is a user page.
+    for (entry, value) in [(0x1000u64, 0x2007u64), (0x2008, 0x4007), (0x4000, 0x5007), (LEAVES, 0x60_0007)] {
+        memory.write_obj(value, GuestAddress(entry)).expect("inside RAM");
+    }
+    let mut engine = engine_over(memory, 12);
+    *engine.state_mut() = CpuState::long_mode_boot(CODE, 0x50_0000, 0x58_0000, 0x1000, 0x7000, 23);
+    engine.state_mut().cr4 |= control::CR4_SMAP;
+    engine.state_replaced();
+    let gpr = &mut engine.state_mut().gpr;
+    (gpr[gpr::RDI], gpr[gpr::R10]) = (SPLIT, FUNCTION);
+    assert_ne!(engine.run(Icount(1000), &mut Empty), Stop::Halted, "SMAP is in force again");
+    assert_eq!((engine.state().gpr[gpr::RBX], engine.state().cr2), (0xAAAA, SPLIT));
 }

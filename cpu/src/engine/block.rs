@@ -276,7 +276,8 @@ pub struct VcpuBlock {
     /// How often a block may still miss the window before Rust is asked for a better one.
     pub window_patience: u32,
     pub profile: Profile,
-    pub jumps: JumpCache,
+    /// Indexed by class: what is at an address for user code must not be entered by supervisor code, nor the other way round.
+    pub jumps: [JumpCache; CLASSES],
     /// The last fields in front of the TLBs and the first of these are near the block's base.
     pub near: Near,
     /// Indexed by class.
@@ -332,8 +333,15 @@ pub mod field {
     pub const SLOW_ADDRESS: u32 = offset!(slow_address);
     pub const SLOW_SITE: u32 = offset!(slow_site);
     pub const SLOW_RESUME: u32 = offset!(slow_resume);
-    pub const JUMP_RIP: u32 = offset!(jumps) + offset_of!(JumpEntry, rip) as u32;
-    pub const JUMP_HOST: u32 = offset!(jumps) + offset_of!(JumpEntry, host) as u32;
+    pub const fn jump_rip(class: Class) -> u32 {
+        jumps(class) + offset_of!(JumpEntry, rip) as u32
+    }
+    pub const fn jump_host(class: Class) -> u32 {
+        jumps(class) + offset_of!(JumpEntry, host) as u32
+    }
+    const fn jumps(class: Class) -> u32 {
+        offset!(jumps) + (class as usize * size_of::<JumpCache>()) as u32
+    }
     pub const WINDOW_DISTANCE: u32 = offset!(window_distance);
     pub const FAULT_DISTANCE: u32 = offset!(fault_distance);
     pub const WINDOW_PATIENCE: u32 = offset!(window_patience);

@@ -1,7 +1,7 @@
 //! Finding and making the blocks that translated code consists of.
 
 use super::Stop;
-use super::block::{CLASSES, ITLB_ENTRIES, JumpEntry};
+use super::block::{CLASSES, Class, ITLB_ENTRIES, JumpEntry};
 use super::core::Core;
 use super::jumps::Jump;
 use super::mode::Mode;
@@ -28,10 +28,11 @@ impl Core {
         }
     }
 
-    /// Empties the jump cache.
+    /// Empties the jump caches.
     pub fn forget_jumps(&mut self) {
         // SAFETY: translated code is not running.
-        unsafe { (*self.block).jumps.clear(&mut self.jumps_used) };
+        let jumps = unsafe { &mut (*self.block).jumps };
+        jumps.iter_mut().zip(&mut self.jumps_used).for_each(|(jumps, used)| jumps.clear(used));
     }
 
     /// Enters what is known of branches to the page of `rip` from the engine that this one branched off.
@@ -41,9 +42,10 @@ impl Core {
         }
         // SAFETY: translated code is not running.
         let jumps = unsafe { &mut (*self.block).jumps };
-        for &Jump { rip, checked } in self.t.inherited_jumps(rip).into_iter().flatten() {
+        for &Jump { rip, checked, class } in self.t.inherited_jumps(rip).into_iter().flatten() {
+            let (jumps, used) = (&mut jumps[class as usize], &mut self.jumps_used[class as usize]);
             if jumps.has_room(rip) {
-                jumps.set(rip, self.t.address(checked), &mut self.jumps_used);
+                jumps.set(rip, self.t.address(checked), used);
             }
         }
     }
@@ -53,21 +55,24 @@ impl Core {
     pub fn foresee_jumps(&mut self) {
         // SAFETY: translated code is not running.
         let jumps = unsafe { &mut (*self.block).jumps };
-        for &Jump { rip, checked } in self.t.foreseen_jumps() {
-            jumps.set(rip, self.t.address(checked), &mut self.jumps_used);
+        for &Jump { rip, checked, class } in self.t.foreseen_jumps() {
+            jumps[class as usize].set(rip, self.t.address(checked), &mut self.jumps_used[class as usize]);
         }
     }
 
     /// Translations for engines that branch off: all of them, or most.
     pub fn freeze(&mut self, all: bool) -> std::io::Result<Start> {
         // SAFETY: translated code is not running.
-        let jumps = unsafe { &(*self.block).jumps };
-        let jump = |at| {
-            let JumpEntry { rip, host } = jumps.0[at];
-            Jump { rip, checked: self.t.offset(host) }
-        };
-        self.jumps_used.sort();
-        let jumps = self.jumps_used.iter().map(jump).collect();
+        let caches = unsafe { &(*self.block).jumps };
+        let mut jumps = Vec::new();
+        for class in [Class::User, Class::Kernel, Class::KernelAc] {
+            let (cache, used) = (&caches[class as usize], &mut self.jumps_used[class as usize]);
+            used.sort();
+            jumps.extend(used.iter().map(|at| {
+                let JumpEntry { rip, host } = cache.0[at];
+                Jump { rip, checked: self.t.offset(host), class }
+            }));
+        }
         self.t.freeze(all, jumps)
     }
 

@@ -1,7 +1,7 @@
 //! What the soft engine consists of, and where its parts meet.
 
 use super::assembler::Assembler;
-use super::block::{CLASSES, Class, InUse, VcpuBlock};
+use super::block::{CLASSES, Class, InUse, JumpCache, VcpuBlock};
 use super::coherence::Used;
 use super::deliveries::Deliveries;
 use super::mmu::Commit;
@@ -58,7 +58,7 @@ pub struct Core {
     pub observed: super::observe::Observed,
     pub used: [[Used; 2]; CLASSES],
     pub itlb_used: [Used; CLASSES],
-    pub jumps_used: InUse,
+    pub jumps_used: [InUse; CLASSES],
     /// There are spare stack windows.
     pub spares_used: [bool; 2],
     /// Supervisor code has stack windows in the lower half of the address space.
@@ -154,7 +154,7 @@ impl Core {
             itlb_used: Default::default(),
             parked: Default::default(),
             low_windows: false,
-            jumps_used: InUse::default(),
+            jumps_used: Default::default(),
             spares_used: [false; 2],
             root: 0,
             exact_jumps: false,
@@ -186,7 +186,7 @@ impl Core {
                     tlb.forget(0, write);
                 }
             }
-            block.jumps.seal();
+            block.jumps.iter_mut().for_each(JumpCache::seal);
         }
         Ok(core)
     }

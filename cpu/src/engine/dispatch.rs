@@ -111,7 +111,7 @@ impl Core {
             return None;
         }
         // SAFETY: translated code is not running.
-        let jumps = unsafe { &(*self.block).jumps };
+        let jumps = unsafe { &(*self.block).jumps[mode.class() as usize] };
         jumps.get(state.rip).map(|checked| self.t.offset(checked))
     }
 
@@ -457,9 +457,10 @@ impl Core {
             Follow::Nothing => {}
             Follow::Link(branch) => self.t.link_to(branch, index),
             Follow::Jump => {
-                let (rip, checked) = (target.rip, target.checked);
+                let (rip, checked, class) = (target.rip, target.checked, self.current_class() as usize);
                 // SAFETY: translated code is not running.
-                unsafe { (*self.block).jumps.set(rip, self.t.address(checked), &mut self.jumps_used) };
+                let jumps = unsafe { &mut (*self.block).jumps[class] };
+                jumps.set(rip, self.t.address(checked), &mut self.jumps_used[class]);
                 self.inherit_jumps(rip);
             }
             Follow::Without { patch, .. } => {
@@ -469,10 +470,11 @@ impl Core {
             Follow::Forward { old } => {
                 // The jump cache may have led here: what is at this address now is another page or mode.
                 let (rip, checked) = (target.rip, self.t.address(target.checked));
+                let class = self.current_class() as usize;
                 // SAFETY: translated code is not running.
-                let jumps = unsafe { &mut (*self.block).jumps };
+                let jumps = unsafe { &mut (*self.block).jumps[class] };
                 if jumps.get(rip).is_some() {
-                    jumps.set(rip, checked, &mut self.jumps_used);
+                    jumps.set(rip, checked, &mut self.jumps_used[class]);
                 }
                 let invalid = &self.t.blocks[old];
                 if !invalid.valid

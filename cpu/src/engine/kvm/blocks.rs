@@ -127,7 +127,7 @@ impl Core {
     fn direct_seed_jump(&mut self, index: u32) {
         let (rip, checked) = (self.t.blocks[index].rip, self.t.blocks[index].checked);
         // SAFETY: translated code is not running.
-        let jumps = unsafe { &(*self.block).jumps };
+        let jumps = unsafe { &(*self.block).jumps[Class::User as usize] };
         if jumps.get(rip).is_some() {
             self.direct_jump(rip, checked);
         }
@@ -138,13 +138,13 @@ impl Core {
         let direct = self.direct();
         let host = direct.tables.code_linear() + u64::from(checked);
         // SAFETY: as in `Direct::block`; the list is no part of the block.
-        unsafe { (*direct.tables.block()).jumps.set(target, host, &mut direct.jumps_used) };
+        unsafe { (*direct.tables.block()).jumps[Class::User as usize].set(target, host, &mut direct.jumps_used) };
     }
 
     /// Leads what leads to a block that is not valid any more to the one that took its place.
     pub(super) fn direct_forward(&mut self, old: u32, index: u32) {
         let (target, invalid) = (self.t.blocks[index], self.t.blocks[old]);
-        if self.direct().block().jumps.get(target.rip).is_some() {
+        if self.direct().block().jumps[Class::User as usize].get(target.rip).is_some() {
             self.direct_jump(target.rip, target.checked);
         }
         if !invalid.valid && invalid.identity == target.identity && invalid.rip == target.rip {

@@ -69,7 +69,7 @@ impl Direct {
 
     fn forget_jumps(&mut self) {
         // SAFETY: as above; the list is no part of the block.
-        unsafe { (*self.tables.block()).jumps.clear(&mut self.jumps_used) };
+        unsafe { (*self.tables.block()).jumps[Class::User as usize].clear(&mut self.jumps_used) };
     }
 
     fn forget_pages(&mut self) {

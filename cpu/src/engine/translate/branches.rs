@@ -186,7 +186,7 @@ impl Translator {
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Call { patch, site, back: back as u32 });
         self.push_short(back as u32);
-        self.a.jmp_field_index_rax(JUMP_SCALE, field::JUMP_HOST);
+        self.a.jmp_field_index_rax(JUMP_SCALE, field::jump_host(self.mode.class()));
         true
     }
 
@@ -201,7 +201,7 @@ impl Translator {
     pub(super) fn look_up_jump(&mut self) {
         self.a.mov32(host::RAX, host::RCX);
         self.a.and32(host::RAX, ((JUMP_ENTRIES - 1) * JUMP_CODE) as u32);
-        self.a.field_index_op(op::CMP, host::RCX, host::RAX, JUMP_SCALE, field::JUMP_RIP);
+        self.a.field_index_op(op::CMP, host::RCX, host::RAX, JUMP_SCALE, field::jump_rip(self.mode.class()));
     }
 
     /// A return to the call in this block that is followed by what is at `back`, if it goes there.
@@ -236,6 +236,6 @@ impl Translator {
         self.look_up_jump();
         let patch = self.a.jcc(cc::NE, 0);
         self.cold.push(Cold::Indirect { patch, site });
-        self.a.jmp_field_index_rax(JUMP_SCALE, field::JUMP_HOST);
+        self.a.jmp_field_index_rax(JUMP_SCALE, field::jump_host(self.mode.class()));
     }
 }

@@ -500,7 +500,7 @@ impl Translator {
                     self.a.lea(true, host::BUDGET, Some(host::BUDGET), None, unretired as i32);
                     self.look_up_jump();
                     let missed = self.a.jcc(cc::NE, 0);
-                    self.a.jmp_field_index_rax(JUMP_SCALE, field::JUMP_HOST);
+                    self.a.jmp_field_index_rax(JUMP_SCALE, field::jump_host(self.mode.class()));
                     self.a.land(missed);
                     self.a.store_field(host::RCX, field::RIP);
                     self.leave(site);
