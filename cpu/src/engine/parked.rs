@@ -146,20 +146,22 @@ impl Core {
     /// Puts back what is known of the address space with this top-level table.
     pub fn unpark(&mut self, root: u64) {
         let Some((space, forgotten)) = self.parked.take(root) else { return };
-        let gone = |what| forgotten.contains(&what);
+        let gone = |linear| forgotten.contains(&Forgotten::Linear(linear));
+        let watched = |host| forgotten.contains(&Forgotten::Writes(host));
         // SAFETY: as above.
         let block = unsafe { &mut *self.block };
         for class in 0..CLASSES {
             for (write, entries) in space.pages[class].iter().enumerate() {
                 for &Entry { index, tag, host } in entries {
-                    if !gone(Forgotten::Linear(tag)) && !(write == 1 && gone(Forgotten::Writes(host))) {
-                        block.tlb[class].fill(index, tag, host, write == 1);
-                        self.used[class][write].local.add(index);
+                    if gone(tag) || write == 1 && watched(host) {
+                        continue;
                     }
+                    block.tlb[class].fill(index, tag, host, write == 1);
+                    self.used[class][write].local.add(index);
                 }
             }
             for &(slot, identity) in &space.code[class] {
-                if !gone(Forgotten::Linear(self.t.code_pages[identity].vpage << 12)) {
+                if !gone(self.t.code_pages[identity].vpage << 12) {
                     block.itlb[class][slot] = identity;
                     self.itlb_used[class].local.add(slot);
                 }
