@@ -21,7 +21,6 @@ pub mod entry {
     pub const ACCESSED: u64 = 1 << 5;
     pub const DIRTY: u64 = 1 << 6;
     pub const PAGE_SIZE: u64 = 1 << 7;
-    pub const GLOBAL: u64 = 1 << 8;
     pub const NO_EXECUTE: u64 = 1 << 63;
 }
 
@@ -87,8 +86,6 @@ pub struct Translation {
     /// The page's dirty flag is set, by this walk or before it. Caches must walk again before the first write
     /// to a page that is writable but not dirty.
     pub dirty: bool,
-    /// Global, and CR4.PGE is set.
-    pub global: bool,
     /// A user-mode page.
     pub user: bool,
     /// Instruction fetches with the same privilege are permitted.
@@ -113,7 +110,6 @@ pub fn walk(state: &CpuState, memory: &PhysMemory, linear: u64, access: Access) 
             page_size: 4096,
             writable: true,
             dirty: true,
-            global: false,
             user: true,
             executable: true,
             table_entries: [0; 4],
@@ -201,7 +197,6 @@ pub fn walk(state: &CpuState, memory: &PhysMemory, linear: u64, access: Access) 
         page_size,
         writable,
         dirty: access.write || leaf & entry::DIRTY != 0,
-        global: leaf & entry::GLOBAL != 0 && state.cr4 & control::CR4_PGE != 0,
         user: user_page,
         executable,
         table_entries: addresses,

@@ -157,13 +157,14 @@ impl Core {
                         continue;
                     }
                     block.tlb[class].fill(index, tag, host, write == 1);
-                    self.used[class][write].local.add(index);
+                    self.used[class][write].add(index, tag);
                 }
             }
             for &(slot, identity) in &space.code[class] {
-                if !gone(self.t.code_pages[identity].vpage << 12) {
+                let linear = self.t.code_pages[identity].vpage << 12;
+                if !gone(linear) {
                     block.itlb[class][slot] = identity;
-                    self.itlb_used[class].local.add(slot);
+                    self.itlb_used[class].add(slot, linear);
                 }
             }
         }

@@ -103,6 +103,7 @@ impl Region {
         };
         let region = Region::aligned(size, flags, descriptor)?;
         if file.is_none() {
+            // Hot code lies all over the region, and does without large pages if the host has none to give.
             // SAFETY: the mapping that was just made.
             unsafe { libc::madvise(region.base.cast(), region.size, libc::MADV_HUGEPAGE) };
         }

@@ -161,8 +161,7 @@ impl Translator {
         let unretired = self.unretired();
         self.a.test_field_imm32(field::RFLAGS, rflags::DF as u32);
         let site = self.emulation_site(ins, unretired);
-        let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Leave { patch, site });
+        self.leave_if(cc::NE, site);
         self.fetch(host::RAX, gpr::RAX as u8);
         self.fetch(host::RCX, gpr::RCX as u8);
         let mut residents = Residents::default();

@@ -137,8 +137,7 @@ impl Translator {
         self.fetch(host::RCX, guest);
         self.compare_canonical();
         let site = self.emulation_site(ins, self.unretired());
-        let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Leave { patch, site });
+        self.leave_if(cc::NE, site);
         self.a.store_field(host::RCX, base);
     }
 
@@ -298,8 +297,7 @@ impl Translator {
         self.put_flags_away();
         self.a.cmp_field_imm32(field::WINDOW_WANTED, 0);
         let site = self.emulation_site(ins, self.unretired());
-        let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Leave { patch, site });
+        self.leave_if(cc::NE, site);
         self.system_flag(rflags::IF, true);
     }
 
@@ -308,8 +306,7 @@ impl Translator {
         self.put_flags_away();
         self.a.cmp_field_imm32(field::TSC_KNOWN, 0);
         let site = self.emulation_site(ins, self.unretired());
-        let patch = self.a.jcc(cc::E, 0);
-        self.cold.push(Cold::Leave { patch, site });
+        self.leave_if(cc::E, site);
         self.a.lea(true, host::RAX, Some(host::BUDGET), None, self.unretired() as i32);
         self.a.imul_rax_field(field::TSC_PER_INSTRUCTION);
         self.a.load_field(host::RCX, field::TSC_AT_LIMIT);

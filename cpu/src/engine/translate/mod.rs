@@ -378,13 +378,11 @@ impl Translator {
         if self.count > 0 {
             self.a.sub_imm(host::BUDGET, self.count as i32);
             let site = self.site(SiteKind::Budget, self.count);
-            let patch = self.a.jcc(cc::S, 0);
-            self.cold.push(Cold::Leave { patch, site });
+            self.leave_if(cc::S, site);
             if self.counting.is_some() {
                 self.a.add_field16(field::runs(request.rip), HEAT_STEP);
                 let site = self.site(SiteKind::Hot, self.count);
-                let patch = self.a.jcc(cc::C, 0);
-                self.cold.push(Cold::Leave { patch, site });
+                self.leave_if(cc::C, site);
             }
         } else {
             // Room for the jump that invalidation writes over the entry.
@@ -617,6 +615,12 @@ impl Translator {
         self.site(SiteKind::Emulate { instruction }, unretired)
     }
 
+    /// Leaves with the site if the condition holds; the flags are in the slot then.
+    pub(in crate::engine) fn leave_if(&mut self, condition: u8, site: u32) {
+        let patch = self.a.jcc(condition, 0);
+        self.cold.push(Cold::Leave { patch, site });
+    }
+
     /// Instructions from the current one to the end of the block.
     pub(super) fn unretired(&self) -> u32 {
         self.count - self.index
@@ -625,8 +629,7 @@ impl Translator {
     fn check_page(&mut self, vpage: u64, identity: u32, lookup: u32) {
         self.a.cmp_field_imm32(field::itlb(self.mode.class(), vpage), identity);
         self.relocations.push(Relocation::Identity(self.a.offset() - 4));
-        let patch = self.a.jcc(cc::NE, 0);
-        self.cold.push(Cold::Leave { patch, site: lookup });
+        self.leave_if(cc::NE, lookup);
     }
 
     /// Leaves if the stack window does not cover all that the block reaches through it.

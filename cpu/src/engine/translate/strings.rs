@@ -13,26 +13,21 @@ impl Translator {
         let operands = if moves { &[(to, true), (from, false)][..] } else { &[(to, true)] };
         self.put_flags_away();
         let site = self.emulation_site(ins, self.unretired());
-        let away = |translator: &mut Translator, condition| {
-            let patch = translator.a.jcc(condition, 0);
-            translator.cold.push(Cold::Leave { patch, site });
-        };
         self.a.test_field_imm32(field::RFLAGS, rflags::DF as u32);
-        away(self, cc::NE);
+        self.leave_if(cc::NE, site);
         // Zero elements are as many as none.
         self.a.lea(true, host::RAX, Some(count), None, -1);
         self.a.cmp_imm(host::RAX, PAGE_SIZE as i32 / i32::from(size) - 1);
-        away(self, cc::A);
+        self.leave_if(cc::A, site);
         let class = self.mode.class();
         for &(register, write) in operands {
             self.a.mov(host::RCX, register);
-            self.a.tlb_index(host::RAX, host::RCX, self.tlb_mask);
-            self.a.field_index_op(op::XOR, host::RCX, host::RAX, 8, field::tlb_tags(class, write));
-            self.a.cmp_imm(host::RCX, PAGE_SIZE as i32 - 1);
-            away(self, cc::A);
-            self.a.lea(true, host::RCX, Some(host::RCX), Some((count, size)), 0);
-            self.a.cmp_imm(host::RCX, PAGE_SIZE as i32);
-            away(self, cc::A);
+            let patch = self.compare_tag(1, field::tlb_tags(class, write));
+            self.cold.push(Cold::Leave { patch, site });
+            // What differs from the tag is the offset in the page.
+            self.a.lea(true, host::RAX, Some(host::RAX), Some((count, size)), 0);
+            self.a.cmp_imm(host::RAX, PAGE_SIZE as i32);
+            self.leave_if(cc::A, site);
         }
         // Nothing stops it from here on.
         for (&(register, _), end) in operands.iter().zip(ENDS) {
